@@ -1,0 +1,85 @@
+"""What all tests share: few threads, seeded and patient hypothesis, a home of their own, markers that skip by hardware."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Before torch is imported anywhere: tests run side by side, so each process takes its share of the cores.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+_THREADS = str(max(1, min(4, _CORES // _WORKERS)))
+os.environ.setdefault("OMP_NUM_THREADS", _THREADS)
+os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test talks to the world: the hub, telemetry and update checks are off unless a test points them at 127.0.0.1.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# Nor does one read or write the user's own caches. Set here, since huggingface_hub reads these at its import; child
+# processes inherit them.
+_HOME = tempfile.mkdtemp(prefix="hadal-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+os.environ["XDG_CACHE_HOME"] = _HOME
+os.environ["HF_HOME"] = os.path.join(_HOME, "huggingface")
+for _name in ("HF_HUB_CACHE", "HF_ENDPOINT", "HF_TOKEN", "HADAL_API_KEY", "HADAL_DEBUG"):
+    os.environ.pop(_name, None)
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "hadal",
+    deadline=None,  # a busy neighbour on the machine is not a bug
+    derandomize=not os.environ.get("HADAL_TEST_RANDOM"),  # the same examples on every run, unless asked otherwise
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    print_blob=True,
+)
+hypothesis.settings.load_profile("hadal")
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def find_chromium() -> str | None:
+    """Path of a Chromium-like browser: $HADAL_CHROMIUM, or the first of the usual names on PATH."""
+    named = os.environ.get("HADAL_CHROMIUM")
+    if named:
+        return named
+    return next((path for path in map(shutil.which, CHROMIUM_NAMES) if path), None)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`gpu` and `chromium` tests are skipped, with the reason, where the machine has none."""
+    wants_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    wants_browser = [item for item in items if item.get_closest_marker("chromium")]
+    if wants_gpu and not _has_cuda():
+        for item in wants_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if wants_browser and find_chromium() is None:
+        for item in wants_browser:
+            item.add_marker(pytest.mark.skip(reason="needs Chromium (apt install chromium, or HADAL_CHROMIUM)"))
+
+
+@pytest.fixture
+def cache_home() -> Path:
+    """The XDG cache folder that this test session uses instead of ~/.cache."""
+    return Path(os.environ["XDG_CACHE_HOME"])
+
+
+@pytest.fixture
+def chromium_path() -> str:
+    """The browser for tests marked `chromium`."""
+    path = find_chromium()
+    if path is None:
+        pytest.skip("needs Chromium")
+    return path
