@@ -36,7 +36,7 @@ def quantise_blocks(
     """Quantise a matrix, or a stack [..., N, K] of them, in blocks.
 
     Returns (q [..., N, K] float8_e4m3fn, scale_inv [..., R, C] float32). An all-zero block gets scale 1.
-    A NaN or infinity makes its block's scale non-finite: it is never hidden. Raises ValueError below 2 dimensions.
+    A NaN or infinity makes its block's scale non-finite: it is never hidden. ValueError below 2 dimensions.
     """
     *lead, n, k = _matrix_shape(w_NK)
     padded = _pad(w_NK.float(), block)
@@ -89,7 +89,7 @@ def dequantise_activations(
 
 
 def round_up_to_power_of_two(s: Tensor) -> Tensor:
-    """2^ceil(log2 s) for positive finite s, exactly (by the exponent bits, without a logarithm); NaN stays."""
+    """2^ceil(log2 s) for positive finite s, exactly (by its exponent, without a logarithm); NaN stays."""
     mantissa, exponent = torch.frexp(s)  # s = mantissa · 2^exponent, mantissa in [0.5, 1)
     exact = mantissa == 0.5
     rounded = torch.ldexp(torch.ones_like(s), exponent - exact.to(exponent.dtype))

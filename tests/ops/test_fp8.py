@@ -45,21 +45,27 @@ def loop_quantise(w: torch.Tensor, rows: int, cols: int) -> tuple[list[list[floa
     return values, scales
 
 
-@pytest.mark.parametrize("shape,block", [((5, 7), (2, 3)), ((4, 6), (2, 3)), ((1, 1), (4, 4)), ((9, 3), (4, 8))])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((5, 7), (2, 3)), ((4, 6), (2, 3)), ((1, 1), (4, 4)), ((9, 3), (4, 8))]
+)
 def test_matches_the_formula_block_by_block(shape: tuple[int, int], block: tuple[int, int]) -> None:
     w = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 3
     q, scale = quantise_blocks(w, block)
     assert q.dtype == torch.float8_e4m3fn and scale.dtype == torch.float32
     values, scales = loop_quantise(w.double(), *block)
-    torch.testing.assert_close(scale.double(), torch.tensor(scales, dtype=torch.double), rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        dequantise_blocks(q, scale, block).double(), torch.tensor(values, dtype=torch.double), rtol=1e-5, atol=1e-7
-    )
+    expected, back = torch.tensor(values).double(), dequantise_blocks(q, scale, block).double()
+    torch.testing.assert_close(scale.double(), torch.tensor(scales).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(back, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(
-    "shape,expected",
-    [((576, 7168), (5, 56)), ((24576, 1536), (192, 12)), ((32768, 512), (256, 4)), ((18432, 7168), (144, 56))],
+    ("shape", "expected"),
+    [
+        ((576, 7168), (5, 56)),
+        ((24576, 1536), (192, 12)),
+        ((32768, 512), (256, 4)),
+        ((18432, 7168), (144, 56)),
+    ],
 )
 def test_published_scale_shapes(shape: tuple[int, int], expected: tuple[int, int]) -> None:
     assert scale_shape(shape) == expected
@@ -135,7 +141,8 @@ def test_activations(k: int) -> None:
     assert q.shape == x.shape and scale.shape == (3, 5, math.ceil(k / 128))
     amax = torch.stack([c.abs().amax(-1) for c in x.split(128, -1)], -1)
     torch.testing.assert_close(scale, amax.clamp(min=1e-4) / 448, rtol=1e-6, atol=0)
-    torch.testing.assert_close(dequantise_activations(q, scale), x, rtol=2.0**-4, atol=float(scale.max()) * 2.0**-9)
+    back, atol = dequantise_activations(q, scale), float(scale.max()) * 2.0**-9
+    torch.testing.assert_close(back, x, rtol=2.0**-4, atol=atol)
     _, rounded = quantise_activations(x, power_of_two=True)
     assert (rounded >= scale).all() and (rounded < 2 * scale).all()
 

@@ -1,0 +1,39 @@
+"""Weights: published safetensors folders ↔ `Transformer`, FP8 conversion, and the models on this machine.
+
+`load`, `save` and `convert` need torch; `hub` and `names` do not: everything is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from hadal.weights.errors import HubError, NotFoundError, PullError, WeightsError
+
+if TYPE_CHECKING:
+    from hadal.weights import hub, names
+    from hadal.weights.convert import convert
+    from hadal.weights.folder import load
+    from hadal.weights.writer import save
+
+__all__ = [
+    "HubError",
+    "NotFoundError",
+    "PullError",
+    "WeightsError",
+    "convert",
+    "hub",
+    "load",
+    "names",
+    "save",
+]
+
+_HOME = {"load": "folder", "save": "writer", "convert": "convert"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("hub", "names"):
+        return importlib.import_module(f"hadal.weights.{name}")
+    if name in _HOME:
+        return getattr(importlib.import_module(f"hadal.weights.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'hadal.weights' has no attribute {name!r}; it exports {', '.join(__all__)}")
