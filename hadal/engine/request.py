@@ -1,8 +1,8 @@
 """What goes into the engine and what comes out: parameters, requests, updates, completions. No tensors.
 
-A `Request` is one sequence: its prompt, its parameters, and the state that scheduler and engine keep about it.
-The caller sees `Update`s while it runs (each carries the text that became safe since the last one) and may fold
-them into one `Completion`. All times are seconds of `time.monotonic()`.
+A `Request` is one sequence: its prompt, its parameters, and the state that scheduler and engine keep of it.
+The caller sees `Update`s while it runs (each carries the text that became safe since the last one) and may
+fold them into one `Completion`. All times are seconds of `time.monotonic()`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -41,7 +40,7 @@ class Matcher(Protocol):
     """The state of one constrained generation: which tokens may come next (see hadal.text.grammar)."""
 
     def mask(self) -> Any:
-        """Allowed tokens: bool [vocab], or int32 [ceil(vocab / 32)]: bit i % 32 of word i // 32 is token i."""
+        """Allowed tokens: bool [vocab], or int32 [ceil(vocab/32)]: bit i % 32 of word i // 32 is token i."""
 
     def accept(self, token_id: int) -> Any:
         """Advance by one token."""
@@ -106,15 +105,15 @@ def _logit_bias(value: Any) -> Mapping[int, float]:
     for token_id, bias in value.items():
         _integer("logit_bias", token_id, 0, INT32_MAX)
         _number("logit_bias", bias, -100.0, 100.0)
-    return MappingProxyType({int(token_id): float(bias) for token_id, bias in value.items()})
+    return {int(token_id): float(bias) for token_id, bias in value.items()}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to continue a prompt. Bounds are two-sided; a violation raises `RequestError` with `field`.
 
-    Order of application (hadal/ops/sampling.py): repetition, frequency and presence penalties, logit bias, bans
-    (min_tokens, grammar), temperature, top_k, top_p (of what top_k left), min_p.
+    Order of application (hadal/ops/sampling.py): repetition, frequency and presence penalties, logit bias,
+    bans (min_tokens, grammar), temperature, top_k, top_p (of what top_k left), min_p.
 
     max_tokens      at most so many new tokens; None: up to the end of the context
     min_tokens      end-of-text and stop_token_ids are banned before so many tokens (stop strings still end)
@@ -183,8 +182,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class PoolingParams:
-    """How to turn a prompt into one vector: `pooling` over the hidden states after block `layer` (-1: after the
-    last block and the final norm; 0: after the first block). "weighted" weighs position i by i + 1."""
+    """How to turn a prompt into one vector: `pooling` over the hidden states after block `layer` (-1: after
+    the last block and the final norm; 0: after the first block). "weighted" weighs position i by i + 1."""
 
     pooling: Pooling = "mean"
     layer: int = -1
@@ -202,7 +201,7 @@ class PoolingParams:
 
 @dataclass(slots=True)
 class TokenLogprob:
-    """Natural log-probability of a token, and the most likely tokens at its place as (id, log-probability)."""
+    """Natural log-probability of a token, and the most likely ones at its place as (id, log-probability)."""
 
     token_id: int
     logprob: float
@@ -318,8 +317,8 @@ class Request:
     """One sequence inside the engine. The scheduler owns `status`, `pages`, `slot`, `num_computed`,
     `num_committed` and `page_hashes`; the engine owns the rest.
 
-    token_ids = prompt, then what was generated; the first `num_computed` of them have (or will have, once the step
-    that is under way ends) their keys in the cache. `draft_ids` are guesses for what follows token_ids
+    token_ids = prompt, then what was generated; the first `num_computed` of them have (or will have, once the
+    step that is under way ends) their keys in the cache. `draft_ids` are guesses for what follows token_ids
     (speculation): scheduled after the known tokens, and forgotten at commit.
     """
 
@@ -383,8 +382,8 @@ class Request:
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
 
     def hashes(self, page_size: int) -> list[bytes]:
-        """Hash of each full page of token_ids, chained: h_i = SHA-256(h_{i-1}, tokens of page i), h_{-1} from the
-        salt. Computed once for each page; equal hashes mean equal salt, page size and tokens up to there."""
+        """Hash of each full page of token_ids, chained: h_i = SHA-256(h_{i-1}, tokens of page i), h_{-1} from
+        the salt. Computed once a page; equal hashes mean equal salt, page size and tokens up to there."""
         done = self.page_hashes
         full = len(self.token_ids) // page_size
         if len(done) < full:
@@ -423,7 +422,7 @@ def resolve_max_tokens(prompt_len: int, max_tokens: int | None, limit: int) -> i
     Raises RequestError with the counts."""
     if prompt_len >= limit:
         raise RequestError(
-            f"the prompt has {prompt_len} tokens, and the context holds {limit} including at least 1 new token; "
+            f"the prompt has {prompt_len} tokens, and the context holds {limit} with at least 1 new token; "
             f"shorten the prompt by {prompt_len - limit + 1}",
             "prompt",
             "context_length_exceeded",
