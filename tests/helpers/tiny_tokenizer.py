@@ -1,8 +1,10 @@
-"""Small byte-level BPE tokenizers with the control tokens of the published ones, trained in a few milliseconds.
+"""Small byte-level BPE tokenizers with the control tokens of the published ones, trained in a few
+milliseconds.
 
-`make_tiny_tokenizer(folder)` writes `tokenizer.json` and `tokenizer_config.json` as a published folder has them:
-the pre-tokenizer of the family, its control tokens at the end of the vocabulary (DeepSeek's first three at 0, 1, 2),
-and the same mixture of `special` true and false, since user text must be safe from both kinds.
+`make_tiny_tokenizer(folder)` writes `tokenizer.json` and `tokenizer_config.json` as a published folder has
+them: the pre-tokenizer of the family, its control tokens at the end of the vocabulary (DeepSeek's first
+three at 0, 1, 2), and the same mixture of `special` true and false, since user text must be safe from both
+kinds.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-# Token -> the `special` flag of its published entry. Source: tokenizer.json of DeepSeek-V3.1 and of the R1 distills.
+# Token -> the `special` flag of its published entry. Source: tokenizer.json of DeepSeek-V3.1 and of the R1
+# distills.
 DEEPSEEK_FIRST = {"<｜begin▁of▁sentence｜>": True, "<｜end▁of▁sentence｜>": True, "<｜▁pad▁｜>": True}
 DEEPSEEK_LAST = {
     "<｜search▁begin｜>": False,
@@ -92,7 +95,8 @@ _DEEPSEEK_SPLITS = [
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
 _QWEN_SPLITS = [
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ]
 _LLAMA_SPLITS = [_QWEN_SPLITS[0].replace(r"\p{N}|", r"\p{N}{1,3}|", 1)]
 _SPLITS = {"deepseek": _DEEPSEEK_SPLITS, "qwen": _QWEN_SPLITS, "llama": _LLAMA_SPLITS}
@@ -102,24 +106,28 @@ CORPUS = [
     "The sum of the numbers is larger than the product; sort them in increasing order and take the next one.",
     "Combien font 7 fois 8 ? Je réfléchis : sept fois huit font cinquante-six. La réponse est 56.",
     "Quanto é 15 menos 9? Vamos pensar com calma: quinze menos nove são seis. A resposta é 6.",
-    'def add(left: int, right: int) -> int:\n    return left + right\n\nprint(add(2, 3))\n{"name": "add", "value": 5}',
+    "def add(left: int, right: int) -> int:\n    return left + right\n\nprint(add(2, 3))\n",
+    '{"name": "add", "value": 5, "list": [1, 2, 3], "ok": true, "none": null}',
     "你好，世界。今天天气很好，我们一起学习数学。答案是四十二。",
     "    for index in range(10):\n        total += index * 2\n\n\n# end of the loop 🙂🚀 café naïve",
-    "Because every step follows from the previous step, we should check the final result before we write it down.",
+    "Because every step follows from the previous step, we should check the final result first.",
 ]
 
 
 def make_tiny_tokenizer(folder: Path | str, vocab_size: int = 512, style: str = "deepseek") -> Path:
-    """Write a tokenizer of at most `vocab_size` entries, control tokens included, into `folder`; returns the folder.
+    """Write a tokenizer of at most `vocab_size` entries, control tokens included, into `folder`; returns
+    the folder.
 
-    style: "deepseek" (bos 0, eos 1, thinking, FIM and tool tokens), "qwen" or "llama" (the R1 distills' tables).
-    The corpus gives about 900 entries; with a larger `vocab_size` the tokenizer stays smaller than the model's table,
-    as the published ones do.
+    style: "deepseek" (bos 0, eos 1, thinking, FIM and tool tokens), "qwen" or "llama" (the R1 distills'
+    tables). The corpus gives about 900 entries; with a larger `vocab_size` the tokenizer stays smaller than
+    the model's table, as the published ones do.
     """
     first, last = STYLES[style]
     merged_size = vocab_size - len(last)
     if merged_size < 256 + len(first):
-        raise ValueError(f"vocab_size {vocab_size} is too small: {style} needs at least {256 + len(first) + len(last)}")
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: {style} needs at least {256 + len(first) + len(last)}"
+        )
     tokenizer = Tokenizer(models.BPE(ignore_merges=style == "llama"))
     tokenizer.normalizer = normalizers.NFC() if style == "qwen" else normalizers.Sequence([])
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[style]]
@@ -146,7 +154,9 @@ def make_tiny_tokenizer(folder: Path | str, vocab_size: int = 512, style: str = 
         "tokenizer_class": "LlamaTokenizerFast",
         "model_max_length": 131072,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=1), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
     return folder
 
 
