@@ -157,6 +157,7 @@ class ModelConfig:
     moe: Moe | None = None
     dsa: Dsa | None = None
     num_nextn_predict_layers: int = 0
+    mtp_after_norm: bool = True  # MTP reads the main hidden state after the final norm (unpublished; see Transformer)
     fp8: Fp8 | None = None
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096

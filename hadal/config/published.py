@@ -81,6 +81,7 @@ def from_hf(hf: Json) -> ModelConfig:
         moe=_moe_from_hf(hf, kind),
         dsa=Dsa(*(_need(hf, k, int) for k in _DSA_KEYS)) if kind == "deepseek_v32" else None,
         num_nextn_predict_layers=int(hf.get("num_nextn_predict_layers") or 0),
+        mtp_after_norm=bool((hf.get("hadal") or {}).get("mtp_after_norm", True)),
         fp8=_fp8_from_hf(hf.get("quantization_config")),
         rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
         max_position_embeddings=int(hf.get("max_position_embeddings", 4096)),
@@ -88,7 +89,7 @@ def from_hf(hf: Json) -> ModelConfig:
         initializer_range=float(hf.get("initializer_range", 0.02)),
         bos_token_id=hf.get("bos_token_id"),
         eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        extra={k: hf[k] for k in ("pad_token_id", "hadal") if k in hf},
+        extra={k: hf[k] for k in ("pad_token_id",) if k in hf},
     )
 
 
@@ -189,6 +190,8 @@ def to_hf(c: ModelConfig) -> dict[str, Any]:
         out |= {k: getattr(c.dsa, k) for k in _DSA_KEYS}
     if c.num_nextn_predict_layers:
         out["num_nextn_predict_layers"] = c.num_nextn_predict_layers
+        if not c.mtp_after_norm:
+            out["hadal"] = {"mtp_after_norm": False}
     out["rope_theta"] = c.rope.rope_theta
     out["rope_scaling"] = _rope_to_hf(c.rope)
     if c.fp8 is not None:

@@ -1,0 +1,31 @@
+"""One transformer block: x += Attention(RMSNorm(x)); x += FFN(RMSNorm(x)) (V3 §2.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hadal.config import Mla, ModelConfig
+from hadal.model.context import Context
+from hadal.model.gqa import GqaAttention
+from hadal.model.layers import Ffn, RMSNorm
+from hadal.model.mla import MlaAttention
+from hadal.model.moe import Moe
+
+
+class Block(nn.Module):
+    """Block number `layer`; MTP blocks carry numbers from num_hidden_layers on."""
+
+    def __init__(self, config: ModelConfig, layer: int, **like: object) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.layer, self.is_moe = layer, config.is_moe_layer(layer)
+        self.input_layernorm = RMSNorm(hidden, eps, **like)
+        attention = MlaAttention if isinstance(config.attention, Mla) else GqaAttention
+        self.self_attn = attention(config, layer, **like)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, **like)
+        self.mlp = Moe(config, layer, **like) if self.is_moe else Ffn(hidden, config.intermediate_size, **like)
+
+    def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)
+        x_TD, normed_TD = self.post_attention_layernorm.after_add(x_TD, attended_TD)
+        return x_TD + (self.mlp(normed_TD, ctx) if self.is_moe else self.mlp(normed_TD))

@@ -1,0 +1,101 @@
+"""What a forward pass knows beside its tokens: where sequences begin, positions, and the cache pages they own.
+
+One stream of T tokens holds S sequences back to back. With a cache, the first `num_decodes` sequences have exactly
+one token each (absorbed decode); the others are prefill chunks that see their cached prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hadal.config import Mla, ModelConfig
+
+
+@dataclass
+class Routing:
+    """What one gate decided in a recorded forward pass: experts [T, K] and scores [T, E] (FP32)."""
+
+    layer: int
+    gate: torch.nn.Module
+    expert_TK: Tensor
+    score_TE: Tensor
+
+
+@dataclass
+class Context:
+    """See the module's docstring. Token tensors have length T, sequence tensors length S."""
+
+    position_T: Tensor  # int64
+    cu_seqlens: Sequence[int]  # S + 1 offsets into the stream, on the host
+    cache: Cache | None = None
+    slot_T: Tensor | None = None  # int64: page · page_size + offset where each token's entry is written
+    block_table_SP: Tensor | None = None  # int32: pages of each sequence, padded with page 0
+    context_len_S: Tensor | None = None  # int32: keys visible after this step
+    context_lens: Sequence[int] = ()  # the same on the host, needed for prefill chunks only
+    num_decodes: int = 0
+    record_routing: bool = False
+    capture_layers: frozenset[int] = frozenset()  # hidden states to keep: block index, or num_layers for the final norm
+    routing: list[Routing] = field(default_factory=list)
+    captured: dict[int, Tensor] = field(default_factory=dict)
+    rotation_T2r: Tensor | None = None  # cos and sin of the positions, set by the Transformer once a pass
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Context:
+        """Sequences of these lengths from position 0, full causal attention inside each, no cache."""
+        position = torch.cat([torch.arange(n) for n in lengths])
+        starts = [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        return cls(position.to(device), starts)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.position_T.shape[0]
+
+    def lengths(self, first: int = 0) -> list[int]:
+        """Query tokens of each sequence from number `first` on."""
+        c = self.cu_seqlens
+        return [c[i + 1] - c[i] for i in range(first, len(c) - 1)]
+
+
+class Cache:
+    """Per-layer page tensors. Page 0 is scratch for padded rows: the allocator never hands it out.
+
+    MLA: [pages, page_size, kv_lora_rank + qk_rope_head_dim]; GQA: [pages, page_size, 2, kv_heads, head_dim].
+    `extra_layers`: MTP blocks that keep a cache of their own (speculation).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        extra_layers: int = 0,
+    ) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        shape = (num_pages, page_size, *self._entry(config))
+        layers = config.num_hidden_layers + extra_layers
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+
+    @staticmethod
+    def _entry(config: ModelConfig) -> tuple[int, ...]:
+        a = config.attention
+        if isinstance(a, Mla):
+            return (a.kv_lora_rank + a.qk_rope_head_dim,)
+        return (2, a.num_key_value_heads, a.head_dim)
+
+    @staticmethod
+    def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype, extra_layers: int = 0) -> int:
+        """Bytes of one page over all layers."""
+        layers = config.num_hidden_layers + extra_layers
+        return config.cache_values_per_token * layers * page_size * dtype.itemsize
+
+    def write(self, layer: int, slot_T: Tensor, entry: Tensor) -> None:
+        """Store one entry a token, [T, …] as the layer's pages hold them."""
+        self.layers[layer].flatten(0, 1).index_copy_(0, slot_T, entry)

@@ -1,0 +1,53 @@
+"""The leaves: linear layers, norms, and the dense feed-forward network, as parameters around `hadal.ops`.
+
+Parameters are allocated uninitialised; weights are loaded into them, or `Transformer.init_weights` draws them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hadal.ops.experts import ffn
+from hadal.ops.linear import linear
+from hadal.ops.rms_norm import add_rms_norm, rms_norm
+
+
+class Linear(nn.Module):
+    """y = x·Wᵀ (+ b); weight [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, **like: object) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **like))  # type: ignore[call-overload]
+        self.bias = nn.Parameter(torch.empty(outputs, **like)) if bias else None  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned weight [D]."""
+
+    def __init__(self, width: int, eps: float, **like: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, **like))  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def after_add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + delta, its norm)."""
+        return add_rms_norm(x, delta, self.weight, self.eps)
+
+
+class Ffn(nn.Module):
+    """Dense SwiGLU: gate rows stacked above up rows in `gate_up_proj`."""
+
+    def __init__(self, hidden: int, width: int, **like: object) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden, 2 * width, **like)
+        self.down_proj = Linear(width, hidden, **like)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return ffn(x_TD, self.gate_up_proj.weight, self.down_proj.weight)

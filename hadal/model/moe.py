@@ -1,0 +1,84 @@
+"""DeepSeekMoE: out = Σ_k w_k · expert_k(x) + shared(x), the shared expert unweighted (V3 §2.1.2).
+
+Experts are stored under their global index, stacked: gate_up_proj [E, 2I, D], down_proj [E, D, I].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hadal.config import ModelConfig
+from hadal.model.context import Context, Routing
+from hadal.model.layers import Ffn
+from hadal.ops.experts import experts
+from hadal.ops.gate import gate
+
+
+class Gate(nn.Module):
+    """The router's weight [E, D] and, for `noaux_tc`, the FP32 correction bias [E] that balances the load."""
+
+    def __init__(self, config: ModelConfig, **like: object) -> None:
+        super().__init__()
+        assert config.moe is not None
+        self.moe = config.moe
+        self.weight = nn.Parameter(torch.empty(self.moe.n_routed_experts, config.hidden_size, **like))  # type: ignore[call-overload]
+        self.e_score_correction_bias: Tensor | None
+        bias = None
+        if self.moe.topk_method == "noaux_tc":
+            bias = torch.empty(self.moe.n_routed_experts, dtype=torch.float32, device=self.weight.device)
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return gate(x_TD, self.weight, self.e_score_correction_bias, self.moe)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Moves and casts like any module, but the correction bias stays FP32."""
+        super()._apply(fn, recurse)
+        if self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
+        return self
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked by global index."""
+
+    def __init__(self, config: ModelConfig, **like: object) -> None:
+        super().__init__()
+        m, hidden = config.moe, config.hidden_size
+        assert m is not None
+        E, width = m.n_routed_experts, m.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, hidden, **like))  # type: ignore[call-overload]
+        self.down_proj = nn.Parameter(torch.empty(E, hidden, width, **like))  # type: ignore[call-overload]
+
+    def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj)
+
+
+class Moe(nn.Module):
+    """Gate, routed experts and the shared expert (several shared experts are one wide network)."""
+
+    def __init__(self, config: ModelConfig, layer: int, **like: object) -> None:
+        super().__init__()
+        m = config.moe
+        assert m is not None
+        self.layer = layer
+        self.gate = Gate(config, **like)
+        self.experts = Experts(config, **like)
+        self.shared_experts = None
+        if m.n_shared_experts:
+            self.shared_experts = Ffn(config.hidden_size, m.n_shared_experts * m.moe_intermediate_size, **like)
+
+    def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        if ctx.record_routing:
+            expert_TK, weight_TK, score_TE = self._recorded(x_TD)
+            ctx.routing.append(Routing(self.layer, self.gate, expert_TK, score_TE))
+        else:
+            expert_TK, weight_TK, _ = self.gate(x_TD)
+        out_TD = self.experts(x_TD, expert_TK, weight_TK)
+        return out_TD if self.shared_experts is None else out_TD + self.shared_experts(x_TD)  # type: ignore[no-any-return]
+
+    def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        from hadal.ops.gate import gate_reference
+
+        return gate_reference(x_TD, self.gate.weight, self.gate.e_score_correction_bias, self.gate.moe)

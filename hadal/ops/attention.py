@@ -1,0 +1,114 @@
+"""Causal attention on a flat stream: every sequence attends to its own keys, aligned at the end.
+
+Query i of a sequence with Q queries and N keys sees keys 0 … N − Q + i (a cached prefix comes first).
+    out = softmax(q·kᵀ · scale)·v        softmax in FP32
+Legend: T query tokens, N key tokens, H heads, G key/value heads, C key width, V value width.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from hadal.ops.dispatch import forced_reference
+
+
+def attention_reference(
+    q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, q_len: Sequence[int], k_len: Sequence[int], scale: float
+) -> Tensor:
+    """One sequence at a time, scores materialised in FP32 (FP64 for FP64 inputs)."""
+    out, t, n = [], 0, 0
+    repeat = q_THC.shape[1] // k_NGC.shape[1]
+    for Q, N in zip(q_len, k_len, strict=True):
+        q = q_THC[t : t + Q].transpose(0, 1)
+        k = k_NGC[n : n + N].transpose(0, 1).repeat_interleave(repeat, 0)
+        v = v_NGV[n : n + N].transpose(0, 1).repeat_interleave(repeat, 0)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        score = (q.to(wide) @ k.to(wide).transpose(1, 2)) * scale
+        score = score.masked_fill(~_visible(Q, N, q.device), float("-inf"))
+        out.append((score.softmax(-1) @ v.to(wide)).to(q.dtype).transpose(0, 1))
+        t, n = t + Q, n + N
+    return torch.cat(out)
+
+
+def _visible(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Mask [Q, N], True where query i sees key j: j ≤ N − Q + i."""
+    row = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    return torch.arange(keys, device=device).unsqueeze(0) <= row
+
+
+def attention(
+    q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, q_len: Sequence[int], k_len: Sequence[int], scale: float
+) -> Tensor:
+    """Causal attention of every sequence, [T, H, V]. Lengths are host integers; Σ q_len = T, Σ k_len = N."""
+    if forced_reference() or q_THC.dtype == torch.float64:
+        return attention_reference(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
+    width_V, width = v_NGV.shape[-1], q_THC.shape[-1]
+    if width_V < width:  # flash kernels want equal widths; zero columns add nothing
+        v_NGV = pad(v_NGV, (0, width - width_V))
+    if len(set(q_len)) == 1 and len(set(k_len)) == 1:
+        out = _uniform(q_THC, k_NGC, v_NGV, len(q_len), scale)
+    elif _varlen_available(q_THC):
+        out = _varlen(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
+    else:
+        parts, t, n = [], 0, 0
+        for Q, N in zip(q_len, k_len, strict=True):
+            parts.append(_uniform(q_THC[t : t + Q], k_NGC[n : n + N], v_NGV[n : n + N], 1, scale))
+            t, n = t + Q, n + N
+        out = torch.cat(parts)
+    return out[..., :width_V]
+
+
+def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale: float) -> Tensor:
+    """Sequences of equal lengths as one batch through torch's fused attention."""
+    q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_THC, k_NGC, v_NGV))
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None if queries in (1, keys) else _visible(queries, keys, q.device)
+    out = scaled_dot_product_attention(
+        q, k, v, mask, is_causal=queries == keys and queries > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+@functools.cache
+def _varlen_function() -> tuple[Any, frozenset[str]] | None:
+    """torch's variable-length flash attention and its parameter names (they differ between 2.10 and 2.13)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_available(q: Tensor) -> bool:
+    found = _varlen_function()
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.is_cuda and half and found is not None and "scale" in found[1]
+
+
+def _varlen(
+    q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, q_len: Sequence[int], k_len: Sequence[int], scale: float
+) -> Tensor:
+    function, names = _varlen_function()  # type: ignore[misc]
+    causal = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    if "enable_gqa" in names:
+        causal["enable_gqa"] = q_THC.shape[1] != k_NGC.shape[1]
+    elif q_THC.shape[1] != k_NGC.shape[1]:
+        repeat = q_THC.shape[1] // k_NGC.shape[1]
+        k_NGC, v_NGV = k_NGC.repeat_interleave(repeat, 1), v_NGV.repeat_interleave(repeat, 1)
+    q_start, k_start = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
+    q, k, v = q_THC.contiguous(), k_NGC.contiguous(), v_NGV.contiguous()
+    out = function(q, k, v, q_start, k_start, max(q_len), max(k_len), scale=scale, **causal)
+    return out  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=64)
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Offsets 0, l₀, l₀ + l₁, … as int32; the same for every layer of a step, so kept."""
+    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

@@ -1,0 +1,48 @@
+"""Which path an operation takes: Triton on CUDA, the C kernels on CPU, or the torch reference.
+
+`HADAL_OPS=reference` forces the references everywhere (slow, for comparison). Fast paths are for inference: they
+have no backward, so any tensor that needs a gradient goes through the differentiable path.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+
+@functools.cache
+def forced_reference() -> bool:
+    """True when HADAL_OPS=reference; any other value than 'auto' or 'reference' is refused."""
+    value = os.environ.get("HADAL_OPS", "auto")
+    if value not in ("auto", "reference"):
+        raise ValueError(f"HADAL_OPS is {value!r}; use 'auto' or 'reference'")
+    return value == "reference"
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def use_triton(*tensors: Tensor) -> bool:
+    """Inference on CUDA with Triton present."""
+    return tensors[0].is_cuda and has_triton() and not forced_reference() and not _needs_grad(*tensors)
+
+
+def use_cpu_kernels(*tensors: Tensor) -> bool:
+    """Inference on CPU with the C library built, FP32 or BF16."""
+    if tensors[0].device.type != "cpu" or forced_reference() or _needs_grad(*tensors):
+        return False
+    if tensors[0].dtype not in (torch.float32, torch.bfloat16):
+        return False
+    from hadal.ops import cpu
+
+    return cpu.available()

@@ -1,0 +1,103 @@
+"""Feed-forward networks: SwiGLU, and the routed experts of DeepSeekMoE.
+
+    ffn(x) = down(silu(gate·x) ⊙ up·x)        moe(x) = Σ_k w_k · ffn_{e_k}(x)
+
+`gate_up` stacks the gate rows above the up rows. Legend: T tokens, D hidden, I width, E experts, K per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.linear import linear
+
+
+def swiglu(gate_up_T2I: Tensor) -> Tensor:
+    """silu(gate) ⊙ up of the stacked product [T, 2I] → [T, I]."""
+    if use_triton(gate_up_T2I):
+        from hadal.ops.triton.experts import swiglu as fast
+
+        return fast(gate_up_T2I)
+    gate, up = gate_up_T2I.chunk(2, -1)
+    return silu(gate) * up
+
+
+def ffn(x_TD: Tensor, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
+    """Dense SwiGLU feed-forward network."""
+    return linear(swiglu(linear(x_TD, gate_up_2ID)), down_DI)
+
+
+def experts_reference(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
+) -> Tensor:
+    """Every expert in turn on the tokens that chose it; sums in FP32 (FP64 for FP64 inputs). Differentiable."""
+    out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    for e in range(gate_up_E2ID.shape[0]):
+        token, slot = (expert_TK == e).nonzero(as_tuple=True)
+        if token.numel():
+            gate, up = (x_TD[token] @ gate_up_E2ID[e].T).chunk(2, -1)
+            y = (silu(gate) * up) @ down_EDI[e].T
+            out_TD = out_TD.index_add(0, token, y.to(out_TD.dtype) * weight_TK[token, slot].unsqueeze(-1))
+    return out_TD.to(x_TD.dtype)
+
+
+def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows sorted by expert: (x of every row [T·K, D], order [T·K] into the flat (t, k) pairs, row count of each
+    expert [E]). The seam where an all-to-all goes once experts live on several devices."""
+    flat = expert_TK.flatten()
+    order = flat.argsort(stable=True)
+    counts_E = torch.zeros(n_experts, dtype=torch.int32, device=x_TD.device)
+    counts_E.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+    return x_TD.index_select(0, order // expert_TK.shape[1]), order, counts_E
+
+
+def combine(row_ND: Tensor, order: Tensor, weight_TK: Tensor) -> Tensor:
+    """Weighted sum of each token's K rows, FP32 inside: the inverse of `dispatch`."""
+    T, K = weight_TK.shape
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    row_TKD = row_ND.index_select(0, inverse).view(T, K, -1)
+    return torch.einsum("tkd,tk->td", row_TKD.float(), weight_TK).to(row_ND.dtype)
+
+
+def experts_grouped(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
+) -> Tensor:
+    """Rows sorted by expert, then grouped matrix products (BF16 on CUDA). Differentiable."""
+    row_ND, order, counts_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
+    offset_E = counts_E.cumsum(0, dtype=torch.int32)
+    hidden = swiglu(torch._grouped_mm(row_ND, gate_up_E2ID.transpose(1, 2), offs=offset_E))
+    return combine(torch._grouped_mm(hidden, down_EDI.transpose(1, 2), offs=offset_E), order, weight_TK)
+
+
+def experts_by_segment(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
+) -> Tensor:
+    """Rows sorted by expert, then one dense product an expert that has rows (CPU). Differentiable."""
+    row_ND, order, counts_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
+    parts = []
+    for e, rows in enumerate(row_ND.split(counts_E.tolist())):
+        if rows.shape[0]:
+            parts.append(ffn(rows, gate_up_E2ID[e], down_EDI[e]))
+    return combine(torch.cat(parts), order, weight_TK)
+
+
+def experts(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
+) -> Tensor:
+    """The routed experts on x [T, D]: expert [T, K] int64, weight [T, K] FP32 → [T, D]. No token is dropped."""
+    args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI)
+    if use_triton(x_TD, gate_up_E2ID) and x_TD.shape[0] <= 256 and x_TD.dtype == torch.bfloat16:
+        from hadal.ops.triton.experts import experts as fast
+
+        return fast(*args)
+    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
+        return experts_grouped(*args)
+    if use_cpu_kernels(x_TD, gate_up_E2ID) and x_TD.shape[0] <= 4:
+        from hadal.ops import cpu
+
+        return cpu.experts(*args)
+    return experts_by_segment(*args)

@@ -1,0 +1,64 @@
+"""The MoE gate (V3 §2.1.2 and its published code; V2 §2.2). All in FP32.
+
+V3 (`noaux_tc`): s = sigmoid(W·x); choose by b = s + e_score_correction_bias: groups ranked by the sum of their two
+largest b, others masked with −inf, top-k of b; weights are the *unbiased* s, normalised, times the scaling factor.
+V2: s = softmax(W·x); groups ranked by their maximum (`group_limited_greedy`), or none (`greedy`).
+Legend: T tokens, D hidden, E experts, G groups, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hadal.config import Moe
+from hadal.ops.dispatch import use_triton
+
+
+def scores(x_TD: Tensor, weight_ED: Tensor, moe: Moe) -> Tensor:
+    """Affinities s, FP32 [T, E]."""
+    logit_TE = torch.nn.functional.linear(x_TD.float(), weight_ED.float())
+    return logit_TE.sigmoid() if moe.scoring_func == "sigmoid" else logit_TE.softmax(-1)
+
+
+def choose(score_TE: Tensor, bias_E: Tensor | None, moe: Moe) -> Tensor:
+    """Indices of the chosen experts, int64 [T, K], unordered."""
+    choice_TE = score_TE if bias_E is None else score_TE + bias_E
+    if moe.n_group > 1 and moe.topk_method != "greedy":
+        group_TGe = choice_TE.unflatten(-1, (moe.n_group, -1))
+        if moe.topk_method == "noaux_tc":
+            group_TG = group_TGe.topk(min(2, group_TGe.shape[-1]), -1).values.sum(-1)
+        else:
+            group_TG = group_TGe.amax(-1)
+        dropped_TG = torch.ones_like(group_TG, dtype=torch.bool)
+        dropped_TG.scatter_(1, group_TG.topk(moe.topk_group, -1, sorted=False).indices, False)
+        choice_TE = group_TGe.masked_fill(dropped_TG.unsqueeze(-1), float("-inf")).flatten(1)
+    return choice_TE.topk(moe.num_experts_per_tok, -1, sorted=False).indices
+
+
+def weigh(score_TE: Tensor, expert_TK: Tensor, moe: Moe) -> Tensor:
+    """Combination weights of the chosen experts from the unbiased scores, FP32 [T, K]."""
+    weight_TK = score_TE.gather(1, expert_TK)
+    if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
+        weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
+        if moe.topk_method != "noaux_tc":  # V2's published code scales only the branch that does not normalise
+            return weight_TK
+    return weight_TK * moe.routed_scaling_factor
+
+
+def gate_reference(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(experts int64 [T, K], weights FP32 [T, K], scores FP32 [T, E])."""
+    score_TE = scores(x_TD, weight_ED, moe)
+    expert_TK = choose(score_TE.detach(), bias_E, moe)
+    return expert_TK, weigh(score_TE, expert_TK, moe), score_TE
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gate; fused on CUDA for inference, where the scores are not kept (None)."""
+    if use_triton(x_TD, weight_ED):
+        from hadal.ops.triton.gate import gate as fast
+
+        return (*fast(x_TD, weight_ED, bias_E, moe), None)
+    return gate_reference(x_TD, weight_ED, bias_E, moe)

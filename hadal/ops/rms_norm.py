@@ -1,0 +1,43 @@
+"""RMSNorm (Zhang & Sennrich 2019): y = w · cast(x / sqrt(mean(x²) + eps)), the mean in FP32.
+
+The weight multiplies after the cast back, as in the published DeepSeek and Llama code. Shapes: x [..., D], w [D].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hadal.ops.dispatch import use_cpu_kernels, use_triton
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The definition; differentiable."""
+    x_f = x.float() if x.dtype != torch.float64 else x
+    normed = x_f * torch.rsqrt(x_f.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the last dimension of x [..., D] with weight [D]."""
+    if use_triton(x):
+        from hadal.ops.triton.norm import rms_norm as fast
+
+        return fast(x, weight, eps)
+    if use_cpu_kernels(x, weight):
+        from hadal.ops import cpu
+
+        return cpu.rms_norm(x, weight, eps)
+    if x.is_cuda:  # training: one fused, differentiable kernel; it rounds once, after the weight
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, RMSNorm(x + delta)): the residual addition fused with the norm that follows it."""
+    if use_triton(x):
+        from hadal.ops.triton.norm import add_rms_norm as fast
+
+        return fast(x, delta, weight, eps)
+    total = x + delta
+    return total, rms_norm(total, weight, eps)
