@@ -1,0 +1,179 @@
+"""AdamW with FP32 masters and BF16 moments over a BF16 model (DeepSeek-V3 report §3.3.3, §4.2).
+
+    m ← β₁m + (1−β₁)g          v ← β₂v + (1−β₂)g²
+    w ← w·(1 − η·wd)           w ← w − η/(1−β₁ᵗ) · m / (√(v/(1−β₂ᵗ)) + ε)
+
+(Loshchilov & Hutter, arXiv 1711.05101; V3: β 0.9/0.95, weight decay 0.1, global-norm clipping 1.0.)
+
+Masters, moments and gradients live in flat buffers, one of each for the whole model, so that a step is a dozen
+kernels however many parameters there are, and so that a slice of a buffer can one day belong to another rank.
+Gradients accumulate in FP32. Weight decay acts on matrices (embedding, head and gate included) and not on vectors:
+norm weights and biases.
+
+`alive` is a device scalar, 1.0 or 0.0: at 0.0 a step changes nothing, bit for bit. The trainer lowers it when a
+loss or a gradient is not finite, and need not wait for the device to know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SLAB = 2**26
+"""Elements updated at a time: bounds the FP32 temporaries of a step (256 MiB each)."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one parameter lives in the flat buffers."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    end: int
+    decays: bool
+
+
+def decays(parameter: Tensor) -> bool:
+    """Weight decay is for matrices (and stacks of them); norm weights and biases are vectors."""
+    return parameter.ndim >= 2
+
+
+class AdamW:
+    """See the file's head. `named` are (name, parameter) pairs; those without `requires_grad` are left out."""
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        clip: float = 1.0,
+        moment_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        chosen = [(name, p) for name, p in named if p.requires_grad]
+        if not chosen:
+            raise ValueError("no parameter requires a gradient: there is nothing to optimise")
+        chosen.sort(key=lambda pair: not decays(pair[1]))  # stable: matrices first, vectors last
+        self.betas, self.eps, self.weight_decay, self.clip = betas, eps, weight_decay, clip
+        self.parameters = [p for _, p in chosen]
+        self.slots = list(_slots(chosen))
+        self.decayed = sum(slot.end - slot.start for slot in self.slots if slot.decays)
+        device, size = self.parameters[0].device, self.slots[-1].end
+        self.master_N = torch.empty(size, dtype=torch.float32, device=device)
+        self.grad_N = torch.zeros(size, dtype=torch.float32, device=device)
+        self.exp_avg_N = torch.zeros(size, dtype=moment_dtype, device=device)
+        self.exp_avg_sq_N = torch.zeros(size, dtype=moment_dtype, device=device)
+        self.steps = 0
+        self._has_grad = False
+        self._masters, self._grads = self._views(self.master_N), self._views(self.grad_N)
+        self.from_model()
+
+    def _views(self, flat_N: Tensor) -> list[Tensor]:
+        return [flat_N[slot.start : slot.end].view(slot.shape) for slot in self.slots]
+
+    @torch.no_grad()
+    def from_model(self) -> None:
+        """Masters ← parameters: after weights were set from outside."""
+        torch._foreach_copy_(self._masters, self.parameters)
+
+    @torch.no_grad()
+    def to_model(self) -> None:
+        """Parameters ← masters, rounded to the model's dtype."""
+        torch._foreach_copy_(self.parameters, self._masters)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Take the parameters' `.grad` into the FP32 buffer (adding from the second call of a step on)."""
+        pairs = [(g, p.grad) for g, p in zip(self._grads, self.parameters, strict=True) if p.grad is not None]
+        targets, grads = [g for g, _ in pairs], [grad for _, grad in pairs]
+        if self._has_grad:
+            torch._foreach_add_(targets, grads)
+        else:
+            if len(pairs) < len(self.parameters):
+                self.grad_N.zero_()
+            torch._foreach_copy_(targets, grads)
+        self._has_grad = True
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Global L2 norm of the accumulated gradient, a device scalar in FP32."""
+        return torch.linalg.vector_norm(self.grad_N)
+
+    @torch.no_grad()
+    def step(self, rate: float, norm: Tensor, alive: Tensor) -> None:
+        """One update at learning rate `rate` from the accumulated gradient of global norm `norm`.
+
+        Clips to `clip` (0: not at all) as `torch.nn.utils.clip_grad_norm_` does, writes the masters back to the
+        model and empties the gradient. Raises RuntimeError when nothing was accumulated.
+        """
+        if not self._has_grad:
+            raise RuntimeError("optimizer.step() without a gradient: call accumulate() after backward()")
+        self.steps += 1
+        scale = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else torch.ones_like(norm)
+        for part, decayed in self._slabs():
+            self._update(part, rate, self.weight_decay if decayed else 0.0, scale, alive)
+        self._has_grad = False
+        self.to_model()
+
+    def _slabs(self) -> Iterator[tuple[slice, bool]]:
+        for low, high, decayed in ((0, self.decayed, True), (self.decayed, self.master_N.numel(), False)):
+            for start in range(low, high, SLAB):
+                yield slice(start, min(start + SLAB, high)), decayed
+
+    def _update(self, part: slice, rate: float, decay: float, scale: Tensor, alive: Tensor) -> None:
+        beta1, beta2 = self.betas
+        # A dead step may hold NaN; made finite, it is then multiplied by exact zeros.
+        g_N = torch.nan_to_num_(self.grad_N[part] * scale, nan=0.0, posinf=0.0, neginf=0.0)
+        m_N = self.exp_avg_N[part].float().lerp_(g_N, (1.0 - beta1) * alive)
+        v_N = self.exp_avg_sq_N[part].float().lerp_(g_N.square_(), (1.0 - beta2) * alive)
+        self.exp_avg_N[part].copy_(m_N)
+        self.exp_avg_sq_N[part].copy_(v_N)
+        denominator_N = v_N.sqrt().div_(math.sqrt(1.0 - beta2**self.steps)).add_(self.eps)
+        update_N = torch.div(m_N, denominator_N).mul_(alive * (rate / (1.0 - beta1**self.steps)))
+        if decay:
+            self.master_N[part].mul_(1.0 - alive * (rate * decay))
+        self.master_N[part].sub_(update_N)
+
+    # --- state: tensors by parameter name, so that a checkpoint does not know how the buffers are laid out -------
+    def state(self) -> dict[str, Tensor]:
+        """Views of masters and moments as `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`."""
+        return {
+            f"{kind}.{slot.name}": view
+            for kind, flat_N in self._buffers().items()
+            for slot, view in zip(self.slots, self._views(flat_N), strict=True)
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Restore what `state()` gave, and the model's parameters with it. Names, shapes and dtypes must match."""
+        own = self.state()
+        if own.keys() != state.keys():
+            missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+            raise ValueError(f"optimizer state does not fit the model: missing {missing[:3]}, unknown {extra[:3]}")
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
+                raise ValueError(
+                    f"optimizer state {name!r} is {state[name].dtype} {tuple(state[name].shape)}; this run wants "
+                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                )
+            tensor.copy_(state[name])
+        self.steps, self._has_grad = steps, False
+        self.to_model()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {"master": self.master_N, "exp_avg": self.exp_avg_N, "exp_avg_sq": self.exp_avg_sq_N}
+
+
+def _slots(named: Iterable[tuple[str, nn.Parameter]]) -> Iterator[Slot]:
+    start = 0
+    for name, p in named:
+        yield Slot(name, p.shape, start, start + p.numel(), decays(p))
+        start += p.numel()

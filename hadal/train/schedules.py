@@ -1,0 +1,89 @@
+"""What changes during a run, as pure functions of the tokens seen (DeepSeek-V3 report §4.2).
+
+    learning rate   warm-up │ constant │ cosine │ final constant 1 │ final constant 2
+    bias speed γ    0.001 ───────────────────────┤ 0
+    MTP weight λ    0.3 ─────────────┤ 0.1
+
+V3: 0 → 2.2e-4 in 2K steps, constant to 10T tokens, cosine to 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for 167B;
+γ = 0.001 for 14.3T then 0; λ = 0.3 for 10T then 0.1.
+
+A step uses the value at the number of tokens seen *once the step is done*: the first step of a warm-up then learns
+something, and the last step stands at the end of the schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """V3's shape. Every `*_until` is a number of tokens; `finals` are (value, until) pairs in order.
+
+    peak                 the constant rate, reached at `warmup_until`
+    constant_until       where the cosine begins
+    cosine_until         where the cosine reaches `floor`
+    finals               constant rates afterwards; the last one holds for ever
+    """
+
+    peak: float
+    floor: float
+    warmup_until: float
+    constant_until: float
+    cosine_until: float
+    finals: Sequence[tuple[float, float]] = ()
+
+    def __post_init__(self) -> None:
+        marks = [0.0, self.warmup_until, self.constant_until, self.cosine_until, *(u for _, u in self.finals)]
+        if any(a > b for a, b in zip(marks, marks[1:], strict=False)):
+            raise ValueError(f"the marks of a learning-rate schedule must not go back: {marks}")
+
+
+def learning_rate(tokens: float, shape: LearningRate) -> float:
+    """The rate after `tokens` tokens."""
+    if tokens < shape.warmup_until:
+        return shape.peak * tokens / shape.warmup_until
+    if tokens <= shape.constant_until:
+        return shape.peak
+    if tokens < shape.cosine_until:
+        share = (tokens - shape.constant_until) / (shape.cosine_until - shape.constant_until)
+        return shape.floor + (shape.peak - shape.floor) * 0.5 * (1.0 + math.cos(math.pi * share))
+    for value, until in shape.finals:
+        if tokens <= until:
+            return value
+    return shape.finals[-1][0] if shape.finals else shape.floor
+
+
+def stepwise(tokens: float, first: float, second: float, switch: float) -> float:
+    """`first` up to and including `switch` tokens, `second` afterwards: the shape of γ and of λ."""
+    return first if tokens <= switch else second
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All of a run's schedules; `at(tokens)` gives the values of one step."""
+
+    learning_rate: LearningRate
+    bias_speed: float
+    bias_until: float
+    mtp_weight: float
+    mtp_weight_late: float
+    mtp_switch: float
+
+    def at(self, tokens: float) -> Knobs:
+        return Knobs(
+            learning_rate=learning_rate(tokens, self.learning_rate),
+            bias_speed=stepwise(tokens, self.bias_speed, 0.0, self.bias_until),
+            mtp_weight=stepwise(tokens, self.mtp_weight, self.mtp_weight_late, self.mtp_switch),
+        )
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """The scheduled values of one optimizer step."""
+
+    learning_rate: float
+    bias_speed: float
+    mtp_weight: float
