@@ -10,6 +10,7 @@ from hadal.ops.fp8 import (
     dequantise_blocks,
     quantise_activations,
     quantise_blocks,
+    reference_dequantise_blocks,
     round_up_to_power_of_two,
     scale_shape,
 )
@@ -80,6 +81,22 @@ def test_partial_blocks_scale_by_their_own_maximum() -> None:
     assert scale[4, 1].item() == pytest.approx(7 / 448) and scale[0, 0].item() == pytest.approx(2 / 448)
     assert scale[2, 0] == 1.0, "an all-zero block has scale 1"
     torch.testing.assert_close(dequantise_blocks(q, scale), w, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fast_path_equals_the_reference_for_every_code(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    no_nan = codes[(codes & 0x7F) != 0x7F]
+    q = no_nan[torch.randint(len(no_nan), (3, 70, 90))]
+    q[0].view(-1)[: len(no_nan)] = no_nan
+    scale = torch.rand(3, 3, 4) + 0.5
+    scale[1, 0, 0], scale[1, 0, 1] = 2.0**125, 2.0**-140
+    fp8 = q.view(torch.float8_e4m3fn)
+    got = dequantise_blocks(fp8, scale, (32, 24), dtype)
+    assert torch.equal(got, reference_dequantise_blocks(fp8, scale, (32, 24), dtype))
+    q[2, 69, 89] = 0xFF  # a NaN code stays NaN
+    got = dequantise_blocks(q.view(torch.float8_e4m3fn), scale, (32, 24), dtype)
+    assert torch.isnan(got[2, 69, 89]) and not torch.isnan(got[2, 69, :89]).any()
 
 
 def test_error_is_bounded_by_half_a_step() -> None:
