@@ -1,0 +1,343 @@
+"""Recipes: strict TOML into frozen dataclasses. Unknown keys are refused with a suggestion.
+
+A recipe says everything that a run's result depends on; the resolved one (defaults filled in, overrides applied) is
+saved beside the run. Marks in a schedule are *shares of the run's tokens*, so that one number, `train.tokens`,
+lengthens or shortens a run without bending its shape. V3's own marks (report §4.2) are the defaults:
+10T, 14.3T and 14.3T + 333B of 14.8T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hadal.train.schedules import LearningRate, Schedule
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the key, the value and the remedy."""
+
+
+def _require(ok: bool, key: str, value: object, want: str) -> None:
+    if not ok:
+        raise RecipeError(f"{key} is {value!r}; it must be {want}")
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    name: str
+    seed: int = 0
+    title: str = ""  # one line for the model card
+
+    def __post_init__(self) -> None:
+        _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a plain name")
+        _require(0 <= self.seed < 2**31, "run.seed", self.seed, "in 0..2^31−1")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where tokens come from."""
+
+    source: str  # "puzzles": this package's seeded generators; "shards": a folder of packed shards
+    tokenizer: str = "hadal-mini"  # a folder with tokenizer.json; "hadal-mini": the one in the package
+    path: str = ""  # the folder of shards
+    heldout_path: str = ""  # shards of text that is never trained on
+    mask_documents: bool = True  # False: attention crosses documents, as in V3's pre-training
+    workers: int = 0  # processes that write puzzles; 0: as many as there are cores
+
+    def __post_init__(self) -> None:
+        _require(self.source in ("puzzles", "shards"), "data.source", self.source, '"puzzles" or "shards"')
+        _require(self.source != "shards" or bool(self.path), "data.path", self.path, "the folder of packed shards")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 (all cores) or more")
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    tokens: int
+    context: int = 1024  # tokens in a row
+    batch_tokens: int = 65536  # in one optimizer step
+    micro_batch_tokens: int = 0  # in one forward pass; 0: the whole batch at once
+    dtype: str = "auto"  # "auto": bfloat16 on a GPU, float32 on a CPU
+    init_std: float = 0.006
+    compile: bool = False
+    z_loss: float = 0.0
+    max_minutes: float = 0.0  # save and stop after so long; 0: no limit. `--resume` goes on
+
+    def __post_init__(self) -> None:
+        _require(self.context >= 8, "train.context", self.context, "at least 8")
+        _require(self.batch_tokens >= self.context and self.batch_tokens % self.context == 0,
+                 "train.batch_tokens", self.batch_tokens, f"a multiple of train.context {self.context}")  # fmt: skip
+        micro = self.micro_batch_tokens
+        _require(micro >= 0 and (not micro or (micro % self.context == 0 and self.batch_tokens % micro == 0)),
+                 "train.micro_batch_tokens", micro,
+                 f"0, or a multiple of train.context that divides train.batch_tokens {self.batch_tokens}")  # fmt: skip
+        _require(self.tokens >= self.batch_tokens, "train.tokens", self.tokens, "at least one batch")
+        _require(self.dtype in ("auto", "float32", "bfloat16"), "train.dtype", self.dtype,
+                 '"auto", "float32" or "bfloat16"')  # fmt: skip
+        _require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
+        _require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
+        _require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 (no limit) or more")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run: the last one reaches or passes `tokens`."""
+        return -(-self.tokens // self.batch_tokens)
+
+    @property
+    def micro_tokens(self) -> int:
+        return self.micro_batch_tokens or self.batch_tokens
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    moments: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.clip >= 0, "optimizer.clip", self.clip, "0 (off) or more")
+        _require(self.moments in ("bfloat16", "float32"), "optimizer.moments", self.moments,
+                 '"bfloat16" or "float32"')  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LearningRateRecipe:
+    """V3's shape; marks are shares of `train.tokens`, rates below the peak are shares of the peak."""
+
+    peak: float
+    warmup: float = 0.01
+    constant_until: float = 10 / 14.8
+    cosine_until: float = 14.3 / 14.8
+    floor: float = 0.1
+    finals: tuple[float, ...] = (0.1, 7.3 / 220)
+    finals_until: tuple[float, ...] = (14.633 / 14.8, 1.0)
+
+    def __post_init__(self) -> None:
+        _require(self.peak > 0, "learning_rate.peak", self.peak, "above 0")
+        _require(len(self.finals) == len(self.finals_until), "learning_rate.finals_until", self.finals_until,
+                 "as long as learning_rate.finals")  # fmt: skip
+        marks = (0.0, self.warmup, self.constant_until, self.cosine_until, *self.finals_until, 1.0)
+        _require(list(marks) == sorted(marks), "learning_rate marks", marks[1:-1], "shares of the run, in order")
+        _require(0 <= self.floor <= 1, "learning_rate.floor", self.floor, "a share of the peak")
+
+
+@dataclass(frozen=True)
+class BalanceRecipe:
+    bias_speed: float = 0.001
+    bias_until: float = 14.3 / 14.8
+    sequence_alpha: float = 1e-4
+
+    def __post_init__(self) -> None:
+        _require(self.bias_speed >= 0, "balance.bias_speed", self.bias_speed, "0 or more")
+        _require(0 <= self.bias_until <= 1, "balance.bias_until", self.bias_until, "a share of the run")
+        _require(self.sequence_alpha >= 0, "balance.sequence_alpha", self.sequence_alpha, "0 or more")
+
+
+@dataclass(frozen=True)
+class MtpRecipe:
+    weight: float = 0.3
+    weight_late: float = 0.1
+    switch: float = 10 / 14.8
+
+    def __post_init__(self) -> None:
+        _require(min(self.weight, self.weight_late) >= 0, "mtp.weight", self.weight, "0 or more")
+        _require(0 <= self.switch <= 1, "mtp.switch", self.switch, "a share of the run")
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    every_steps: int = 10
+    heldout_every_steps: int = 200  # 0: never
+    heldout_tokens: int = 65536
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
+        _require(self.heldout_every_steps >= 0, "log.heldout_every_steps", self.heldout_every_steps, "0 or more")
+        _require(self.heldout_tokens >= 1, "log.heldout_tokens", self.heldout_tokens, "at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    every_steps: int = 500  # 0: only at the end
+    every_minutes: float = 0.0  # 0: by steps alone
+    keep: int = 2
+    shard_mib: int = 1024
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
+        _require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        _require(self.shard_mib >= 1, "checkpoint.shard_mib", self.shard_mib, "at least 1")
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    every_steps: int = 0  # 0: only at the end
+    fp8: bool = True
+    max_shard_mib: int = 5120
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, "export.every_steps", self.every_steps, "0 or more")
+        _require(self.max_shard_mib >= 1, "export.max_shard_mib", self.max_shard_mib, "at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `model` holds published `config.json` keys (vocabulary and token ids come from the tokenizer)."""
+
+    run: RunRecipe
+    data: DataRecipe
+    train: TrainRecipe
+    learning_rate: LearningRateRecipe
+    model: Mapping[str, Any]
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    balance: BalanceRecipe = field(default_factory=BalanceRecipe)
+    mtp: MtpRecipe = field(default_factory=MtpRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    export: ExportRecipe = field(default_factory=ExportRecipe)
+
+    def schedule(self) -> Schedule:
+        """The run's schedules in absolute tokens."""
+        total, rate = self.train.tokens, self.learning_rate
+        shape = LearningRate(
+            peak=rate.peak,
+            floor=rate.floor * rate.peak,
+            warmup_until=rate.warmup * total,
+            constant_until=rate.constant_until * total,
+            cosine_until=rate.cosine_until * total,
+            finals=tuple((v * rate.peak, u * total) for v, u in zip(rate.finals, rate.finals_until, strict=True)),
+        )
+        return Schedule(
+            learning_rate=shape,
+            bias_speed=self.balance.bias_speed,
+            bias_until=self.balance.bias_until * total,
+            mtp_weight=self.mtp.weight,
+            mtp_weight_late=self.mtp.weight_late,
+            mtp_switch=self.mtp.switch * total,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every default written out: what is saved with the run. `from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply overrides of the form "train.tokens=1e6". Raises RecipeError."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}; recipes/mini.toml is one to start from") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    return from_dict(table)
+
+
+def from_dict(table: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain tables (of TOML, or of a saved run). Raises RecipeError."""
+    recipe = _build(Recipe, table, "")
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) != 2 or not all(parts):
+        raise RecipeError(f"--set {text!r} is not of the form section.key=value, e.g. train.tokens=1e8")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    table.setdefault(parts[0], {})
+    if not isinstance(table[parts[0]], dict):
+        raise RecipeError(f"--set {text!r}: {parts[0]!r} is not a section of the recipe")
+    table[parts[0]][parts[1]] = parsed
+
+
+def _build(kind: type, table: object, path: str) -> Any:
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{path or 'the recipe'} is {table!r}; a table is wanted")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in table:
+        if key not in known:
+            raise RecipeError(f"unknown key {_join(path, key)!r} in the recipe.{_suggestion(key, known)}")
+    values = {}
+    for f in dataclasses.fields(kind):
+        if f.name in table:
+            values[f.name] = _convert(hints[f.name], table[f.name], _join(path, f.name))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"the recipe lacks {_join(path, f.name)!r}")
+    return kind(**values)
+
+
+def _convert(kind: Any, value: object, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return _build(typing.cast(type, kind), value, path)
+    origin = typing.get_origin(kind)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        items = typing.get_args(kind)
+        if items[-1] is not Ellipsis and len(items) != len(value):
+            raise RecipeError(f"{path} is {value!r}; {len(items)} values are wanted")
+        return tuple(_convert(items[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return types.MappingProxyType(dict(value)) if not isinstance(value, dict) else dict(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int and number and float(typing.cast(float, value)).is_integer():
+        return int(typing.cast(float, value))
+    if kind is float and number:
+        return float(typing.cast(float, value))
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    raise RecipeError(f"{path} is {value!r}; {getattr(kind, '__name__', 'a list of numbers')} is wanted")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _suggestion(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+
+
+# --- comparing, for resume -------------------------------------------------------------------------------------
+FREE_ON_RESUME = ("log", "checkpoint", "export", "train.max_minutes", "train.compile", "data.workers")
+"""Sections and keys that may change between a run and its continuation: no trained number depends on them (but
+`train.compile`, which rounds differently: the run goes on soundly, not bit for bit)."""
+
+
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """Dotted keys in which two resolved recipes differ, those of FREE_ON_RESUME left out."""
+    found: list[str] = []
+    for key in sorted(set(saved) | set(now)):
+        dotted = _join(path, key)
+        if dotted in FREE_ON_RESUME:
+            continue
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, dotted)
+        elif _plain(a) != _plain(b):
+            found.append(dotted)
+    return found
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
