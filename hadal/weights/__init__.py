@@ -12,7 +12,7 @@ from hadal.weights.errors import HubError, NotFoundError, PullError, WeightsErro
 
 if TYPE_CHECKING:
     from hadal.weights import hub, names
-    from hadal.weights.convert import convert
+    from hadal.weights.conversion import convert
     from hadal.weights.folder import load
     from hadal.weights.writer import save
 
@@ -28,7 +28,7 @@ __all__ = [
     "save",
 ]
 
-_HOME = {"load": "folder", "save": "writer", "convert": "convert"}
+_HOME = {"load": "folder", "save": "writer", "convert": "conversion"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,190 @@
+"""Load a published folder into a `Transformer`: mapped, shard by shard, straight into place.
+
+The model is allocated uninitialised on its device; each stored tensor is then read in pieces of 4 MiB
+and written to the rows that `names` gives it. FP8 blocks are dequantised on the way
+(w = float(q) · scale_inv, DeepSeek-V3 §3.3), on the target device. Every piece is searched for NaN and
+infinity. Peak host memory is the weights plus a few pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hadal.model.transformer import Transformer
+from hadal.ops.fp8 import dequantise_blocks
+from hadal.weights.errors import WeightsError
+from hadal.weights.header import Stored
+from hadal.weights.layout import CONFIG, Folder, open_folder
+from hadal.weights.manifest import Progress, verify_files
+from hadal.weights.mapped import Mapping
+from hadal.weights.names import SCALE_SUFFIX, Slot
+
+_THREADS = 4
+
+
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    with_mtp: bool = True,
+    verify: Literal["header", "full"] = "header",
+    max_positions: int | None = None,
+) -> Transformer:
+    """The model of a published folder, on `device` in `dtype` (gate biases stay FP32), in eval mode.
+
+    with_mtp: False leaves the MTP modules out. verify: "full" first compares every file with its SHA-256
+    (from `manifest.json`, or the hub cache's blob names). progress: called with (bytes read, bytes in all).
+    Raises WeightsError or ConfigError, naming file and tensor; a partly loaded model is never returned.
+    """
+    path = Path(folder)
+    if verify not in ("header", "full"):
+        raise WeightsError(f'verify is {verify!r}; it is "header" or "full"')
+    opened = open_folder(path, with_mtp=with_mtp)
+    if verify == "full":
+        verify_files(path, [*opened.files, CONFIG])
+    config = opened.config if with_mtp else replace(opened.config, num_nextn_predict_layers=0)
+    model = Transformer(config, dtype=dtype, device=device, max_positions=max_positions)
+    load_into(model, opened, progress=progress)
+    return model.eval()
+
+
+@torch.no_grad()
+def load_into(model: Transformer, folder: Folder, *, progress: Progress | None = None) -> None:
+    """Fill every parameter of a model from an opened folder. The model's shapes must be the folder's."""
+    state = model.state_dict()
+    unfilled = set(state) - {slot.slot.parameter for slot in folder.expected.values()}
+    if unfilled:
+        raise WeightsError(f"{folder.path} does not fill {sorted(unfilled)[0]}; load its own {CONFIG}")
+    counter = _Counter(folder.nbytes, progress)
+    with Mapping() as files:
+        work = _Work(folder, state, files, counter)
+        tensors, copies = _by_shard(folder)
+        with ThreadPoolExecutor(_THREADS, "hadal-load") as pool:
+            for shard in tensors:
+                _run(pool, work.fill, shard)
+            _run(pool, work.compare, copies)
+
+
+def _by_shard(folder: Folder) -> tuple[list[list[Slot]], list[Slot]]:
+    """Slots to fill, shard after shard in file order; and the copies to compare once all is filled."""
+    shards: dict[str, list[Slot]] = {name: [] for name in folder.files}
+    copies = []
+    for name, stored in sorted(folder.stored.items(), key=lambda item: item[1].begin):
+        if name not in folder.expected:
+            copies.append(folder.optional[name])
+        elif folder.expected[name].dtype != "scale":
+            slot = folder.expected[name].slot
+            (copies if slot.copy else shards[stored.file.name]).append(slot)
+    return list(shards.values()), copies
+
+
+def _run(pool: ThreadPoolExecutor, work: Callable[[Slot], None], slots: list[Slot]) -> None:
+    """Do all slots; the first error stops what has not begun."""
+    futures = [pool.submit(work, slot) for slot in slots]
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
+
+
+@dataclass(frozen=True)
+class _Work:
+    folder: Folder
+    state: dict[str, Tensor]
+    files: Mapping
+    counter: _Counter
+
+    def fill(self, slot: Slot) -> None:
+        """Copy one stored tensor to its rows, dequantised and converted, and check that it is finite."""
+        stored = self.folder.stored[slot.name]
+        target = place(self.state, slot)
+        scale = self._scale(slot)
+        block = self.folder.config.fp8.weight_block_size if self.folder.config.fp8 else (1, 1)
+        for start, stop, rows in self.files.pieces(stored, block[0] if scale is not None else 1):
+            part = target[start:stop]
+            if scale is not None:
+                some = scale[start // block[0] : -(-stop // block[0])]
+                rows = dequantise_blocks(rows.to(part.device), some.to(part.device), block, part.dtype)
+            part.copy_(rows)
+            del rows
+            _check_finite(slot, stored, part)
+            self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
+
+    def _scale(self, slot: Slot) -> Tensor | None:
+        """The block scales of an FP8 matrix, copied out of their file (it may be another shard)."""
+        stored = self.folder.stored.get(slot.name + SCALE_SUFFIX)
+        if stored is None:
+            return None
+        scale = self.files.rows(stored, 0, stored.shape[0]).clone()
+        self.files.release(stored, 0, stored.shape[0])
+        if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+            raise WeightsError(
+                f"{stored.file}: {slot.name}{SCALE_SUFFIX} has NaN, infinite or negative scales; fetch the file again"
+            )
+        self.counter.add(stored.nbytes)
+        return scale
+
+    def compare(self, slot: Slot) -> None:
+        """A stored copy (MTP's embedding and head, a tied head) must equal the parameter that it repeats."""
+        stored = self.folder.stored[slot.name]
+        target = place(self.state, slot)
+        for start, stop, rows in self.files.pieces(stored):
+            part = target[start:stop]
+            if not torch.equal(rows.to(part.device).to(part.dtype), part):
+                raise WeightsError(
+                    f"{stored.file}: {slot.name} differs from {slot.parameter}, which it must repeat; fetch the "
+                    f"file again{', or load with with_mtp=False' if not slot.optional else ''}"
+                )
+            self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
+
+
+def place(state: dict[str, Tensor], slot: Slot) -> Tensor:
+    """The rows of a parameter that a slot names (a view). WeightsError when the parameter has another shape."""
+    parameter = state[slot.parameter]
+    if slot.index is not None:
+        parameter = parameter[slot.index]
+    rows = parameter[slot.row : slot.row + slot.shape[0]]
+    if tuple(rows.shape) != slot.shape:
+        raise WeightsError(
+            f"parameter {slot.parameter} has shape {list(parameter.shape)}, {slot.name} {list(slot.shape)} does not "
+            f"fit at row {slot.row}; load the folder's own {CONFIG}"
+        )
+    return rows
+
+
+def _check_finite(slot: Slot, stored: Stored, rows: Tensor) -> None:
+    """`aminmax` hands NaN on and costs a tenth of `isfinite` on a CPU."""
+    low, high = torch.aminmax(rows)
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        as_read = "" if str(rows.dtype) in _EXACT.get(stored.dtype, ()) else f" (read as {rows.dtype})"
+        raise WeightsError(f"{stored.file}: {slot.name} holds NaN or infinity{as_read}; fetch the file again")
+
+
+_EXACT = {"F32": ("torch.float32",), "BF16": ("torch.bfloat16", "torch.float32"), "F16": ("torch.float16",)}
+
+
+class _Counter:
+    """Bytes done, reported from several threads one at a time."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._done, self._progress, self._lock = total, 0, progress, Lock()
+
+    def add(self, n: int) -> None:
+        if self._progress is None:
+            return
+        with self._lock:
+            self._done += n
+            self._progress(self._done, self._total)
