@@ -1,15 +1,17 @@
 """The page allocator and the prefix cache: who owns which page of the key/value cache. No tensors.
 
-The cache is cut into pages of `page_size` tokens; a sequence owns a list of them. A page is in exactly one state:
+The cache is cut into pages of `page_size` tokens; a sequence owns a list of them. A page is in exactly one
+state:
 
     in use   reference count ≥ 1: some sequences hold it (several, when they share a prefix)
     cached   count 0, but its content is known by its hash: it is kept until its room is needed, oldest first
     blank    count 0, content worthless
 
-Page 0 is in none of them: it is scratch for the padding rows of static-shape steps. A full page is known by a
-chained hash of its tokens and all before them (`Request.hashes`), so that equal hashes mean equal keys, and
-sharing needs no copy: a shared page is full, and full pages are never written again. (As vLLM's automatic prefix
-caching, https://docs.vllm.ai/en/latest/design/prefix_caching.html; salted against timing probes, CVE-2025-46570.)
+Page 0 is in none of them: it is scratch for the padding rows of static-shape steps. A full page is known by
+a chained hash of its tokens and all before them (`Request.hashes`), so that equal hashes mean equal keys,
+and sharing needs no copy: a shared page is full, and full pages are never written again. (As vLLM's
+automatic prefix caching, https://docs.vllm.ai/en/latest/design/prefix_caching.html; salted against timing
+probes, CVE-2025-46570.)
 """
 
 from __future__ import annotations
@@ -104,7 +106,8 @@ class PageAllocator:
             self._by_hash[digest] = page
 
     def release(self, pages: Sequence[int]) -> None:
-        """Give back one hold on each page. A sequence's end ages first: prefixes are likelier to be asked again."""
+        """Give back one hold on each page. A sequence's end ages first: prefixes are likelier to be asked
+        again."""
         for page in reversed(pages):
             if self._count[page] < 1:
                 raise IntegrityError(f"page {page} is released while nobody holds it")
@@ -115,8 +118,17 @@ class PageAllocator:
                 else:
                     self._cached[page] = None
 
+    def unregister(self, pages: Iterable[int]) -> None:
+        """Nobody may find these pages again: what they hold is not to be trusted. Holders keep them."""
+        for page in pages:
+            self._forget(page)
+            if page in self._cached:
+                del self._cached[page]
+                self._blank.append(page)
+
     def forget_prefixes(self) -> None:
-        """Drop every hash (the weights changed, or the content was lost). Pages in use stay with their owners."""
+        """Drop every hash (the weights changed, or the content was lost). Pages in use stay with their
+        owners."""
         for page in list(self._by_hash.values()):
             self._forget(page)
         self._blank.extend(self._cached)
@@ -129,7 +141,8 @@ class PageAllocator:
             self._hash[page] = None
 
     def check_integrity(self, holdings: Iterable[Sequence[int]]) -> None:
-        """`holdings`: the pages of each sequence. Raises IntegrityError unless each page is in exactly one state."""
+        """`holdings`: the pages of each sequence. Raises IntegrityError unless each page is in exactly one
+        state."""
         counts = Counter(page for pages in holdings for page in pages)
         for page in range(self.num_pages):
             if self._count[page] != counts[page]:
