@@ -1,0 +1,115 @@
+"""Group-limited top-k routing in one kernel behind one matrix product. Reference: `hadal.ops.gate`.
+
+One program a token holds its scores as [groups, experts of a group], both padded to powers of two.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hadal.config import Moe
+
+
+@triton.jit
+def _argmax_2d(value, index, NOTHING: tl.constexpr):
+    """(largest value, smallest index that holds it) of a 2-D tile."""
+    best = tl.max(tl.max(value, 1), 0)
+    at = tl.where(value == best, index, NOTHING)
+    return best, tl.min(tl.min(at, 1), 0)
+
+
+@triton.jit
+def _gate_kernel(
+    logit, bias, expert, weight, n_experts, scale,
+    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    K: tl.constexpr, TOPK_GROUP: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
+    SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, BLOCK_G)
+    p = tl.arange(0, BLOCK_P)
+    index = g[:, None] * PER_GROUP + p[None, :]
+    real = (g[:, None] < GROUPS) & (p[None, :] < PER_GROUP)
+    value = tl.load(logit + token * n_experts + index, mask=real, other=float("-inf"))
+    if SIGMOID:
+        score = tl.where(real, 1.0 / (1.0 + tl.exp(-value)), 0.0)
+    else:
+        shifted = tl.where(real, tl.exp(value - tl.max(tl.max(value, 1), 0)), 0.0)
+        score = shifted / tl.sum(tl.sum(shifted, 1), 0)
+    choice = score
+    if BIASED:
+        choice = choice + tl.load(bias + index, mask=real, other=0.0)
+    choice = tl.where(real, choice, float("-inf"))
+    if TOPK_GROUP < GROUPS:
+        first = tl.max(choice, 1)
+        rank = first
+        if SUM_OF_TWO:
+            at = tl.min(tl.where(choice == first[:, None], p[None, :], BLOCK_P), 1)
+            second = tl.max(tl.where(p[None, :] == at[:, None], float("-inf"), choice), 1)
+            rank = first + tl.where(second == float("-inf"), 0.0, second)
+        rank = tl.where(g < GROUPS, rank, float("-inf"))
+        kept = tl.zeros([BLOCK_G], tl.int32)
+        for _ in tl.static_range(TOPK_GROUP):
+            best = tl.max(rank, 0)
+            at_g = tl.min(tl.where((rank == best) & (kept == 0), g, BLOCK_G), 0)
+            kept = tl.where(g == at_g, 1, kept)
+            rank = tl.where(g == at_g, float("-inf"), rank)
+        choice = tl.where(kept[:, None] == 1, choice, float("-inf"))
+    slot = tl.arange(0, BLOCK_K)
+    chosen = tl.zeros([BLOCK_K], tl.int32)
+    gathered = tl.zeros([BLOCK_K], tl.float32)
+    for k in tl.static_range(K):
+        best, at = _argmax_2d(choice, index, 1 << 30)
+        at = tl.minimum(at, n_experts - 1)  # NaN scores: any valid expert, so that no address goes astray
+        picked = tl.sum(tl.sum(tl.where(index == at, score, 0.0) * tl.where(real, 1.0, 0.0), 1), 0)
+        chosen = tl.where(slot == k, at, chosen)
+        gathered = tl.where(slot == k, picked, gathered)
+        choice = tl.where(index == at, float("-inf"), choice)
+    if NORMALISE:
+        gathered = gathered / (tl.sum(gathered, 0) + 1e-20)
+    tl.store(expert + token * K + slot, chosen.to(tl.int64), mask=slot < K)
+    tl.store(weight + token * K + slot, gathered * scale, mask=slot < K)
+
+
+def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """FP32 router logits. BF16 products are exact in FP32, so a BF16 product with FP32 output loses nothing."""
+    if x_TD.dtype == torch.bfloat16 and x_TD.is_cuda:
+        return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
+    return x_TD.float() @ weight_ED.float().t()
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:
+    """(experts int64 [T, K], weights FP32 [T, K])."""
+    logit_TE = gate_logits(x_TD, weight_ED)
+    tokens, n_experts = logit_TE.shape
+    K = moe.num_experts_per_tok
+    groups = moe.n_group if moe.topk_method != "greedy" else 1
+    per_group = n_experts // groups
+    normalise = moe.norm_topk_prob and K > 1
+    scaled = moe.topk_method == "noaux_tc" or not normalise
+    expert_TK = torch.empty((tokens, K), dtype=torch.int64, device=x_TD.device)
+    weight_TK = torch.empty((tokens, K), dtype=torch.float32, device=x_TD.device)
+    _gate_kernel[(tokens,)](
+        logit_TE,
+        bias_E if bias_E is not None else logit_TE,
+        expert_TK,
+        weight_TK,
+        n_experts,
+        moe.routed_scaling_factor if scaled else 1.0,
+        GROUPS=groups,
+        PER_GROUP=per_group,
+        BLOCK_G=triton.next_power_of_2(groups),
+        BLOCK_P=triton.next_power_of_2(per_group),
+        K=K,
+        TOPK_GROUP=moe.topk_group if groups > 1 else 1,
+        SIGMOID=moe.scoring_func == "sigmoid",
+        BIASED=bias_E is not None,
+        SUM_OF_TWO=moe.topk_method == "noaux_tc",
+        NORMALISE=normalise,
+        BLOCK_K=triton.next_power_of_2(K),
+        num_warps=1 if n_experts <= 64 else 4,
+    )
+    return expert_TK, weight_TK

@@ -1,0 +1,173 @@
+"""Triton kernels against their torch references: on CUDA in BF16 and FP32, elsewhere in the interpreter (FP32)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hadal.config import Moe
+from hadal.ops import gate as gate_op
+from hadal.ops import paged, rope
+from hadal.ops.experts import experts_reference
+from hadal.ops.rms_norm import rms_norm_reference
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
+needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
+def test_kernels_in_the_interpreter():
+    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in a process of their own."""
+    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+def close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
+    """Relative error in norm against a reference computed from upcast inputs; NaN never passes."""
+    out, reference = out.double().cpu(), reference.double().cpu()
+    error = (out - reference).norm() / reference.norm().clamp_min(1e-9)
+    assert error < TOLERANCE[dtype], float(error)
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,width", [(1, 24), (5, 100), (3, 2048)])
+def test_rms_norm(rows, width, dtype):
+    from hadal.ops.triton.norm import add_rms_norm, rms_norm
+
+    wide, weight = draw(rows, width + 8, dtype=dtype), draw(width, dtype=dtype)
+    x = wide[:, :width]  # strided rows
+    close(rms_norm(x, weight, 1e-6), rms_norm_reference(x.double(), weight.double(), 1e-6), dtype)
+    delta = draw(rows, width, dtype=dtype)
+    total, normed = add_rms_norm(x, delta, weight, 1e-6)
+    assert torch.equal(total, x + delta)
+    close(normed, rms_norm_reference((x + delta).double(), weight.double(), 1e-6), dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_rotation(interleaved, dtype):
+    from hadal.ops.triton.rope import rotate
+
+    x = draw(7, 5, 3 + 24, dtype=dtype)[..., 3:]
+    table = rope.rotation_table(rope.Rope(type="yarn", factor=4.0, original_max_position_embeddings=64), 24, 300)
+    rotation = table[torch.randint(0, 300, (7,))].to(DEVICE)
+    reference = (rope.rotate_interleaved if interleaved else rope.rotate_half)(x.cpu().float(), rotation.cpu())
+    close(rotate(x, rotation, interleaved), reference, dtype)
+    close(rotate(x[:, 0], rotation, interleaved), reference[:, 0], dtype)
+
+
+GATES = [
+    Moe(16, 1, 4, 8, n_group=4, topk_group=2, routed_scaling_factor=2.5),
+    Moe(256, 1, 8, 8, n_group=8, topk_group=4, routed_scaling_factor=2.5),
+    Moe(24, 1, 3, 8, n_group=3, topk_group=2, norm_topk_prob=False),
+    Moe(160, 2, 6, 8, scoring_func="softmax", topk_method="group_limited_greedy", n_group=8, topk_group=3,
+        norm_topk_prob=False, routed_scaling_factor=16.0),
+    Moe(64, 2, 6, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False),
+    Moe(12, 2, 5, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=True, routed_scaling_factor=3.0),
+]  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("moe", GATES, ids=lambda m: f"{m.topk_method}-{m.n_routed_experts}")
+def test_gate(moe):
+    from hadal.ops.triton.gate import gate
+
+    x, weight = draw(9, 32, dtype=torch.float32), draw(moe.n_routed_experts, 32, dtype=torch.float32, scale=0.3)
+    biased = moe.topk_method == "noaux_tc"
+    bias = draw(moe.n_routed_experts, dtype=torch.float32) - 1.0 if biased else None  # negative biases: −inf masks
+    expert, weights = gate(x, weight, bias, moe)
+    want_expert, want_weights, _ = gate_op.gate_reference(x, weight, bias, moe)
+    order, want_order = expert.argsort(-1), want_expert.argsort(-1)
+    assert torch.equal(expert.gather(1, order), want_expert.gather(1, want_order))
+    close(weights.gather(1, order), want_weights.gather(1, want_order), torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("hidden,width,n_experts,K", [(48, 20, 6, 2), (128, 96, 16, 4)])
+def test_experts(tokens, hidden, width, n_experts, K, dtype):
+    from hadal.ops.triton.experts import experts
+
+    x = draw(tokens, hidden, dtype=dtype)
+    gate_up = draw(n_experts, 2 * width, hidden, dtype=dtype, scale=hidden**-0.5)
+    down = draw(n_experts, hidden, width, dtype=dtype, scale=width**-0.5)
+    expert = torch.stack([torch.randperm(n_experts)[:K] for _ in range(tokens)]).to(DEVICE)
+    expert[: tokens // 2] = torch.arange(K, device=DEVICE)  # a crowded expert has more rows than a tile
+    weight = draw(tokens, K, dtype=torch.float32).abs()
+    wide = experts_reference(x.double(), expert, weight.double(), gate_up.double(), down.double())
+    close(experts(x, expert, weight, gate_up, down), wide, dtype)
+
+
+def pages_for(lengths: list[int], page: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block table of shuffled pages, wider than needed, padded with page 0; entries beyond a length are poison."""
+    columns = max(-(-n // page) for n in lengths) + width
+    table = torch.zeros(len(lengths), columns, dtype=torch.int32)
+    free = torch.randperm(sum(-(-n // page) for n in lengths)) + 1
+    at = 0
+    for s, n in enumerate(lengths):
+        used = -(-n // page)
+        table[s, :used] = free[at : at + used].int()
+        at += used
+    return table, torch.tensor(lengths, dtype=torch.int32)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,rank,rope_dim", [(4, 24, 8), (20, 64, 16)])
+def test_mla_decode(heads, rank, rope_dim, dtype):
+    from hadal.ops.triton.decode import mla_decode
+
+    lengths, page = [1, 67, 200], 16
+    table, context = pages_for(lengths, page, 3)
+    cache = torch.randn(int(table.max()) + 2, page, rank + rope_dim)
+    poison_unused(cache, table, lengths, page)
+    q = draw(3, heads, rank + rope_dim, dtype=dtype)
+    cache = cache.to(dtype).to(DEVICE)
+    out = mla_decode(q, cache, table.to(DEVICE), context.to(DEVICE), rank, 0.2)
+    clean = cache.double().nan_to_num(0).cpu()
+    close(out, paged.mla_decode_reference(q.double().cpu(), clean, table, context, rank, 0.2), dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,groups,width", [(6, 2, 24), (7, 1, 64)])
+def test_gqa_decode(heads, groups, width, dtype):
+    from hadal.ops.triton.decode import gqa_decode
+
+    lengths, page = [1, 67, 200], 16
+    table, context = pages_for(lengths, page, 3)
+    cache = torch.randn(int(table.max()) + 2, page, 2, groups, width)
+    poison_unused(cache, table, lengths, page)
+    q = draw(3, heads, width, dtype=dtype)
+    cache = cache.to(dtype).to(DEVICE)
+    out = gqa_decode(q, cache, table.to(DEVICE), context.to(DEVICE), 0.2)
+    clean = cache.double().nan_to_num(0).cpu()
+    close(out, paged.gqa_decode_reference(q.double().cpu(), clean, table, context, 0.2), dtype)
+
+
+def poison_unused(cache: torch.Tensor, table: torch.Tensor, lengths: list[int], page: int) -> None:
+    """NaN in every cached row that no sequence may see."""
+    visible = torch.zeros(cache.shape[:2], dtype=torch.bool)
+    for s, n in enumerate(lengths):
+        for t in range(n):
+            visible[table[s, t // page], t % page] = True
+    cache[~visible] = float("nan")
