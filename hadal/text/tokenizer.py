@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -247,6 +248,10 @@ class Tokenizer:
             ROUND_TRIP_TEXTS, self._encode_batch(self._plain, ROUND_TRIP_TEXTS), strict=True
         ):
             expected = self.normalize(text)
+            if self._byte_level and unicodedata.normalize("NFC", expected) != unicodedata.normalize(
+                "NFC", text
+            ):
+                raise TokenizerError(f"its normalizer loses text: {text!r} becomes {expected!r}")
             if (actual := self.decode(ids)) != expected:
                 raise TokenizerError(f"round trip fails: {expected!r} comes back as {actual!r}")
 
