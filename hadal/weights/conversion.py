@@ -16,7 +16,7 @@ from torch import Tensor
 from hadal.config import Fp8
 from hadal.ops.fp8 import dequantise_blocks
 from hadal.weights.errors import WeightsError
-from hadal.weights.layout import CONFIG, Folder, open_folder
+from hadal.weights.layout import CONFIG, Folder, open_folder, read_config_json
 from hadal.weights.manifest import Progress, verify_files
 from hadal.weights.mapped import Mapping
 from hadal.weights.names import SCALE_SUFFIX, Slot
@@ -45,7 +45,7 @@ def convert(
         raise WeightsError(f"{source} is in FP8 blocks already; convert to BF16, or copy the folder")
     if verify:
         verify_files(opened.path, [*opened.files, CONFIG])
-    target = make_target(opened.config, fp8, dtype)
+    target = make_target(opened.config, fp8, dtype, read_config_json(opened.path).get("hadal"))
     with Mapping() as files:
 
         def rows(slot: Slot, height: int) -> Iterator[Tensor]:

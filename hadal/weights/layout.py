@@ -51,15 +51,19 @@ class Folder:
 
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of a folder. WeightsError when there is none, ConfigError names the faulty key."""
-    path = folder / CONFIG
+    try:
+        return ModelConfig.from_hf(read_config_json(folder))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from error
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """`config.json` as it stands."""
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; give a folder with {CONFIG} and *.safetensors")
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         raise WeightsError(f"{folder} has no {CONFIG}; a model folder holds {CONFIG} and *.safetensors")
-    try:
-        return ModelConfig.from_hf(_read_json(path, _MAX_CONFIG_BYTES))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return _read_json(folder / CONFIG, _MAX_CONFIG_BYTES)
 
 
 def open_folder(folder: Path, *, with_mtp: bool = True) -> Folder:

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,6 +46,7 @@ class Target:
 
     config: ModelConfig
     dtype: torch.dtype
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def dtype_name(self, expected: Expected) -> str:
         fixed = {"float32": "F32", "scale": "F32", "fp8": "F8_E4M3"}
@@ -72,9 +73,7 @@ def save(
     `config.json` under "hadal". files_from: a folder whose tokenizer and generation files are copied.
     Raises WeightsError: the folder exists (and not `overwrite`), a NaN or infinity by name, no space.
     """
-    target = make_target(model.config, fp8, dtype or (torch.bfloat16 if fp8 else model.dtype))
-    if metadata is not None:
-        target = replace(target, config=_with_metadata(target.config, metadata))
+    target = make_target(model.config, fp8, dtype or (torch.bfloat16 if fp8 else model.dtype), metadata)
     state = model.state_dict()
 
     def rows(slot: Slot, height: int) -> Iterator[Tensor]:
@@ -95,7 +94,9 @@ def save(
     )
 
 
-def make_target(config: ModelConfig, fp8: bool | Fp8, dtype: torch.dtype) -> Target:
+def make_target(
+    config: ModelConfig, fp8: bool | Fp8, dtype: torch.dtype, metadata: Mapping[str, Any] | None = None
+) -> Target:
     """The configuration of what will be written. WeightsError for dtypes that folders do not hold."""
     if dtype not in _DTYPE_NAMES:
         raise WeightsError(
@@ -103,11 +104,7 @@ def make_target(config: ModelConfig, fp8: bool | Fp8, dtype: torch.dtype) -> Tar
         )
     if fp8 is True:
         fp8 = config.fp8 or Fp8()
-    return Target(replace(config, fp8=fp8 or None), dtype)
-
-
-def _with_metadata(config: ModelConfig, metadata: Mapping[str, Any]) -> ModelConfig:
-    return replace(config, extra={**config.extra, "hadal": dict(metadata)})
+    return Target(replace(config, fp8=fp8 or None), dtype, metadata or {})
 
 
 def side_files(source: str | Path | None) -> list[Path]:
@@ -206,12 +203,18 @@ def _write_files(
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         hashes[INDEX] = _write_json(building / INDEX, index)
-    config = target.config.to_hf() | {"torch_dtype": str(target.dtype).removeprefix("torch.")}
-    hashes[CONFIG] = _write_json(building / CONFIG, config)
+    hashes[CONFIG] = _write_json(building / CONFIG, _config_json(target))
     for source in files:
         shutil.copyfile(source, building / source.name)
         hashes[source.name] = FileHash(source.stat().st_size, hash_file(building / source.name))
     write_manifest(building, hashes)
+
+
+def _config_json(target: Target) -> dict[str, Any]:
+    """The published `config.json`, with the writer's metadata beside this code's own settings under "hadal"."""
+    config = target.config.to_hf() | {"torch_dtype": str(target.dtype).removeprefix("torch.")}
+    ours = {**target.metadata, **config.get("hadal", {})}
+    return config | ({"hadal": ours} if ours else {})
 
 
 def _header(names: list[str], expected: Mapping[str, Expected], target: Target) -> bytes:
