@@ -1,2 +1,233 @@
+"""The C++ kernels of `csrc/cpu.cpp`: built once with the machine's compiler, kept in the cache folder, called by ctypes.
+
+The build takes about two seconds, on first use; the library's name carries a hash of source, compiler and processor.
+Without a compiler `available()` is False, the torch references run instead, and `hadal doctor` says so.
+The references are in the file of each operation (`linear`, `experts`, `rms_norm`, `rope`, `gate`, `paged`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hadal.config import Moe
+
+SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
+FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fno-finite-math-only", "-std=c++17"]
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: $HADAL_CACHE, else ~/.cache/hadal."""
+    return Path(os.environ.get("HADAL_CACHE") or Path.home() / ".cache" / "hadal") / "kernels"
+
+
+@functools.cache
+def status() -> tuple[Any, str]:
+    """(library or None, why). Builds it if it is not in the cache."""
+    if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
+        return None, f"no kernels for {platform.machine()}"
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None, "no C++ compiler (install g++ or clang++ for several times the speed)"
+    try:
+        path = _build(compiler)
+        _share_openmp()
+        return ctypes.CDLL(str(path)), f"{path.name}, built by {Path(compiler).name}"
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or str(error)
+        return None, f"the kernels could not be built: {detail.strip().splitlines()[-1] if detail.strip() else error}"
+
+
 def available() -> bool:
-    return False
+    """True when the library is loaded."""
+    return status()[0] is not None
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return platform.processor()
+
+
+def _build(compiler: str) -> Path:
+    """Compile into the cache under a name that no other source, flags, compiler or processor shares."""
+    flags = [f for f in FLAGS if "prefer-vector" not in f or platform.machine() in ("x86_64", "AMD64")]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = "\0".join([SOURCE.read_text(), " ".join(flags), version, _processor()])
+    path = cache_folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        item, library = f"{folder}/cpu.o", f"{folder}/cpu.so"
+        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=120)
+        run([compiler, *flags, "-fPIC", "-fopenmp", "-c", str(SOURCE), "-o", item])
+        link = [] if _torch_openmp() else ["-fopenmp"]
+        run([compiler, "-shared", item, "-o", library, *link])
+        os.replace(library, path)
+    return path
+
+
+@functools.cache
+def _torch_openmp() -> str | None:
+    """The OpenMP runtime inside the torch wheel; sharing it keeps one pool of threads."""
+    found = glob.glob(str(Path(torch.__file__).parent / "lib" / "libgomp*.so*"))
+    found += glob.glob(str(Path(torch.__file__).parent.parent / "torch.libs" / "libgomp*.so*"))
+    return found[0] if found else None
+
+
+def _share_openmp() -> None:
+    runtime = _torch_openmp()
+    if runtime:
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype) -> Any:
+    function = getattr(status()[0], f"{name}_{'f32' if dtype == torch.float32 else 'bf16'}")
+    p, i, f = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    function.restype = None
+    function.argtypes = {
+        "linear": [p] * 4 + [i] * 4,
+        "experts": [p] * 6 + [i] * 5,
+        "swiglu": [p] * 2 + [i] * 2,
+        "rms_norm": [p] * 5 + [i] * 3 + [f],
+        "rotate": [p] * 3 + [i] * 5 + [ctypes.c_int],
+        "gate": [p] * 5 + [i] * 6 + [ctypes.c_int] * 3 + [f],
+        "decode": [p] * 5 + [i] * 9 + [f],
+    }[name]
+    return function
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x·Wᵀ + b for few rows."""
+    width = x.shape[-1]
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, width).contiguous()
+    out = x.new_empty((rows.shape[0], weight_OI.shape[0]))
+    bias = None if bias_O is None else bias_O.data_ptr()
+    _function("linear", x.dtype)(
+        rows.data_ptr(), weight_OI.data_ptr(), bias, out.data_ptr(), rows.shape[0], out.shape[1], width, rows.stride(0)
+    )
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+
+
+def experts(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
+) -> Tensor:
+    """The routed experts; only the chosen ones are read."""
+    x_TD, expert_TK, weight_TK = x_TD.contiguous(), expert_TK.contiguous(), weight_TK.contiguous()
+    out = torch.empty_like(x_TD)
+    (T, K), (E, D, I) = expert_TK.shape, down_EDI.shape
+    _function("experts", x_TD.dtype)(
+        x_TD.data_ptr(), expert_TK.data_ptr(), weight_TK.data_ptr(), gate_up_E2ID.data_ptr(), down_EDI.data_ptr(),
+        out.data_ptr(), T, K, E, D, I,
+    )  # fmt: skip
+    return out
+
+
+def swiglu(x_T2I: Tensor) -> Tensor:
+    """silu(gate) ⊙ up."""
+    x_T2I = x_T2I.contiguous()
+    out = x_T2I.new_empty((x_T2I.shape[0], x_T2I.shape[1] // 2))
+    _function("swiglu", x_T2I.dtype)(x_T2I.data_ptr(), out.data_ptr(), out.shape[0], out.shape[1])
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the last dimension; rows of a matrix may be strided."""
+    width = x.shape[-1]
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, width).contiguous()
+    out = x.new_empty(x.shape)
+    _function("rms_norm", x.dtype)(
+        rows.data_ptr(), None, weight.data_ptr(), None, out.data_ptr(), rows.shape[0], width, rows.stride(0), eps
+    )
+    return out
+
+
+def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, its RMSNorm)."""
+    x_TD, delta_TD = x_TD.contiguous(), delta_TD.contiguous()
+    total, out = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    _function("rms_norm", x_TD.dtype)(
+        x_TD.data_ptr(), delta_TD.data_ptr(), weight.data_ptr(), total.data_ptr(), out.data_ptr(), x_TD.shape[0],
+        x_TD.shape[1], x_TD.shape[1], eps,
+    )  # fmt: skip
+    return total, out
+
+
+def rotate(x: Tensor, rotation_T2r: Tensor, interleaved: bool) -> Tensor:
+    """Rotated copy of x [T, H, R] or [T, R]."""
+    x_THR = x if x.dim() == 3 else x.unsqueeze(1)
+    if x_THR.stride(2) != 1:
+        x_THR = x_THR.contiguous()
+    (T, H, R), rotation = x_THR.shape, rotation_T2r.contiguous()
+    out = x.new_empty(x.shape)
+    _function("rotate", x.dtype)(
+        x_THR.data_ptr(), rotation.data_ptr(), out.data_ptr(), T, H, R // 2, x_THR.stride(0), x_THR.stride(1),
+        int(interleaved),
+    )  # fmt: skip
+    return out
+
+
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:
+    """(experts int64 [T, K], weights FP32 [T, K])."""
+    x_TD, (T, D), (E, K) = x_TD.contiguous(), x_TD.shape, (moe.n_routed_experts, moe.num_experts_per_tok)
+    grouped = moe.topk_method != "greedy"
+    normalise = moe.norm_topk_prob and K > 1
+    scaled = moe.topk_method == "noaux_tc" or not normalise
+    expert = torch.empty((T, K), dtype=torch.int64)
+    weight = torch.empty((T, K), dtype=torch.float32)
+    _function("gate", x_TD.dtype)(
+        x_TD.data_ptr(), weight_ED.data_ptr(), None if bias_E is None else bias_E.data_ptr(), expert.data_ptr(),
+        weight.data_ptr(), T, D, E, K, moe.n_group if grouped else 1, moe.topk_group if grouped else 1,
+        int(moe.scoring_func == "sigmoid"), int(moe.topk_method == "noaux_tc"), int(normalise),
+        moe.routed_scaling_factor if scaled else 1.0,
+    )  # fmt: skip
+    return expert, weight
+
+
+def mla_decode(
+    q_SHC: Tensor, cache_PBC: Tensor, block_table_SP: Tensor, context_len_S: Tensor, rank: int, scale: float
+) -> Tensor:
+    """z [S, H, L]: every head shares the cached entries, whose first L values are the values."""
+    q_SHC, (S, H, C) = q_SHC.contiguous(), q_SHC.shape
+    out = q_SHC.new_empty((S, H, rank))
+    _decode(q_SHC, cache_PBC, block_table_SP, context_len_S, out, 1, C, rank, C, 0, scale)
+    return out
+
+
+def gqa_decode(
+    q_SHC: Tensor, cache_PB2GC: Tensor, block_table_SP: Tensor, context_len_S: Tensor, scale: float
+) -> Tensor:
+    """Output [S, H, C]; an entry holds G keys, then G values."""
+    q_SHC, G, C = q_SHC.contiguous(), cache_PB2GC.shape[3], q_SHC.shape[2]
+    out = torch.empty_like(q_SHC)
+    _decode(q_SHC, cache_PB2GC, block_table_SP, context_len_S, out, G, C, C, 2 * G * C, G * C, scale)
+    return out
+
+
+def _decode(
+    q: Tensor, cache: Tensor, table: Tensor, context: Tensor, out: Tensor, groups: int, width: int, v_width: int,
+    entry: int, v_offset: int, scale: float,
+) -> None:  # fmt: skip
+    table, context = table.to(torch.int32), context.to(torch.int32).contiguous()
+    if table.stride(1) != 1:
+        table = table.contiguous()
+    _function("decode", q.dtype)(
+        q.data_ptr(), cache.data_ptr(), table.data_ptr(), context.data_ptr(), out.data_ptr(), q.shape[0], q.shape[1],
+        groups, width, v_width, entry, v_offset, cache.shape[1], table.stride(0), scale,
+    )  # fmt: skip

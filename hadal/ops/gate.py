@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hadal.config import Moe
-from hadal.ops.dispatch import use_triton
+from hadal.ops.dispatch import use_cpu_kernels, use_triton
+
+SMALL_T = 64  # tokens up to which the CPU kernel, one thread, beats the torch operations
 
 
 def scores(x_TD: Tensor, weight_ED: Tensor, moe: Moe) -> Tensor:
@@ -61,4 +63,8 @@ def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tu
         from hadal.ops.triton.gate import gate as fast
 
         return (*fast(x_TD, weight_ED, bias_E, moe), None)
+    if use_cpu_kernels(x_TD, weight_ED) and x_TD.shape[0] <= SMALL_T:
+        from hadal.ops import cpu
+
+        return (*cpu.gate(x_TD, weight_ED, bias_E, moe), None)
     return gate_reference(x_TD, weight_ED, bias_E, moe)

@@ -39,5 +39,9 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
         from hadal.ops.triton.norm import add_rms_norm as fast
 
         return fast(x, delta, weight, eps)
+    if use_cpu_kernels(x, delta, weight) and x.dim() == 2:
+        from hadal.ops import cpu
+
+        return cpu.add_rms_norm(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm(total, weight, eps)

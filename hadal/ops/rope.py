@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import Rope
-from hadal.ops.dispatch import use_triton
+from hadal.ops.dispatch import use_cpu_kernels, use_triton
 
 
 def frequencies(rope: Rope, dim: int) -> Tensor:
@@ -56,8 +56,9 @@ def rotation_table(rope: Rope, dim: int, positions: int, device: torch.device | 
 
 def rotate_interleaved(x_THR: Tensor, rotation_T2r: Tensor) -> Tensor:
     """Rotate pairs (2i, 2i+1) of x [T, H, R] (or [T, R]) by rotation [T, 2, R/2]."""
-    if use_triton(x_THR):
-        return _triton_rotate(x_THR, rotation_T2r, True)
+    fast = _fast_rotate(x_THR, rotation_T2r, True)
+    if fast is not None:
+        return fast
     cos, sin = _broadcast(rotation_T2r, x_THR)
     a, b = x_THR.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2).to(x_THR.dtype)
@@ -65,17 +66,25 @@ def rotate_interleaved(x_THR: Tensor, rotation_T2r: Tensor) -> Tensor:
 
 def rotate_half(x_THR: Tensor, rotation_T2r: Tensor) -> Tensor:
     """Rotate pairs (i, i + R/2) of x [T, H, R] by rotation [T, 2, R/2]."""
-    if use_triton(x_THR):
-        return _triton_rotate(x_THR, rotation_T2r, False)
+    fast = _fast_rotate(x_THR, rotation_T2r, False)
+    if fast is not None:
+        return fast
     cos, sin = _broadcast(rotation_T2r, x_THR)
     a, b = x_THR.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_THR.dtype)
 
 
-def _triton_rotate(x: Tensor, rotation_T2r: Tensor, interleaved: bool) -> Tensor:
-    from hadal.ops.triton.rope import rotate
+def _fast_rotate(x: Tensor, rotation_T2r: Tensor, interleaved: bool) -> Tensor | None:
+    """One kernel on CUDA or CPU for inference; None where the differentiable form must run."""
+    if use_triton(x):
+        from hadal.ops.triton.rope import rotate
 
-    return rotate(x, rotation_T2r, interleaved)
+        return rotate(x, rotation_T2r, interleaved)
+    if use_cpu_kernels(x):
+        from hadal.ops import cpu
+
+        return cpu.rotate(x, rotation_T2r, interleaved)
+    return None
 
 
 def _broadcast(rotation_T2r: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
