@@ -19,7 +19,7 @@ Where a published template is at fault or silent, we differ, on purpose:
  - R1's Jinja never resets its tool flags, so a second round of tools lacks its opening tokens; ours is
  well-formed, as
    in R1-0528's. Results that a user message follows are closed.
- - Earlier reasoning is dropped from every assistant message, also those beside tools.
+ - Models that reason: earlier reasoning is dropped from every assistant message, also those beside tools.
  - The distills' Jinja keeps only the last system message; ours joins them, as all others do.
  - R1-0528's prompt is followed by the opening tag, so that where reasoning begins is known, not guessed.
  - R1 has no switch; `thinking=False` writes an empty reasoning (Ma et al. 2025, arXiv 2504.09858).
@@ -151,11 +151,6 @@ class _Options:
     @property
     def turns(self) -> list[Message]:
         return [message for message in self.messages if message.role != "system"]
-
-
-def _answer(message: Message) -> str:
-    """The content without reasoning that a client left in it."""
-    return (message.content or "").split("</think>")[-1]
 
 
 def _v3_calls(calls: Sequence[Call]) -> Parts:
@@ -315,20 +310,25 @@ class _V3(_Base):
 
     def _assistant(self, message: Message, thinking: bool) -> Parts:
         if message.calls:
-            return [_answer(message), *_v3_calls(message.calls), EOS]
+            return [self._answer(message), *_v3_calls(message.calls), EOS]
         if not message.prefix:
-            return [_answer(message), EOS]
+            return [self._answer(message), EOS]
         if message.reasoning is None:
-            return [*([] if thinking else self._opening(False)), _answer(message)]
-        if not _answer(message):
+            return [*([] if thinking else self._opening(False)), self._answer(message)]
+        if not self._answer(message):
             return [THINK, f"\n{message.reasoning}"]
-        return [THINK, f"\n{message.reasoning}\n", END_THINK, f"\n\n{_answer(message)}"]
+        return [THINK, f"\n{message.reasoning}\n", END_THINK, f"\n\n{self._answer(message)}"]
 
     def _opening(self, thinking: bool) -> Parts:
         """How a new answer begins: inside the reasoning, after an empty one, or (V3) with neither."""
         if not self.supports_thinking:
             return []
         return [THINK, "\n"] if thinking else [THINK, "\n\n", END_THINK, "\n\n"]
+
+    def _answer(self, message: Message) -> str:
+        """The content; of a model that reasons, without reasoning that a client left in it."""
+        content = message.content or ""
+        return content.split("</think>")[-1] if self.supports_thinking else content
 
 
 @dataclass(frozen=True)
