@@ -168,11 +168,16 @@ for _name, _config, _text, _template in [
     ("DeepSeek-V3-0324", V3, f"DeepSeek-V3-0324: chat model, {_V3_TEXT}", "deepseek-v3"),
     ("DeepSeek-R1", V3, f"DeepSeek-R1: reasoning model on V3-Base, {_V3_TEXT}", "deepseek-r1"),
     ("DeepSeek-R1-Zero", V3, f"DeepSeek-R1-Zero: reinforcement learning alone on V3-Base, {_V3_TEXT}", "deepseek-r1"),
-    ("DeepSeek-R1-0528", V3, f"DeepSeek-R1-0528: reasoning model, {_V3_TEXT}", "deepseek-r1"),
+    ("DeepSeek-R1-0528", V3, f"DeepSeek-R1-0528: reasoning model, {_V3_TEXT}", "deepseek-r1-0528"),
     ("DeepSeek-V3.1-Base", V31, f"DeepSeek-V3.1-Base: base model, {_V3_TEXT}", "plain"),
     ("DeepSeek-V3.1", V31, f"DeepSeek-V3.1: thinking and non-thinking in one, {_V3_TEXT}", "deepseek-v3.1"),
-    ("DeepSeek-V3.1-Terminus", V31, f"DeepSeek-V3.1-Terminus: as V3.1, revised, {_V3_TEXT}", "deepseek-v3.1"),
-    ("DeepSeek-V3.2-Exp", V32, f"DeepSeek-V3.2-Exp: V3.1-Terminus with sparse attention, {_V3_TEXT}", "deepseek-v3.1"),
+    ("DeepSeek-V3.1-Terminus", V31, f"DeepSeek-V3.1-Terminus: V3.1 revised, {_V3_TEXT}", "deepseek-v3.1-terminus"),
+    (
+        "DeepSeek-V3.2-Exp",
+        V32,
+        f"DeepSeek-V3.2-Exp: V3.1-Terminus with sparse attention, {_V3_TEXT}",
+        "deepseek-v3.1-terminus",
+    ),
 ]:
     _add(_name.lower(), _config, f"deepseek-ai/{_name}", _text, _template)
 for _name, _config, _text, _template, _context in [
