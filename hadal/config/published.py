@@ -13,7 +13,7 @@ _HARMLESS = frozenset(
     "ep_size head_dim id2label initializer_range is_decoder is_encoder_decoder label2id max_window_layers "
     "num_mtp_layers output_attentions output_hidden_states pad_token_id pretraining_tp problem_type "
     "qk_head_dim return_dict rope_interleave torch_dtype transformers_version use_cache use_mrope layer_types "
-    "mlp_layer_types hadal".split()
+    "mlp_layer_types output_router_logits hadal".split()
 )
 _FIXED: dict[str, tuple[Any, ...]] = {  # keys whose other values this code does not implement
     "hidden_act": ("silu",),
