@@ -53,8 +53,9 @@ def load(
     if verify == "full":
         verify_files(path, [*opened.files, CONFIG])
     config = opened.config if with_mtp else replace(opened.config, num_nextn_predict_layers=0)
-    model = Transformer(config, dtype=dtype, device=device, max_positions=max_positions)
-    load_into(model, opened, progress=progress)
+    with torch.inference_mode(False):  # its tensors must be ordinary ones: the model may be trained later
+        model = Transformer(config, dtype=dtype, device=device, max_positions=max_positions)
+        load_into(model, opened, progress=progress)
     return model.eval()
 
 

@@ -26,7 +26,7 @@ _MAX_CONFIG_BYTES = 1_000_000
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _ALLOWED = {
     "float": ("BF16", "F16", "F32"),
-    "float32": ("F32", "BF16"),
+    "float32": ("F32",),
     "fp8": ("F8_E4M3",),
     "scale": ("F32",),
 }
@@ -212,6 +212,8 @@ def _check_tensor(config: ModelConfig, name: str, wanted: Expected, stored: Stor
         hint = ""
         if stored.dtype.startswith("F8") and config.fp8 is None:
             hint = f"; FP8 needs quantization_config in {CONFIG}"
+        if wanted.dtype == "float32":
+            hint = "; rounded gate biases choose other experts, get them from the original folder"
         raise WeightsError(
             f"{stored.file}: {name} has dtype {stored.dtype}, expected {' or '.join(_ALLOWED[wanted.dtype])}{hint}"
         )

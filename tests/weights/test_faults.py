@@ -88,6 +88,11 @@ EDITS = {
         rf"{NORM} has dtype I32, expected BF16 or F16",
     ),
     "double": ("plain", _set(NORM, lambda x: x.double()), rf"{NORM} has dtype F64"),
+    "gate bias in BF16": (
+        "plain",
+        _set("model.layers.1.mlp.gate.e_score_correction_bias", lambda x: x.bfloat16()),
+        r"e_score_correction_bias has dtype BF16, expected F32; rounded gate biases",
+    ),
     "FP8 without config": ("plain", _set(DOWN, lambda x: x.to(torch.float8_e4m3fn)), r"quantization_config"),
     "BF16 in an FP8 folder": (
         "fp8",
