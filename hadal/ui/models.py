@@ -1,0 +1,58 @@
+"""What the page says about each model, and the questions that it offers to begin with.
+
+The server's own description (`description` in /v1/models) comes first; the model on board has one here, because
+people must know before they ask that it solves puzzles and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hadal.ui.api import Model
+
+MINI = "hadal-mini"
+MINI_NOTE = "A very small model, trained on number puzzles only. It reasons in English, French and Portuguese."
+OTHER_NOTE = "It can be wrong. Check what matters."
+
+PUZZLES = (
+    "What is 347 + 586?",
+    "Using the numbers 3, 7, 8 and 25, make 54.",
+    "Combien font 84 × 7 ?",
+    "Coloque em ordem crescente: 41, 7, 93, 28, 65.",
+    "Solve for x: 3x + 7 = 28",
+    "What comes next: 4, 9, 14, 19, …?",
+)
+QUESTIONS = (
+    "How many positive divisors does 360 have?",
+    "Prove that the square root of 2 is irrational.",
+    "Write a Python function that merges two sorted lists.",
+    "Explain why the sky is blue in three sentences.",
+)
+
+
+def is_mini(model: str) -> bool:
+    """True for the model on board, whatever tag a client put behind its name."""
+    return model.split(":")[0].rsplit("/", 1)[-1] == MINI
+
+
+def note(models: Sequence[Model], chosen: str | None) -> str:
+    """One line under the model's name: what it is and what not to expect of it."""
+    model = next((m for m in models if m.id == chosen), None)
+    if model is None:
+        return ""
+    if model.description:
+        text = model.description.rstrip(".") + "."
+    else:
+        text = MINI_NOTE if is_mini(model.id) else OTHER_NOTE
+    return f"{text} Reads {model.context:,} tokens." if model.context else text
+
+
+def questions(model: str | None) -> list[dict[str, str]]:
+    """Example questions in the form that `gr.Chatbot(examples=…)` takes."""
+    chosen = PUZZLES if model is None or is_mini(model) else QUESTIONS
+    return [{"text": text, "display_text": text} for text in chosen]
+
+
+def prompt_hint(model: str | None) -> str:
+    """Placeholder of the message box."""
+    return "Ask a number puzzle…" if model and is_mini(model) else "Ask anything…"
