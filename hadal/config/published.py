@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 from hadal.config.model import ConfigError, Dsa, Fp8, Gqa, Json, Mla, ModelConfig, Moe, Rope
 
@@ -131,7 +131,8 @@ def _rope_from_hf(hf: Json) -> Rope:
         if key not in fields:
             raise ConfigError(f"unknown rope key {key!r}.{suggest(key, fields)}")
     params.setdefault("original_max_position_embeddings", int(hf.get("max_position_embeddings", 0)))
-    return Rope(rope_theta=theta, type=kind, **{k: v for k, v in params.items() if v is not None})
+    settings = {k: v for k, v in params.items() if v is not None}
+    return Rope(rope_theta=theta, type="yarn" if kind == "yarn" else "llama3", **settings)
 
 
 def _moe_from_hf(hf: Json, kind: str) -> Moe | None:
@@ -151,8 +152,8 @@ def _moe_from_hf(hf: Json, kind: str) -> Moe | None:
         moe_intermediate_size=_need(hf, "moe_intermediate_size", int),
         first_k_dense_replace=int(hf.get("first_k_dense_replace", 0)),
         moe_layer_freq=int(hf.get("moe_layer_freq", 1)),
-        scoring_func=score,
-        topk_method=method,
+        scoring_func="sigmoid" if score == "sigmoid" else "softmax",
+        topk_method=cast(Any, method),
         n_group=int(hf.get("n_group") or 1),
         topk_group=int(hf.get("topk_group") or 1),
         norm_topk_prob=bool(hf.get("norm_topk_prob", v3)),

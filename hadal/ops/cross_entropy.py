@@ -5,8 +5,8 @@
 ζ is the z-loss of PaLM (arXiv 2204.02311 §5), 0 by default; DeepSeek-V3 uses none.
 
 The T×V logits of a long stream are the largest tensor of a training step: at V = 129,280 a stream of 32,768
-tokens needs 17 GB of them in FP32. Here they exist a chunk of tokens at a time, in FP32, both in the forward and
-in the backward pass, which computes them again (one matrix product more, no memory kept but `lse_T`).
+tokens needs 17 GB of them in FP32. Here they exist a chunk of tokens at a time, in FP32, both in the forward
+and in the backward pass, which computes them again (one matrix product more, no memory kept but `lse_T`).
 The loss stays *per token*, so that a caller may weigh tokens as it likes: packed rows with masks, MTP, or
 log-probabilities for reinforcement learning, all with exact gradients.
 
@@ -45,8 +45,8 @@ def linear_cross_entropy(
     """Negative log-likelihood of each target in nats, loss_T in FP32, differentiable in hidden and weight.
 
     `target_T` holds ids in [0, V) everywhere; a position that must not count gets weight 0 from the caller.
-    `chunk_tokens` defaults to what keeps a chunk's logits within `CHUNK_BYTES`. Raises ValueError on shapes that
-    do not fit together.
+    `chunk_tokens` defaults to what keeps a chunk's logits within `CHUNK_BYTES`. Raises ValueError on shapes
+    that do not fit together.
     """
     if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"hidden [T, D] and weight [V, D] are wanted, got {tuple(hidden_TD.shape)} and "

@@ -37,12 +37,19 @@ def use_triton(*tensors: Tensor) -> bool:
     return tensors[0].is_cuda and has_triton() and not forced_reference() and not _needs_grad(*tensors)
 
 
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
 def use_cpu_kernels(*tensors: Tensor) -> bool:
-    """Inference on CPU with the C library built, FP32 or BF16."""
-    if tensors[0].device.type != "cpu" or forced_reference() or _needs_grad(*tensors):
+    """Inference on CPU with the C++ library built, FP32 or BF16 throughout."""
+    first = tensors[0]
+    if not first.is_cpu or first.dtype not in _KERNEL_DTYPES or _needs_grad(*tensors):
         return False
-    if tensors[0].dtype not in (torch.float32, torch.bfloat16):
-        return False
+    return _kernels_ready() and all(t.dtype == first.dtype for t in tensors)
+
+
+@functools.cache
+def _kernels_ready() -> bool:
     from hadal.ops import cpu
 
-    return cpu.available()
+    return cpu.available() and not forced_reference()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
 from hadal.ops.linear import SMALL_M, linear
 
@@ -22,8 +23,6 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
 
         return fast(gate_up_T2I)
     if use_cpu_kernels(gate_up_T2I) and gate_up_T2I.numel() <= 1 << 16:
-        from hadal.ops import cpu
-
         return cpu.swiglu(gate_up_T2I)
     gate, up = gate_up_T2I.chunk(2, -1)
     return silu(gate) * up
@@ -101,7 +100,5 @@ def experts(
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
     if use_cpu_kernels(x_TD, gate_up_E2ID) and x_TD.shape[0] <= SMALL_M:
-        from hadal.ops import cpu
-
         return cpu.experts(*args)
     return experts_by_segment(*args)

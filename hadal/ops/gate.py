@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import Moe
+from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
 
 SMALL_T = 64  # tokens up to which the CPU kernel, one thread, beats the torch operations
@@ -64,7 +65,5 @@ def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tu
 
         return (*fast(x_TD, weight_ED, bias_E, moe), None)
     if use_cpu_kernels(x_TD, weight_ED) and x_TD.shape[0] <= SMALL_T:
-        from hadal.ops import cpu
-
         return (*cpu.gate(x_TD, weight_ED, bias_E, moe), None)
     return gate_reference(x_TD, weight_ED, bias_E, moe)

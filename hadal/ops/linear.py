@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels
 
 SMALL_M = 32  # rows up to which the weight-streaming CPU kernel beats a general matrix product
@@ -22,8 +23,6 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     """Matrix product with a weight stored [out, in]. Few rows on CPU go through a weight-streaming C kernel."""
     rows = x_TI.numel() // x_TI.shape[-1]
     if use_cpu_kernels(x_TI, weight_OI):
-        from hadal.ops import cpu
-
         if rows <= SMALL_M:
             return cpu.linear(x_TI, weight_OI, bias_O)
         if x_TI.dtype == torch.bfloat16 and not native_bf16():  # torch emulates BF16 products at a third of FP32's rate

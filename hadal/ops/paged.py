@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
 
 
@@ -42,8 +43,6 @@ def mla_decode(
 
         return fast(*args)
     if use_cpu_kernels(q_SHC, cache_PBC):
-        from hadal.ops import cpu
-
         return cpu.mla_decode(*args)
     return mla_decode_reference(*args)
 
@@ -72,7 +71,5 @@ def gqa_decode(
 
         return fast(*args)
     if use_cpu_kernels(q_SHC, cache_PB2GC):
-        from hadal.ops import cpu
-
         return cpu.gqa_decode(*args)
     return gqa_decode_reference(*args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
 
 
@@ -25,8 +26,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
         return fast(x, weight, eps)
     if use_cpu_kernels(x, weight):
-        from hadal.ops import cpu
-
         return cpu.rms_norm(x, weight, eps)
     if x.is_cuda:  # training: one fused, differentiable kernel; it rounds once, after the weight
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
@@ -40,8 +39,6 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
 
         return fast(x, delta, weight, eps)
     if use_cpu_kernels(x, delta, weight) and x.dim() == 2:
-        from hadal.ops import cpu
-
         return cpu.add_rms_norm(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm(total, weight, eps)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import Rope
+from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
 
 
@@ -81,8 +82,6 @@ def _fast_rotate(x: Tensor, rotation_T2r: Tensor, interleaved: bool) -> Tensor |
 
         return rotate(x, rotation_T2r, interleaved)
     if use_cpu_kernels(x):
-        from hadal.ops import cpu
-
         return cpu.rotate(x, rotation_T2r, interleaved)
     return None
 

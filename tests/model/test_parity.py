@@ -27,10 +27,12 @@ PATHS = ["reference", "kernels"] if cpu.available() else ["reference"]
 def path(request, monkeypatch):
     """Run with the torch references alone, and with the CPU kernels."""
     dispatch.forced_reference.cache_clear()
+    dispatch._kernels_ready.cache_clear()
     monkeypatch.setenv("HADAL_OPS", "reference" if request.param == "reference" else "auto")
     yield request.param
     monkeypatch.undo()
     dispatch.forced_reference.cache_clear()
+    dispatch._kernels_ready.cache_clear()
 
 
 def tokens(config: ModelConfig, n: int = LENGTH) -> torch.Tensor:
