@@ -1,8 +1,8 @@
 """From packed rows to what a training step computes on: shifted targets, MTP inputs, positions, weights.
 
-In a stretch of the stream that attention covers (a document, or a whole row where attention crosses documents)
-token i predicts token i+1, and the MTP module of depth k ≥ 1 embeds token i+k at position i and predicts token
-i+k+1 (V3 §2.2). A target beyond the stretch's end does not exist: its weight is 0.
+In a stretch of the stream that attention covers (a document, or a whole row where attention crosses
+documents) token i predicts token i+1, and the MTP module of depth k ≥ 1 embeds token i+k at position i and
+predicts token i+k+1 (V3 §2.2). A target beyond the stretch's end does not exist: its weight is 0.
 
 Everything here is NumPy on the host, so that a thread prepares the next batches while the device works.
 Shapes: R rows, C context (tokens in a row), T = R·C tokens of the stream, D MTP depths.
@@ -32,8 +32,9 @@ class Rows:
     """Packed rows as a data source gives them.
 
     token_RC    token ids; padding holds any valid id
-    weight_RC   how much each token counts *when it is predicted*; 0 for prompts that are only read, and padding
-    lengths     lengths of the documents in stream order, padding as documents of their own; Σ = R·C, none crosses
+    weight_RC   how much each token counts *when it is predicted*; 0 for prompts that are only read, and
+    padding lengths     lengths of the documents in stream order, padding as documents of their own; Σ = R·C,
+    none crosses
                 a row's end
     padding     for each document, whether it is padding
     """
@@ -52,12 +53,15 @@ class Source(Protocol):
 
 @dataclass
 class MicroBatch:
-    """One forward pass, on the host or on the device. First index 0 is the main model, k the MTP module of depth k."""
+    """One forward pass, on the host or on the device. First index 0 is the main model, k the MTP module of
+    depth k."""
 
     token_KT: Tensor  # int64 [D+1, T]: what is embedded
     target_KT: Tensor  # int64 [D+1, T]: what is predicted
     weight_KT: Tensor  # float32 [D+1, T]: how much the prediction counts
-    counted_KT: Tensor  # bool [D+1, T]: the embedded token exists and is no padding; others leave no statistics
+    counted_KT: (
+        Tensor  # bool [D+1, T]: the embedded token exists and is no padding; others leave no statistics
+    )
     position_T: Tensor  # int64
     cu_seqlens: list[int]
     rows: int
@@ -113,7 +117,8 @@ class Batch:
 
 
 def build(rows: Rows, *, depths: int, mask_documents: bool) -> MicroBatch:
-    """Shift tokens into targets. `mask_documents` False: attention, and prediction, cross documents in a row."""
+    """Shift tokens into targets. `mask_documents` False: attention, and prediction, cross documents in a
+    row."""
     count, context = rows.token_RC.shape
     lengths = np.asarray(rows.lengths, dtype=np.int64)
     if lengths.sum() != count * context:
@@ -145,21 +150,25 @@ def build(rows: Rows, *, depths: int, mask_documents: bool) -> MicroBatch:
 def batches(
     source: Source, *, position: int, rows: int, micro_rows: int, depths: int, mask_documents: bool
 ) -> Iterator[Batch]:
-    """Batches of `rows` rows from row number `position` on, for ever, cut into micro-batches of `micro_rows`."""
+    """Batches of `rows` rows from row number `position` on, for ever, cut into micro-batches of
+    `micro_rows`."""
     while True:
         micros = [
             build(source.rows(start, micro_rows), depths=depths, mask_documents=mask_documents)
             for start in range(position, position + rows, micro_rows)
         ]
         position += rows
-        weight_K = torch.stack([micro.weight_KT.sum(1, dtype=torch.float64) for micro in micros]).sum(0).float()
+        weight_K = (
+            torch.stack([micro.weight_KT.sum(1, dtype=torch.float64) for micro in micros]).sum(0).float()
+        )
         yield Batch(micros, weight_K, position)
 
 
 class Prefetcher:
     """Runs an iterator of batches in a thread, `depth` batches ahead; on CUDA into pinned memory.
 
-    Iterating gives batches on `device`. An error in the thread is raised at the next batch. Close it when done.
+    Iterating gives batches on `device`. An error in the thread is raised at the next batch. Close it when
+    done.
     """
 
     def __init__(self, source: Iterator[Batch], device: torch.device, depth: int = 4) -> None:

@@ -2,10 +2,10 @@
 
     L = L_main + (λ/D) Σ_k L_MTP^k + α Σ_gates L_balance
 
-L_main and each L_MTP^k are weighted means of next-token cross-entropies over the *whole optimizer step*: sums are
-divided by the step's weight totals, not by a micro-batch's, so that gradient accumulation equals the large batch.
-L_balance is a mean over the step's rows (a "sequence" of the formula is one packed row), summed over gates, the MTP
-module's included.
+L_main and each L_MTP^k are weighted means of next-token cross-entropies over the *whole optimizer step*:
+sums are divided by the step's weight totals, not by a micro-batch's, so that gradient accumulation equals
+the large batch. L_balance is a mean over the step's rows (a "sequence" of the formula is one packed row),
+summed over gates, the MTP module's included.
 
 Shapes: T tokens, D hidden, K = 1 + MTP depths, G gates, E experts.
 """
@@ -13,11 +13,13 @@ Shapes: T tokens, D hidden, K = 1 + MTP depths, G gates, E experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from hadal.model.context import Context
+from hadal.model.mtp import Mtp
 from hadal.model.transformer import Transformer
 from hadal.ops.cross_entropy import linear_cross_entropy
 from hadal.train.balance import expert_counts, sequence_loss
@@ -58,9 +60,10 @@ class Losses:
 def losses(
     model: Transformer, micro: MicroBatch, weight_K: Tensor, step_rows: int, objective: Objective
 ) -> Losses:
-    """Forward pass of a micro-batch of a step whose weights sum to `weight_K` and which has `step_rows` rows."""
+    """Forward pass of a micro-batch of a step whose weights sum to `weight_K` and which has `step_rows`
+    rows."""
     context = micro.context(record_routing=True)
-    nll_K = _cross_entropies(model, micro, context, objective.z_loss)
+    nll_K = cross_entropies(model, micro, context, objective.z_loss)
     mean_K = [
         (nll_T * weight_T).sum() / total.clamp(min=1e-6)
         for nll_T, weight_T, total in zip(nll_K, micro.weight_KT, weight_K, strict=True)
@@ -75,14 +78,17 @@ def losses(
     )
 
 
-def _cross_entropies(model: Transformer, micro: MicroBatch, context: Context, z_loss: float) -> list[Tensor]:
+def cross_entropies(
+    model: Transformer, micro: MicroBatch, context: Context, z_loss: float = 0.0
+) -> list[Tensor]:
     """nll_T of the main model and of each MTP depth, in nats."""
     head_VD = (model.embed_tokens if model.lm_head is None else model.lm_head).weight
     hidden_TD = model(micro.token_KT[0], context)
     out = [linear_cross_entropy(model.norm(hidden_TD), head_VD, micro.target_KT[0], z_loss=z_loss)]
     for depth, module in enumerate(model.mtp):
         hidden_TD = model.mtp_forward(hidden_TD, micro.token_KT[depth + 1], context, depth)
-        out.append(linear_cross_entropy(module.norm(hidden_TD), head_VD, micro.target_KT[depth + 1], z_loss=z_loss))
+        normed_TD = cast(Mtp, module).norm(hidden_TD)
+        out.append(linear_cross_entropy(normed_TD, head_VD, micro.target_KT[depth + 1], z_loss=z_loss))
     return out
 
 

@@ -15,7 +15,7 @@ from hadal.train.schedules import Knobs
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a NaN or an infinity; the update was not applied. `step` and `where` say when and where."""
+    """Training met a NaN or an infinity; the update was not applied. `step` and `where` say when, where."""
 
     def __init__(self, step: int, tokens: int, main: float, mtp: float, norm: float, where: str) -> None:
         self.step, self.where = step, where
@@ -25,9 +25,9 @@ class NonFiniteError(RuntimeError):
             if not math.isfinite(value)
         ]
         super().__init__(
-            f"step {step} ({tokens:,} tokens): {', '.join(what) or 'balance loss is not finite'}; {where}. The update "
-            "was not applied: weights are those of the step before. Lower learning_rate.peak, or look at the data of "
-            "this step, and --resume from the last checkpoint"
+            f"step {step} ({tokens:,} tokens): {', '.join(what) or 'balance loss is not finite'}; {where}. "
+            "The update was not applied: weights are those of the step before. Lower learning_rate.peak, or "
+            "look at the data of this step, and --resume from the last checkpoint"
         )
 
 

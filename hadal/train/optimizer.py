@@ -5,13 +5,13 @@
 
 (Loshchilov & Hutter, arXiv 1711.05101; V3: β 0.9/0.95, weight decay 0.1, global-norm clipping 1.0.)
 
-Masters, moments and gradients live in flat buffers, one of each for the whole model, so that a step is a dozen
-kernels however many parameters there are, and so that a slice of a buffer can one day belong to another rank.
-Gradients accumulate in FP32. Weight decay acts on matrices (embedding, head and gate included) and not on vectors:
-norm weights and biases.
+Masters, moments and gradients live in flat buffers, one of each for the whole model, so that a step is a
+dozen kernels however many parameters there are, and so that a slice of a buffer can one day belong to
+another rank. Gradients accumulate in FP32. Weight decay acts on matrices (embedding, head and gate included)
+and not on vectors: norm weights and biases.
 
-`alive` is a device scalar, 1.0 or 0.0: at 0.0 a step changes nothing, bit for bit. The trainer lowers it when a
-loss or a gradient is not finite, and need not wait for the device to know.
+`alive` is a device scalar, 1.0 or 0.0: at 0.0 a step changes nothing, bit for bit. The trainer lowers it
+when a loss or a gradient is not finite, and need not wait for the device to know.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def decays(parameter: Tensor) -> bool:
 
 
 class AdamW:
-    """See the file's head. `named` are (name, parameter) pairs; those without `requires_grad` are left out."""
+    """See the file's head. `named`: (name, parameter) pairs; those without `requires_grad` are left out."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class AdamW:
             raise ValueError("no parameter requires a gradient: there is nothing to optimise")
         chosen.sort(key=lambda pair: not decays(pair[1]))  # stable: matrices first, vectors last
         self.betas, self.eps, self.weight_decay, self.clip = betas, eps, weight_decay, clip
-        self.parameters = [p for _, p in chosen]
+        self.parameters: list[Tensor] = [p for _, p in chosen]
         self.slots = list(_slots(chosen))
         self.decayed = sum(slot.end - slot.start for slot in self.slots if slot.decays)
         device, size = self.parameters[0].device, self.slots[-1].end
@@ -111,8 +111,8 @@ class AdamW:
     def step(self, rate: float, norm: Tensor, alive: Tensor) -> None:
         """One update at learning rate `rate` from the accumulated gradient of global norm `norm`.
 
-        Clips to `clip` (0: not at all) as `torch.nn.utils.clip_grad_norm_` does, writes the masters back to the
-        model and empties the gradient. Raises RuntimeError when nothing was accumulated.
+        Clips to `clip` (0: not at all) as `torch.nn.utils.clip_grad_norm_` does, writes the masters back to
+        the model and empties the gradient. Raises RuntimeError when nothing was accumulated.
         """
         if not self._has_grad:
             raise RuntimeError("optimizer.step() without a gradient: call accumulate() after backward()")
@@ -142,7 +142,8 @@ class AdamW:
             self.master_N[part].mul_(1.0 - alive * (rate * decay))
         self.master_N[part].sub_(update_N)
 
-    # --- state: tensors by parameter name, so that a checkpoint does not know how the buffers are laid out -------
+    # --- state: tensors by parameter name, so that a checkpoint does not know how the buffers are laid out
+    # -------
     def state(self) -> dict[str, Tensor]:
         """Views of masters and moments as `master.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`."""
         return {
@@ -153,16 +154,19 @@ class AdamW:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor], steps: int) -> None:
-        """Restore what `state()` gave, and the model's parameters with it. Names, shapes and dtypes must match."""
+        """Restore what `state()` gave, and the model's parameters with it. Names, shapes and dtypes must
+        match."""
         own = self.state()
         if own.keys() != state.keys():
             missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-            raise ValueError(f"optimizer state does not fit the model: missing {missing[:3]}, unknown {extra[:3]}")
+            raise ValueError(
+                f"optimizer state does not fit the model: missing {missing[:3]}, unknown {extra[:3]}"
+            )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape or tensor.dtype != state[name].dtype:
                 raise ValueError(
-                    f"optimizer state {name!r} is {state[name].dtype} {tuple(state[name].shape)}; this run wants "
-                    f"{tensor.dtype} {tuple(tensor.shape)}"
+                    f"optimizer state {name!r} is {state[name].dtype} {tuple(state[name].shape)}; "
+                    f"this run wants {tensor.dtype} {tuple(tensor.shape)}"
                 )
             tensor.copy_(state[name])
         self.steps, self._has_grad = steps, False

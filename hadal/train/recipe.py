@@ -1,9 +1,9 @@
 """Recipes: strict TOML into frozen dataclasses. Unknown keys are refused with a suggestion.
 
-A recipe says everything that a run's result depends on; the resolved one (defaults filled in, overrides applied) is
-saved beside the run. Marks in a schedule are *shares of the run's tokens*, so that one number, `train.tokens`,
-lengthens or shortens a run without bending its shape. V3's own marks (report §4.2) are the defaults:
-10T, 14.3T and 14.3T + 333B of 14.8T tokens.
+A recipe says everything that a run's result depends on; the resolved one (defaults filled in, overrides
+applied) is saved beside the run. Marks in a schedule are *shares of the run's tokens*, so that one number,
+`train.tokens`, lengthens or shortens a run without bending its shape. V3's own marks (report §4.2) are the
+defaults: 10T, 14.3T and 14.3T + 333B of 14.8T tokens.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         _require(self.source in ("puzzles", "shards"), "data.source", self.source, '"puzzles" or "shards"')
-        _require(self.source != "shards" or bool(self.path), "data.path", self.path, "the folder of packed shards")
+        _require(
+            self.source != "shards" or bool(self.path), "data.path", self.path, "the folder of packed shards"
+        )
         _require(self.workers >= 0, "data.workers", self.workers, "0 (all cores) or more")
 
 
@@ -72,15 +74,19 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         _require(self.context >= 8, "train.context", self.context, "at least 8")
-        _require(self.batch_tokens >= self.context and self.batch_tokens % self.context == 0,
-                 "train.batch_tokens", self.batch_tokens, f"a multiple of train.context {self.context}")  # fmt: skip
-        micro = self.micro_batch_tokens
-        _require(micro >= 0 and (not micro or (micro % self.context == 0 and self.batch_tokens % micro == 0)),
-                 "train.micro_batch_tokens", micro,
-                 f"0, or a multiple of train.context that divides train.batch_tokens {self.batch_tokens}")  # fmt: skip
+        batch, micro = self.batch_tokens, self.micro_batch_tokens
+        whole_rows = batch >= self.context and batch % self.context == 0
+        _require(whole_rows, "train.batch_tokens", batch, f"a multiple of train.context {self.context}")
+        fits = micro >= 0 and (not micro or (micro % self.context == 0 and batch % micro == 0))
+        want = f"0, or a multiple of train.context that divides train.batch_tokens {batch}"
+        _require(fits, "train.micro_batch_tokens", micro, want)
         _require(self.tokens >= self.batch_tokens, "train.tokens", self.tokens, "at least one batch")
-        _require(self.dtype in ("auto", "float32", "bfloat16"), "train.dtype", self.dtype,
-                 '"auto", "float32" or "bfloat16"')  # fmt: skip
+        _require(
+            self.dtype in ("auto", "float32", "bfloat16"),
+            "train.dtype",
+            self.dtype,
+            '"auto", "float32" or "bfloat16"',
+        )
         _require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
         _require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
         _require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 (no limit) or more")
@@ -108,8 +114,12 @@ class OptimizerRecipe:
         _require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
         _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         _require(self.clip >= 0, "optimizer.clip", self.clip, "0 (off) or more")
-        _require(self.moments in ("bfloat16", "float32"), "optimizer.moments", self.moments,
-                 '"bfloat16" or "float32"')  # fmt: skip
+        _require(
+            self.moments in ("bfloat16", "float32"),
+            "optimizer.moments",
+            self.moments,
+            '"bfloat16" or "float32"',
+        )
 
 
 @dataclass(frozen=True)
@@ -126,10 +136,16 @@ class LearningRateRecipe:
 
     def __post_init__(self) -> None:
         _require(self.peak > 0, "learning_rate.peak", self.peak, "above 0")
-        _require(len(self.finals) == len(self.finals_until), "learning_rate.finals_until", self.finals_until,
-                 "as long as learning_rate.finals")  # fmt: skip
+        _require(
+            len(self.finals) == len(self.finals_until),
+            "learning_rate.finals_until",
+            self.finals_until,
+            "as long as learning_rate.finals",
+        )
         marks = (0.0, self.warmup, self.constant_until, self.cosine_until, *self.finals_until, 1.0)
-        _require(list(marks) == sorted(marks), "learning_rate marks", marks[1:-1], "shares of the run, in order")
+        _require(
+            list(marks) == sorted(marks), "learning_rate marks", marks[1:-1], "shares of the run, in order"
+        )
         _require(0 <= self.floor <= 1, "learning_rate.floor", self.floor, "a share of the peak")
 
 
@@ -165,7 +181,9 @@ class LogRecipe:
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
-        _require(self.heldout_every_steps >= 0, "log.heldout_every_steps", self.heldout_every_steps, "0 or more")
+        _require(
+            self.heldout_every_steps >= 0, "log.heldout_every_steps", self.heldout_every_steps, "0 or more"
+        )
         _require(self.heldout_tokens >= 1, "log.heldout_tokens", self.heldout_tokens, "at least 1")
 
 
@@ -196,7 +214,8 @@ class ExportRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. `model` holds published `config.json` keys (vocabulary and token ids come from the tokenizer)."""
+    """A whole run. `model` holds published `config.json` keys (vocabulary and token ids come from the
+    tokenizer)."""
 
     run: RunRecipe
     data: DataRecipe
@@ -219,7 +238,9 @@ class Recipe:
             warmup_until=rate.warmup * total,
             constant_until=rate.constant_until * total,
             cosine_until=rate.cosine_until * total,
-            finals=tuple((v * rate.peak, u * total) for v, u in zip(rate.finals, rate.finals_until, strict=True)),
+            finals=tuple(
+                (v * rate.peak, u * total) for v, u in zip(rate.finals, rate.finals_until, strict=True)
+            ),
         )
         return Schedule(
             learning_rate=shape,
@@ -235,7 +256,8 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-# --- reading ---------------------------------------------------------------------------------------------------
+# --- reading
+# ---------------------------------------------------------------------------------------------------
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a TOML recipe and apply overrides of the form "train.tokens=1e6". Raises RecipeError."""
     try:
@@ -297,7 +319,12 @@ def _convert(kind: Any, value: object, path: str) -> Any:
         if items[-1] is not Ellipsis and len(items) != len(value):
             raise RecipeError(f"{path} is {value!r}; {len(items)} values are wanted")
         return tuple(_convert(items[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+    if (
+        origin is not None
+        and isinstance(origin, type)
+        and issubclass(origin, Mapping)
+        and isinstance(value, Mapping)
+    ):
         return types.MappingProxyType(dict(value)) if not isinstance(value, dict) else dict(value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int and number and float(typing.cast(float, value)).is_integer():
@@ -318,10 +345,11 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
-# --- comparing, for resume -------------------------------------------------------------------------------------
+# --- comparing, for resume
+# -------------------------------------------------------------------------------------
 FREE_ON_RESUME = ("log", "checkpoint", "export", "train.max_minutes", "train.compile", "data.workers")
-"""Sections and keys that may change between a run and its continuation: no trained number depends on them (but
-`train.compile`, which rounds differently: the run goes on soundly, not bit for bit)."""
+"""Sections and keys that may change between a run and its continuation: no trained number depends on them
+(but `train.compile`, which rounds differently: the run goes on soundly, not bit for bit)."""
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:

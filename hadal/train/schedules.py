@@ -4,11 +4,11 @@
     bias speed γ    0.001 ───────────────────────┤ 0
     MTP weight λ    0.3 ─────────────┤ 0.1
 
-V3: 0 → 2.2e-4 in 2K steps, constant to 10T tokens, cosine to 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for 167B;
-γ = 0.001 for 14.3T then 0; λ = 0.3 for 10T then 0.1.
+V3: 0 → 2.2e-4 in 2K steps, constant to 10T tokens, cosine to 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for
+167B; γ = 0.001 for 14.3T then 0; λ = 0.3 for 10T then 0.1.
 
-A step uses the value at the number of tokens seen *once the step is done*: the first step of a warm-up then learns
-something, and the last step stands at the end of the schedule.
+A step uses the value at the number of tokens seen *once the step is done*: the first step of a warm-up then
+learns something, and the last step stands at the end of the schedule.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class LearningRate:
 
     def __post_init__(self) -> None:
         marks = [0.0, self.warmup_until, self.constant_until, self.cosine_until, *(u for _, u in self.finals)]
-        if any(a > b for a, b in zip(marks, marks[1:], strict=False)):
+        if any(a > b for a, b in pairwise(marks)):
             raise ValueError(f"the marks of a learning-rate schedule must not go back: {marks}")
 
 

@@ -4,8 +4,9 @@
                        state.json                    step, tokens, data position, the resolved recipe
                        manifest.json                 bytes and SHA-256 of every other file; written last
 
-A checkpoint is written into a hidden folder, flushed to the disk, and renamed: a process killed at any moment leaves
-the old checkpoints, or the old and the new. Tensors are named after parameters, never after ranks or buffers.
+A checkpoint is written into a hidden folder, flushed to the disk, and renamed: a process killed at any
+moment leaves the old checkpoints, or the old and the new. Tensors are named after parameters, never after
+ranks or buffers.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def save(
     shard_mib: int = 1024,
     keep: int = 2,
 ) -> Checkpoint:
-    """Write a checkpoint of `step` below `root` and drop all but the newest `keep`. Returns once it is on the disk.
+    """Write a checkpoint of `step` below `root` and drop all but the newest `keep`. Returns once it is on
+    the disk.
 
     Tensors may live on any device. A complete checkpoint of the same step is the same state: it stands.
     """
@@ -66,7 +68,9 @@ def save(
     files = sorted(temporary.iterdir())
     for file in files:
         _flush(file)
-    _write_json(temporary / "manifest.json", {"format": FORMAT, "files": {f.name: _fingerprint(f) for f in files}})
+    _write_json(
+        temporary / "manifest.json", {"format": FORMAT, "files": {f.name: _fingerprint(f) for f in files}}
+    )
     _flush(temporary / "manifest.json")
     _flush(temporary)
     if final.exists():  # it has lost its manifest: no checkpoint
@@ -83,7 +87,9 @@ def checkpoints(root: Path) -> list[Checkpoint]:
     """The complete checkpoints below `root`, oldest first (their hashes are checked when one is loaded)."""
     if not root.is_dir():
         return []
-    found = [(m, p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / "manifest.json").is_file()]
+    found = [
+        (m, p) for p in root.iterdir() if (m := _STEP.fullmatch(p.name)) and (p / "manifest.json").is_file()
+    ]
     return sorted((Checkpoint(p, int(m[1])) for m, p in found), key=lambda c: c.step)
 
 
@@ -98,7 +104,9 @@ def load(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = checkpoint.path
     manifest = _read_json(path / "manifest.json")
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path} has checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}"
+        )
     for name, want in manifest["files"].items():
         _check(path / name, want)
     tensors: dict[str, Tensor] = {}
@@ -112,7 +120,8 @@ def load(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _read_json(path / "state.json")
 
 
-# --- files -----------------------------------------------------------------------------------------------------
+# --- files
+# -----------------------------------------------------------------------------------------------------
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
     """Groups of at most `limit` bytes each (a tensor above it stands alone), contiguous and on the CPU."""
     shard: dict[str, Tensor] = {}
@@ -122,7 +131,9 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Ten
             yield shard
             shard, size = {}, 0
         copy = tensor.detach().cpu().contiguous()
-        shard[name] = copy.clone() if copy.data_ptr() == tensor.data_ptr() else copy  # flat buffers share storage
+        shard[name] = (
+            copy.clone() if copy.data_ptr() == tensor.data_ptr() else copy
+        )  # flat buffers share storage
         size += tensor.nbytes
     if shard:
         yield shard
@@ -135,11 +146,13 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 def _check(path: Path, want: Mapping[str, Any]) -> None:
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; delete {path.parent} to resume from the checkpoint before it")
+        raise CheckpointError(
+            f"{path} is missing; delete {path.parent} to resume from the checkpoint before it"
+        )
     if _fingerprint(path) != dict(want):
         raise CheckpointError(
-            f"{path} is damaged (its bytes do not have the recorded SHA-256); delete {path.parent} to resume from "
-            "the checkpoint before it"
+            f"{path} is damaged (its bytes do not have the recorded SHA-256); delete {path.parent} to resume "
+            "from the checkpoint before it"
         )
 
 

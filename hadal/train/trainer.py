@@ -1,9 +1,9 @@
 """The training step: load → forward → backward → reduce → balance → update.
 
-On an accelerator the host never waits for the device inside a step: statistics travel back on their own and are read
-when they have arrived. A loss or a gradient that is not finite lowers `alive`, a scalar on the device, for good: from
-that step on no update changes anything, so that whenever the host learns of it, weights, moments and biases are those
-from before the bad step.
+On an accelerator the host never waits for the device inside a step: statistics travel back on their own and
+are read when they have arrived. A loss or a gradient that is not finite lowers `alive`, a scalar on the
+device, for good: from that step on no update changes anything, so that whenever the host learns of it,
+weights, moments and biases are those from before the bad step.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ class Trainer:
         self._pending: deque[_Pending] = deque()
 
     def step(self) -> list[StepStats]:
-        """One optimizer step. Returns the statistics of the steps that have arrived by now (of earlier ones, on an
-        accelerator). Raises NonFiniteError, naming the step and the place, with the update not applied."""
+        """One optimizer step. Returns the statistics of the steps that have arrived by now (of earlier ones,
+        on an accelerator). Raises NonFiniteError, naming the step and the place, with the update not
+        applied."""
         batch = next(self.batches)  # load
         knobs = self.schedule.at(self.progress.tokens + batch.tokens)
         weight_K = self.reduce(batch.weight_K)
@@ -100,7 +101,10 @@ class Trainer:
             out = losses(self.model, micro, weight_K, rows, self.objective)  # forward
             out.total(knobs.mtp_weight, self.objective.sequence_alpha).backward()  # backward
             self.optimizer.accumulate()
-            parts, count_GE = parts + out.parts(), out.count_GE if count_GE is None else count_GE + out.count_GE
+            parts, count_GE = (
+                parts + out.parts(),
+                out.count_GE if count_GE is None else count_GE + out.count_GE,
+            )
         assert count_GE is not None
         parts, count_GE = self.reduce(parts), self.reduce(count_GE)  # reduce
         self.reduce(self.optimizer.grad_N)
@@ -112,7 +116,8 @@ class Trainer:
         self._advance(batch, knobs, parts, norm, count_GE)
         return self.arrived()
 
-    # --- statistics ----------------------------------------------------------------------------------------------
+    # --- statistics
+    # ----------------------------------------------------------------------------------------------
     def _advance(self, batch: Batch, knobs: Knobs, parts: Tensor, norm: Tensor, count_GE: Tensor) -> None:
         last = self.progress
         self.progress = Progress(last.step + 1, last.tokens + batch.tokens, batch.position)
@@ -155,10 +160,13 @@ class Trainer:
         self.load_GE = None
         return load
 
-    # --- state ---------------------------------------------------------------------------------------------------
+    # --- state
+    # ---------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a continuation needs, by name: masters, moments, gate biases, random states."""
-        biases = {name: b for name, b in self.model.named_buffers() if name.endswith("e_score_correction_bias")}
+        biases = {
+            name: b for name, b in self.model.named_buffers() if name.endswith("e_score_correction_bias")
+        }
         random = {"random.cpu": torch.get_rng_state()}
         if self.model.device.type == "cuda":
             random["random.cuda"] = torch.cuda.get_rng_state(self.model.device)
@@ -171,7 +179,9 @@ class Trainer:
         rest = dict(tensors)
         random = {name: rest.pop(name) for name in list(rest) if name.startswith("random.")}
         saved = {name: rest.pop(name) for name in list(rest) if name.startswith("buffer.")}
-        own = {f"buffer.{n}": b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")}
+        own = {
+            f"buffer.{n}": b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")
+        }
         if own.keys() != saved.keys():
             raise ValueError(f"the checkpoint's gate biases are those of another model: {sorted(saved)[:3]}")
         self.optimizer.load_state(rest, steps=progress.step)

@@ -54,8 +54,8 @@ def test_max_violation_by_hand():
 
 
 def test_sequence_loss_by_hand():
-    """Two tokens, two experts, one each. s = (.6, .2) and (.3, .1): both choose expert 0, s' = (.75, .25) twice.
-    f = 2/(1·2)·(2, 0) = (2, 0), P = (.75, .25), so Σ f P = 1.5."""
+    """Two tokens, two experts, one each. s = (.6, .2) and (.3, .1): both choose expert 0, s' = (.75, .25)
+    twice. f = 2/(1·2)·(2, 0) = (2, 0), P = (.75, .25), so Σ f P = 1.5."""
     score_TE = torch.tensor([[0.6, 0.2], [0.3, 0.1]])
     assert sequence_loss(score_TE, 1, rows=1).item() == pytest.approx(1.5)
     assert sequence_loss_reference(score_TE, 1).item() == pytest.approx(1.5)

@@ -11,8 +11,8 @@ from hadal.train.batches import Prefetcher, Rows, batches, build
 
 
 def _rows():
-    """Two rows of six: documents of 4 and 2 tokens; 3 tokens and 3 of padding. The first token of each document is
-    a prompt that is only read."""
+    """Two rows of six: documents of 4 and 2 tokens; 3 tokens and 3 of padding. The first token of each
+    document is a prompt that is only read."""
     return Rows(
         token_RC=np.array([[10, 11, 12, 13, 20, 21], [30, 31, 32, 0, 0, 0]]),
         weight_RC=np.array([[0, 1, 1, 1, 0, 1], [0, 0.5, 0.5, 0, 0, 0]], dtype=np.float32),
@@ -37,7 +37,8 @@ def test_masked_documents_by_hand():
 
 
 def test_crossing_documents_by_hand():
-    """Without document masks a row is one stretch, as in V3's pre-training; padding still counts for nothing."""
+    """Without document masks a row is one stretch, as in V3's pre-training; padding still counts for
+    nothing."""
     micro = build(_rows(), depths=1, mask_documents=False)
     assert micro.cu_seqlens == [0, 6, 12]
     assert micro.position_T.tolist() == [0, 1, 2, 3, 4, 5] * 2

@@ -98,7 +98,7 @@ def test_an_override_reaches_the_model_table(tmp_path):
         ('source = "puzzles"', 'source = "shards"', "data.path"),
         ('name = "x"', 'name = "a/b"', "plain name"),
         ("[model]", "[optimizer]\nbetas = [0.9]\n[model]", "2 values"),
-        ("[model]", "[optimizer]\nbetas = [0.9, 1.0]\n[model]", "in \\[0, 1\\)"),
+        ("[model]", "[optimizer]\nbetas = [0.9, 1.0]\n[model]", r"in \[0, 1\)"),
         ('[run]\nname = "x"', "", "lacks 'run'"),
         ("tokens = 1_000_000", "tokens = 10", "at least one batch"),
         ("[run]", "[run", "not valid TOML"),
@@ -112,7 +112,7 @@ def test_bad_recipes_are_refused_by_name(tmp_path, old, new, match):
 
 @pytest.mark.parametrize("override", ["tokens=1", "train.tokens", "train.a.b=1", "=3"])
 def test_malformed_overrides_are_refused(tmp_path, override):
-    with pytest.raises(RecipeError, match="section.key=value"):
+    with pytest.raises(RecipeError, match=r"section\.key=value"):
         _load(tmp_path, overrides=[override])
 
 
@@ -130,7 +130,9 @@ def test_differences_ignore_what_may_change_on_resume(tmp_path):
     a = _load(tmp_path).to_dict()
     b = _load(tmp_path, overrides=["log.every_steps=1", "train.max_minutes=9", "checkpoint.keep=5"]).to_dict()
     assert recipes.differences(a, b) == []
-    c = _load(tmp_path, overrides=["train.tokens=5e6", "learning_rate.peak=1", "model.hidden_size=8"]).to_dict()
+    c = _load(
+        tmp_path, overrides=["train.tokens=5e6", "learning_rate.peak=1", "model.hidden_size=8"]
+    ).to_dict()
     assert recipes.differences(json.loads(json.dumps(a)), c) == [
         "learning_rate.peak", "model.hidden_size", "train.tokens"]  # fmt: skip
 

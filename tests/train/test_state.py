@@ -70,7 +70,8 @@ CALLS = ["os.open", "os.rename", "os.fsync", "shutil.rmtree", "state.save_file",
 @pytest.mark.parametrize("victim", CALLS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_death_at_any_stage_leaves_only_complete_checkpoints(victim, when, tmp_path, monkeypatch):
-    """Kill the save at the n-th call of each function it uses on the disk, for every n, before and after the call."""
+    """Kill the save at the n-th call of each function it uses on the disk, for every n, before and after the
+    call."""
     module = {"os": os, "shutil": shutil, "state": state}[victim.split(".")[0]]
     name = victim.split(".")[1]
     real = getattr(module, name)
@@ -135,5 +136,5 @@ def test_another_format_is_refused(tmp_path):
 
 
 def test_a_state_that_is_not_a_number_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+    with pytest.raises(ValueError, match=r"not JSON compliant|Out of range"):
         state.save(tmp_path, 5, {}, {"loss": float("nan")})

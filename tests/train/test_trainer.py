@@ -15,17 +15,21 @@ from hadal.train.trainer import Progress
 from tests.train import tiny
 
 
-# --- against transformers ----------------------------------------------------------------------------------------
+# --- against transformers
+# ----------------------------------------------------------------------------------------
 def _peer(network):
     """The same tiny model in transformers, and pairs (its parameter, how to read ours) by its names."""
     transformers = pytest.importorskip("transformers")
     hf = {k: v for k, v in network.config.to_hf().items() if k not in ("architectures", "model_type")}
     hf["num_nextn_predict_layers"] = 0
-    peer = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**hf, attn_implementation="eager"))
+    peer = transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(**hf, attn_implementation="eager")
+    )
     own = dict(network.named_parameters()) | dict(network.named_buffers())
 
     def ours(name, pick):
-        """Our tensor (a value or a gradient, by `pick`) under their name; gate and up are rows of one matrix."""
+        """Our tensor (a value or a gradient, by `pick`) under their name; gate and up are rows of one
+        matrix."""
         name = name.removeprefix("model.")
         for part, half in (("gate_proj", 0), ("up_proj", 1)):
             if name.endswith(f".{part}.weight"):
@@ -46,7 +50,8 @@ def test_one_step_equals_transformers_and_torch_adamw():
     trainer = tiny.trainer(network, plain=True, alpha=0.0, speed=0.0, moment_dtype=torch.float32)
     batch = next(trainer.batches)
 
-    # Theirs: rows as a batch, loss as a mean over all predicted tokens, clipping, AdamW with decay on matrices.
+    # Theirs: rows as a batch, loss as a mean over all predicted tokens, clipping, AdamW with decay on
+    # matrices.
     token_RC = torch.cat([micro.token_KT[0].view(-1, tiny.CONTEXT) for micro in batch.micros])
     loss = peer(input_ids=token_RC, labels=token_RC, use_cache=False).loss
     loss.backward()
@@ -57,7 +62,11 @@ def test_one_step_equals_transformers_and_torch_adamw():
         out.main.backward()
     for name, parameter in peer.named_parameters():
         torch.testing.assert_close(
-            ours(name, lambda p: p.grad), parameter.grad, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            ours(name, lambda p: p.grad),
+            parameter.grad,
+            rtol=1e-5,
+            atol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
     network.zero_grad()
 
@@ -77,11 +86,16 @@ def test_one_step_equals_transformers_and_torch_adamw():
     for name, parameter in peer.named_parameters():
         # Adam's first step divides a gradient by its own size: where it is ~1e-8 (ε), rounding shows
         torch.testing.assert_close(
-            ours(name, lambda p: p.detach()), parameter.detach(), rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            ours(name, lambda p: p.detach()),
+            parameter.detach(),
+            rtol=0,
+            atol=2e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
-# --- the objective, literally -------------------------------------------------------------------------------------
+# --- the objective, literally
+# -------------------------------------------------------------------------------------
 def test_losses_equal_a_literal_computation():
     """Document by document: main loss, MTP loss, balance loss and counts, on whole logits."""
     network, rows = tiny.model(), tiny.RandomRows().rows(0, 3)
@@ -158,7 +172,8 @@ def test_mtp_after_or_before_the_final_norm_is_honoured():
     assert values[0] != values[1]
 
 
-# --- invariances --------------------------------------------------------------------------------------------------
+# --- invariances
+# --------------------------------------------------------------------------------------------------
 def _parameters(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
@@ -265,7 +280,8 @@ def test_a_dense_model_trains():
     assert (stats[-1].mtp_loss, stats[-1].balance_loss, stats[-1].max_violation) == (0.0, 0.0, 0.0)
 
 
-# --- what is not finite -------------------------------------------------------------------------------------------
+# --- what is not finite
+# -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("break_it", "match"),
     [

@@ -19,7 +19,7 @@ def config(mtp=1, **changes):
         n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, moe_intermediate_size=24,
         first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
     )  # fmt: skip
-    fields = dict(
+    fields = dict(  # noqa: C408
         model_type="deepseek_v3", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
         num_attention_heads=4, attention=Mla(16, 16, 8, 8, 12), moe=moe, num_nextn_predict_layers=mtp,
         max_position_embeddings=64, bos_token_id=0, eos_token_id=(1,),
@@ -28,7 +28,8 @@ def config(mtp=1, **changes):
 
 
 class RandomRows:
-    """Row r is drawn from r: learnable (each token is followed by one of two), with documents, prompts, padding."""
+    """Row r is drawn from r: learnable (each token is followed by one of two), with documents, prompts,
+    padding."""
 
     def __init__(self, plain=False):
         self.plain = plain
@@ -61,15 +62,22 @@ def model(seed=0, dtype=torch.float32, **changes):
 
 
 def trainer(
-    network=None, *, position=0, rows=4, micro_rows=2, alpha=0.01, plain=False, rate=3e-3, speed=0.001, **adamw
+    network=None,
+    *,
+    position=0,
+    rows=4,
+    micro_rows=2,
+    alpha=0.01,
+    plain=False,
+    rate=3e-3,
+    speed=0.001,
+    **adamw,
 ):
     network = network or model()
     stream = batches(
         RandomRows(plain), position=position, rows=rows, micro_rows=micro_rows,
         depths=len(network.mtp), mask_documents=True,
     )  # fmt: skip
-    schedule = Schedule(
-        LearningRate(rate, 0.1 * rate, 0, 10**9, 10**9), speed, 10**9, 0.3, 0.1, 10**9
-    )
+    schedule = Schedule(LearningRate(rate, 0.1 * rate, 0, 10**9, 10**9), speed, 10**9, 0.3, 0.1, 10**9)
     optimizer = AdamW(network.named_parameters(), **adamw)
     return Trainer(network, optimizer, stream, schedule, Objective(sequence_alpha=alpha))

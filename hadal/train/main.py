@@ -1,0 +1,384 @@
+"""`hadal train RECIPE`: from a recipe to a trained model in a folder.
+
+    OUT/recipe.json      the resolved recipe                OUT/metrics.jsonl   what was measured
+    OUT/checkpoints/…    where `--resume` goes on           OUT/export/         the model, in the published
+    layout
+
+A run stops cleanly, with a checkpoint and an export, at its last step, at `train.max_minutes`, on SIGTERM
+and on Ctrl-C. `--resume` goes on bit for bit where the last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from hadal.train.sources import Sources, open_sources
+from rich.console import Console
+
+from hadal.config import ConfigError, ModelConfig
+from hadal.model.transformer import Transformer
+from hadal.train import recipe as recipes
+from hadal.train import state
+from hadal.train.batches import Prefetcher, batches
+from hadal.train.export import Facts, export
+from hadal.train.flops import Peak, peak, step_flops
+from hadal.train.heldout import Heldout, evaluate
+from hadal.train.losses import Objective
+from hadal.train.metrics import Metrics
+from hadal.train.optimizer import AdamW
+from hadal.train.recipe import Recipe, RecipeError
+from hadal.train.trainer import Progress, StepStats, Trainer
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `reason`: "finished", or "time" (max_minutes) and "signal", which can be resumed."""
+
+    reason: str
+    step: int
+    tokens: int
+    folder: Path
+    export: Path
+    loss: float | None
+
+    @property
+    def finished(self) -> bool:
+        return self.reason == "finished"
+
+
+def train(
+    recipe_path: Path | str,
+    *,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+) -> Outcome:
+    """Train by a recipe. `overrides`: "section.key=value"; `out`: the run's folder (default: runs/NAME).
+
+    Raises RecipeError, CheckpointError, NonFiniteError, and what the data and the tokenizer raise.
+    """
+    recipe = recipes.load(Path(recipe_path), overrides)
+    folder = Path(out) if out is not None else Path("runs") / recipe.run.name
+    checkpoint = _open_folder(folder, recipe, resume)
+    with open_sources(recipe) as sources:
+        run = Run(recipe, folder, sources, _device(device), console)
+        try:
+            if checkpoint is not None:
+                run.restore(checkpoint)
+            return run.go()
+        finally:
+            run.close()
+
+
+def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> state.Checkpoint | None:
+    """Create or check a run's folder; the checkpoint to go on from, if any."""
+    saved = folder / "recipe.json"
+    checkpoint = state.latest(folder / "checkpoints")
+    if checkpoint is not None and not resume:
+        raise RecipeError(
+            f"{folder} holds a run at step {checkpoint.step}; go on with --resume, or choose another --out"
+        )
+    if resume and checkpoint is not None:
+        changed = recipes.differences(json.loads(saved.read_text(encoding="utf-8")), recipe.to_dict())
+        if changed:
+            raise RecipeError(
+                f"the recipe differs from that of the run in {folder} in {', '.join(changed)}; resume "
+                "with the same recipe and --set, or start anew with another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".recipe.json.tmp"
+    temporary.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, saved)
+    return checkpoint
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("--device cuda, but torch finds no CUDA device here; use --device cpu or auto")
+    return device
+
+
+def model_config(recipe: Recipe, sources: Sources) -> ModelConfig:
+    """The recipe's [model] as a ModelConfig; vocabulary and special ids come from the tokenizer."""
+    tokenizer = sources.tokenizer
+    table: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
+    table |= {"vocab_size": -(-tokenizer.vocab_size // 64) * 64, "initializer_range": recipe.train.init_std}
+    try:
+        config = ModelConfig.from_hf(table | dict(recipe.model))
+    except ConfigError as error:
+        raise RecipeError(f"[model]: {error}") from None
+    if config.vocab_size < tokenizer.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size is {config.vocab_size}; the tokenizer has {tokenizer.vocab_size} "
+            "ids (leave the key out)"
+        )
+    if config.max_position_embeddings < recipe.train.context:
+        raise RecipeError(
+            f"model.max_position_embeddings is {config.max_position_embeddings}; train.context "
+            f"needs at least {recipe.train.context}"
+        )
+    return config
+
+
+class Run:
+    """One call of `train`: everything that lives from its start to its end."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, sources: Sources, device: torch.device, console: Console | None
+    ) -> None:
+        self.recipe, self.folder, self.sources, self.device = recipe, folder, sources, device
+        self.console = console or Console(stderr=True)
+        self.started = time.perf_counter()
+        self.seconds_before = 0.0  # of earlier calls, when resumed
+        self.rows = recipe.train.batch_tokens // recipe.train.context
+        self.micro_rows = recipe.train.micro_tokens // recipe.train.context
+        self.model = self._build()
+        self.peak = peak(device, self.model.dtype)
+        self.trainer = self._trainer(position=0)
+        self.metrics: Metrics | None = None
+        self.prefetcher: Prefetcher | None = None
+        self.last: StepStats | None = None
+        self.held: Heldout | None = None
+        self.stop_reason = ""
+        self._saved = time.perf_counter()
+
+    def _build(self) -> Transformer:
+        """The model with its first weights, drawn on the CPU so that every machine starts from the same."""
+        config, train = model_config(self.recipe, self.sources), self.recipe.train
+        torch.manual_seed(self.recipe.run.seed)
+        model = Transformer(config, dtype=torch.float32).init_weights(self.recipe.run.seed, train.init_std)
+        dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        model = model.to(self.device, _DTYPES[dtype if train.dtype == "auto" else train.dtype])
+        if train.compile:
+            for block in [*model.layers, *(module.block for module in model.mtp)]:
+                block.compile()
+        return model
+
+    def _trainer(self, position: int) -> Trainer:
+        recipe, adamw = self.recipe, self.recipe.optimizer
+        optimizer = AdamW(
+            self.model.named_parameters(),
+            betas=adamw.betas,
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+            clip=adamw.clip,
+            moment_dtype=_DTYPES[adamw.moments],
+        )
+        objective = Objective(sequence_alpha=recipe.balance.sequence_alpha, z_loss=recipe.train.z_loss)
+        return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective)
+
+    def restore(self, checkpoint: state.Checkpoint) -> None:
+        """Go on from a checkpoint."""
+        tensors, meta = state.load(checkpoint)
+        try:
+            self.trainer.restore(tensors, Progress(meta["step"], meta["tokens"], meta["position"]))
+        except ValueError as error:
+            raise state.CheckpointError(f"{checkpoint.path}: {error}") from None
+        self.seconds_before = float(meta["seconds"])
+
+    # --- the loop
+    # --------------------------------------------------------------------------------------------
+    def go(self) -> Outcome:
+        """Train to the end, or until something says stop; then save and export."""
+        progress = self.trainer.progress
+        self.metrics = Metrics(
+            self.folder,
+            total_steps=self.recipe.train.steps,
+            peak_flops=self.peak.flops,
+            tensorboard=self.recipe.log.tensorboard,
+            after_step=progress.step,
+            console=self.console,
+        )
+        self._introduce(self.metrics, self.peak)
+        stream = batches(
+            self.sources.train,
+            position=progress.position,
+            rows=self.rows,
+            micro_rows=self.micro_rows,
+            depths=len(self.model.mtp),
+            mask_documents=self.recipe.data.mask_documents,
+        )
+        self.prefetcher = Prefetcher(stream, self.device)
+        self.trainer.batches = self._counted(self.prefetcher, self.metrics)
+        with self._signals():
+            while self.trainer.progress.step < self.recipe.train.steps and not self._stopping():
+                self._log(self.trainer.step())
+                self._occasions(self.trainer.progress.step)
+        return self._finish(self.metrics)
+
+    def _counted(self, source: Prefetcher, metrics: Metrics) -> Iterator[Any]:
+        for batch in source:
+            metrics.worked(batch.tokens, step_flops(self.model.config, batch.tokens, batch.attended_pairs))
+            yield batch
+
+    def _log(self, arrived: Sequence[StepStats]) -> None:
+        assert self.metrics is not None
+        for stats in arrived:
+            self.last = stats
+            if stats.step % self.recipe.log.every_steps == 0:
+                self.metrics.step(stats, load=self.trainer.take_load())
+
+    def _occasions(self, step: int) -> None:
+        """What happens now and then: held-out loss, checkpoint, export."""
+        recipe, last = self.recipe, step >= self.recipe.train.steps
+        if last:
+            return  # `_finish` does all of it
+        if recipe.log.heldout_every_steps and step % recipe.log.heldout_every_steps == 0:
+            self._heldout()
+        due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
+        minutes = (time.perf_counter() - self._saved) / 60
+        if due or (recipe.checkpoint.every_minutes and minutes >= recipe.checkpoint.every_minutes):
+            self._save()
+        if recipe.export.every_steps and step % recipe.export.every_steps == 0:
+            self._export()
+
+    def _stopping(self) -> bool:
+        limit = self.recipe.train.max_minutes
+        if not self.stop_reason and limit and time.perf_counter() - self.started >= 60 * limit:
+            self.stop_reason = "time"
+        return bool(self.stop_reason)
+
+    def _finish(self, metrics: Metrics) -> Outcome:
+        self._log(self.trainer.arrived(wait=True))
+        progress = self.trainer.progress
+        reason = "finished" if progress.step >= self.recipe.train.steps else self.stop_reason
+        if reason != "signal":  # a signal wants us gone soon
+            self._heldout()
+        self._save()
+        exported = self._export()
+        metrics.event("stop", progress.step, reason=reason, seconds=self._seconds())
+        if reason != "finished":
+            metrics.say(f"stopped at step {progress.step} of {self.recipe.train.steps}: go on with --resume")
+        loss = None if self.last is None else self.last.loss
+        return Outcome(reason, progress.step, progress.tokens, self.folder, exported, loss)
+
+    # --- what the loop does now and then
+    # -----------------------------------------------------------------------
+    def _heldout(self) -> None:
+        assert self.metrics is not None
+        if self.sources.heldout is None:
+            return
+        self._log(self.trainer.arrived(wait=True))
+        self.held = evaluate(
+            self.model,
+            self.sources.heldout,
+            rows=max(1, self.recipe.log.heldout_tokens // self.recipe.train.context),
+            micro_rows=self.micro_rows,
+            mask_documents=self.recipe.data.mask_documents,
+        )
+        self.metrics.event("heldout", self.trainer.progress.step, **dataclasses.asdict(self.held))
+        self.metrics.restart_clock()
+
+    def _save(self) -> None:
+        assert self.metrics is not None
+        self._log(
+            self.trainer.arrived(wait=True)
+        )  # a step that was not finite raises here, before it is saved
+        progress, recipe = self.trainer.progress, self.recipe
+        saved = state.save(
+            self.folder / "checkpoints",
+            progress.step,
+            self.trainer.tensors(),
+            {
+                "tokens": progress.tokens,
+                "position": progress.position,
+                "seconds": self._seconds(),
+                "recipe": recipe.to_dict(),
+            },
+            shard_mib=recipe.checkpoint.shard_mib,
+            keep=recipe.checkpoint.keep,
+        )
+        self._saved = time.perf_counter()
+        self.metrics.event("checkpoint", progress.step, path=str(saved.path))
+        self.metrics.restart_clock()
+
+    def _export(self) -> Path:
+        assert self.metrics is not None
+        self._log(self.trainer.arrived(wait=True))
+        exported = export(
+            self.model, self.recipe, self._facts(), self.sources.tokenizer_folder, self.folder / "export"
+        )
+        self.metrics.event("export", self.trainer.progress.step, path=str(exported))
+        self.metrics.restart_clock()
+        return exported
+
+    def _facts(self) -> Facts:
+        assert self.metrics is not None
+        rates = sorted(self.metrics.rates)
+        cuda = self.device.type == "cuda"
+        return Facts(
+            step=self.trainer.progress.step,
+            steps=self.recipe.train.steps,
+            tokens=self.trainer.progress.tokens,
+            seconds=self._seconds(),
+            device=torch.cuda.get_device_name(self.device)
+            if cuda
+            else f"CPU, {torch.get_num_threads()} threads",
+            torch=torch.__version__,
+            heldout_loss=None if self.held is None else self.held.loss,
+            heldout_exact=None if self.held is None else self.held.exact,
+            heldout_documents=0 if self.held is None else self.held.documents,
+            tokens_per_second=rates[len(rates) // 2] if rates else None,
+        )
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _introduce(self, metrics: Metrics, found: Peak) -> None:
+        config, n = self.model.config, self.model.config.parameters()
+        train, step = self.recipe.train, self.trainer.progress.step
+        metrics.say(
+            f"{self.recipe.run.name}: {n.main + n.mtp_unique:,} parameters ({n.active:,} active), vocabulary "
+            f"{config.vocab_size:,}, {str(self.model.dtype).removeprefix('torch.')} on {self.device}"
+        )
+        metrics.say(
+            f"{train.steps:,} steps of {train.batch_tokens:,} tokens in rows of {train.context:,}; "
+            f"peak: {found.source}" + (f"; resumed at step {step}" if step else "")
+        )
+
+    # --- stopping
+    # ------------------------------------------------------------------------------------------------
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C end the run after the step at hand; the second Ctrl-C ends it at
+        once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stop_reason == "signal" and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_reason = "signal"
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever called us handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        if self.metrics is not None:
+            self.metrics.close()
