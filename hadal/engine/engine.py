@@ -1,0 +1,404 @@
+"""The engine: requests in, updates out. One `step()` is schedule → run → sample → commit.
+
+    engine = Engine.load("hadal-mini")
+    print(engine.chat([{"role": "user", "content": "12 + 35?"}], SamplingParams(temperature=0)).text)
+
+Everything runs in the caller's thread; `AsyncEngine` gives it a thread of its own. A fault in a step ends
+the requests of that step with finish_reason "error" and frees their pages; the others, and the engine, go
+on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hadal.engine.blocks import PageAllocator
+from hadal.engine.memory import EngineError, fit_cache, release
+from hadal.engine.memory import cache_budget as measure_cache_budget
+from hadal.engine.offline import OfflineApi
+from hadal.engine.output import advance, ended
+from hadal.engine.request import (
+    FinishReason,
+    PoolingParams,
+    Request,
+    RequestError,
+    SamplingParams,
+    TokenLogprob,
+    Update,
+    check_token_ids,
+    resolve_max_tokens,
+)
+from hadal.engine.runner import Runner, StepOutput
+from hadal.engine.sampler import Sampled, Sampler
+from hadal.engine.scheduler import Schedule, Scheduler
+from hadal.model.context import Cache
+from hadal.model.transformer import Transformer
+from hadal.text.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from hadal.text.templates import Template
+    from hadal.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+OnUpdate = Callable[[Update], None]
+
+
+@dataclass
+class EngineStats:
+    """Gauges and totals since the start (tokens, requests)."""
+
+    running: int
+    waiting: int
+    cache_usage: float  # share of the cache's pages that requests hold, 0 … 1
+    cache_tokens: int  # what the cache can hold
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    steps: int
+    prompt_tokens: int
+    generation_tokens: int
+    finished: dict[str, int]  # by finish_reason
+
+
+@dataclass
+class _Totals:
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+
+
+class Engine(OfflineApi):
+    """Continuous batching over one model. `load` reads a folder; the constructor takes live tensors.
+
+    config, tokenizer, template, name, folder, device, dtype describe the model; `vocab_size` bounds the
+    token ids that go in and come out; `max_model_len` bounds prompt + output. Without a tokenizer, requests
+    are token ids and have no text. Sizes that are None are chosen for the device; `cache_bytes` overrides
+    what is measured.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        template: Template | None = None,
+        *,
+        name: str = "",
+        folder: Path | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        cache_bytes: int | None = None,
+        page_size: int = 64,
+        prefix_caching: bool = True,
+        cuda_graphs: bool = True,
+        capture_at_start: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        """Raises EngineError when the cache cannot hold one context."""
+        on_gpu = model.device.type == "cuda"
+        seats = max_num_seqs or (64 if on_gpu else 16)
+        budget = max_num_batched_tokens or max(8192 if on_gpu else 1024, seats)
+        if max_model_len is not None and not 2 <= max_model_len <= model.max_positions:
+            raise EngineError(f"max_model_len must be from 2 to {model.max_positions}, not {max_model_len}")
+        wanted = max_model_len
+        if cache_bytes is None:
+            cache_bytes, longest = measure_cache_budget(
+                model,
+                max_num_seqs=seats,
+                num_tokens=budget,
+                max_model_len=max_model_len,
+                page_size=page_size,
+                utilization=gpu_memory_utilization,
+            )
+            wanted = wanted if longest == model.config.max_position_embeddings else longest
+        num_pages, self.max_model_len = fit_cache(
+            model.config,
+            cache_bytes,
+            max_num_seqs=seats,
+            max_model_len=wanted,
+            page_size=page_size,
+            dtype=model.dtype,
+        )
+        self.model, self.config = model, model.config
+        self.tokenizer, self.template = tokenizer, template
+        self.name, self.folder = name or model.config.model_type, folder
+        self.device, self.dtype = model.device, model.dtype
+        self.vocab_size = (
+            min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
+        )
+        self.max_num_seqs = seats
+        pages = PageAllocator(num_pages, page_size, prefix_caching=prefix_caching)
+        self.scheduler = Scheduler(pages, max_num_seqs=seats, max_num_batched_tokens=budget)
+        self.runner = Runner(
+            model,
+            Cache(model.config, num_pages, page_size, model.dtype, model.device),
+            max_num_seqs=seats,
+            max_num_batched_tokens=budget,
+            max_model_len=self.max_model_len,
+            cuda_graphs=cuda_graphs,
+            capture_at_start=capture_at_start,
+        )
+        self.sampler = Sampler(self.vocab_size, seats, model.device)
+        self.failure: str | None = None  # why the engine cannot go on at all
+        self._requests: dict[str, Request] = {}
+        self._totals = _Totals()
+        self._names = itertools.count()
+        self._seeds = random.Random(seed)
+        self._owner: str | None = None  # who else runs step()
+        self._eos = frozenset(tokenizer.eos_ids if tokenizer else model.config.eos_token_id)
+
+    @classmethod
+    def load(cls, model: str | Path = "hadal-mini", **options: Any) -> Engine:
+        """An engine for a published folder, a preset's name or a repository in the cache.
+
+        Options: device ("auto", "cpu", "cuda", …), dtype ("auto", "float32", "bfloat16"), progress (called
+        with bytes read and bytes in all), and those of the constructor. See hadal/engine/loading.py.
+        """
+        from hadal.engine.loading import load_engine
+
+        return load_engine(cls, model, **options)
+
+    # --- the step ---
+
+    def step(self) -> list[tuple[str, Update]]:
+        """One step for everybody: who computes what, compute, draw, book. Returns what became known."""
+        self._check_alive()
+        plan = self.scheduler.schedule()
+        updates = [
+            self._end(request, "abort", "the deadline passed in the queue") for request in plan.expired
+        ]
+        if plan.sequences:
+            try:
+                output = self.runner.run(plan)
+                sampled = self._sample(output)
+                updates += self._commit(plan, output, sampled)
+            except Exception as error:
+                updates += self._fail(plan, error)
+        return self._deliver(updates)
+
+    def _sample(self, output: StepOutput) -> Sampled:
+        return (
+            Sampled([])
+            if output.logits_BV is None
+            else self.sampler.sample(output.logits_BV, output.requests)
+        )
+
+    def _commit(self, plan: Schedule, output: StepOutput, sampled: Sampled) -> list[tuple[Request, Update]]:
+        """Book a step: tokens into their requests, full pages into the prefix cache, finished requests
+        out."""
+        now = time.monotonic()
+        for request, entries in output.prompt_logprobs:
+            request.prompt_logprobs += entries
+        updates = []
+        for row, (request, token) in enumerate(zip(output.requests, sampled.tokens, strict=True)):
+            logprob = sampled.logprobs[row] if sampled.logprobs else None
+            updates.append((request, self._advance(request, token, logprob, sampled.errors.get(row), now)))
+        updates += [self._embedded(request, vector, now) for request, vector in output.embeddings]
+        self.scheduler.commit(plan)
+        for request, update in updates:
+            if update.finish_reason is not None:
+                self._remove(request, update.finish_reason)
+        self._totals.steps += 1
+        self._totals.generation_tokens += len(output.requests)
+        return updates
+
+    def _advance(
+        self, request: Request, token: int, logprob: TokenLogprob | None, error: str | None, now: float
+    ) -> Update:
+        if request.metrics.first_token is None:
+            self._totals.prompt_tokens += request.prompt_len
+        if error is None:
+            try:
+                return advance(request, token, logprob, now)
+            except Exception as fault:  # its text or its grammar: nobody else's fault
+                error = f"the new token could not be taken in: {fault}"
+        return ended(request, "error", now, error)
+
+    def _embedded(self, request: Request, vector: torch.Tensor, now: float) -> tuple[Request, Update]:
+        self._totals.prompt_tokens += request.prompt_len
+        values = vector.tolist()
+        if not all(map(math.isfinite, values)):
+            return request, ended(request, "error", now, "the model's output is not finite (NaN or infinity)")
+        update = ended(request, "stop", now)
+        update.embedding = values
+        return request, update
+
+    def _fail(self, plan: Schedule, error: Exception) -> list[tuple[Request, Update]]:
+        """End the requests of a step that raised; see whether the device still works."""
+        logger.error("a step of %d tokens failed", plan.num_tokens, exc_info=error)
+        message = f"the step failed: {type(error).__name__}: {error}"
+        if _is_out_of_memory(error):
+            message = (
+                f"out of memory in a step of {plan.num_tokens} tokens and {len(plan.sequences)} sequences; "
+                "send less at once, or start with a lower max_num_batched_tokens, max_num_seqs or cache"
+            )
+        ended_ = [
+            self._end(s.request, "error", message)
+            for s in plan.sequences
+            if s.request.request_id in self._requests
+        ]
+        error.__traceback__ = None  # its frames hold the step's tensors
+        release()
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+            except Exception as fatal:
+                self.failure = f"the GPU is lost: {fatal}"
+        return ended_
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None) -> tuple[Request, Update]:
+        self._remove(request, reason)
+        return request, ended(request, reason, time.monotonic(), error)
+
+    def _remove(self, request: Request, reason: FinishReason) -> None:
+        """Forget a request. What a faulty one left in the cache is not to be shared."""
+        self.scheduler.finish(request, poisoned=reason == "error")
+        self._requests.pop(request.request_id, None)
+        self._totals.finished[reason] += 1
+
+    def _deliver(self, updates: list[tuple[Request, Update]]) -> list[tuple[str, Update]]:
+        for request, update in updates:
+            if request.on_update is not None:
+                try:
+                    request.on_update(update)
+                except Exception:
+                    logger.exception(
+                        "on_update of request %s raised; the request is aborted", request.request_id
+                    )
+                    if request.request_id in self._requests:
+                        self._remove(request, "abort")
+        return [(request.request_id, update) for request, update in updates]
+
+    def _check_alive(self) -> None:
+        if self.failure is not None:
+            raise EngineError(f"the engine is dead: {self.failure}; restart it")
+
+    # --- requests ---
+
+    def prepare(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        deadline: float | None = None,
+        on_update: OnUpdate | None = None,
+        pooling: PoolingParams | None = None,
+    ) -> Request:
+        """A checked request, not yet in the queue. Safe from any thread. Raises RequestError.
+
+        May take long where a grammar must be compiled. deadline: time.monotonic() by which it must have
+        started.
+        """
+        params = params or SamplingParams()
+        ids = check_token_ids(prompt_ids, self.vocab_size)
+        for field_name, tokens in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if tokens and max(tokens) >= self.vocab_size:
+                raise RequestError(
+                    f"{field_name} names token id {max(tokens)}; ids go from 0 to {self.vocab_size - 1}",
+                    field_name,
+                )
+        if pooling is None:
+            max_tokens = resolve_max_tokens(len(ids), params.max_tokens, self.max_model_len)
+        else:
+            max_tokens = 0
+            resolve_max_tokens(len(ids), None, self.max_model_len + 1)
+            if pooling.layer >= self.config.num_hidden_layers:
+                last = self.config.num_hidden_layers - 1
+                raise RequestError(f"layer must be from -1 to {last}, not {pooling.layer}", "layer")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this engine has none", "stop")
+        request = Request(
+            request_id if request_id is not None else f"request-{next(self._names)}",
+            ids,
+            params,
+            time.monotonic(),
+            max_tokens,
+            priority=priority,
+            cache_salt=cache_salt,
+            deadline=deadline,
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            pooling=pooling,
+            on_update=on_update,
+            eos_ids=frozenset() if params.ignore_eos else self._eos,
+        )
+        self.scheduler.check_fits(request.prompt_len, request.max_len)
+        if self.tokenizer is not None and pooling is None:
+            request.detokenizer = Detokenizer(self.tokenizer, params.stop, include_stop=params.include_stop)
+        if params.grammar is not None:
+            request.matcher = params.grammar()
+        return request
+
+    def enqueue(self, request: Request) -> str:
+        """Queue a prepared request; returns its id. Raises RequestError for an id that is in use."""
+        self._check_alive()
+        if request.request_id in self._requests:
+            raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+        self.scheduler.add(request)
+        self._requests[request.request_id] = request
+        return request.request_id
+
+    def add(self, prompt_ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> str:
+        """`prepare` and `enqueue`; the options are those of `prepare`. `step()` or `on_update` tell what
+        follows."""
+        return self.enqueue(self.prepare(prompt_ids, params, **options))
+
+    def abort(self, request_id: str) -> bool:
+        """Stop a request and free its pages now; its last update has finish_reason "abort". False: not
+        known."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._deliver([self._end(request, "abort", None)])
+        return True
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless pages, seats and requests add up."""
+        self.scheduler.check_integrity()
+        queued = {request.request_id for request in (*self.scheduler.running, *self.scheduler.waiting)}
+        if queued != set(self._requests):
+            raise EngineError(f"requests without a place, or twice: {sorted(queued ^ set(self._requests))}")
+
+    def stats(self) -> EngineStats:
+        """Cheap, and safe from any thread (the numbers may be from different moments of a step)."""
+        scheduler, totals = self.scheduler, self._totals
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            cache_usage=scheduler.pages.usage,
+            cache_tokens=scheduler.pages.capacity * scheduler.pages.page_size,
+            preemptions=scheduler.stats.preemptions,
+            prefix_queries=scheduler.stats.prefix_queries,
+            prefix_hits=scheduler.stats.prefix_hits,
+            steps=totals.steps,
+            prompt_tokens=totals.prompt_tokens,
+            generation_tokens=totals.generation_tokens,
+            finished=dict(totals.finished),
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA's error, Python's, or the CPU allocator's, which is a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

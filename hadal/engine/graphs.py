@@ -1,0 +1,119 @@
+"""Decode steps as CUDA graphs: static shapes for a few batch sizes, one memory pool, captured on first use
+or at start.
+
+A step of n sequences with one token each is padded to the next size; a padding row computes token 0 on the
+scratch page (page 0), which nobody reads. The graph covers embedding to last block and leaves hidden
+states; head and sampling follow outside, on the n real rows. Inputs are two static buffers, filled by one
+copy each, and the block table on the device.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+
+import torch
+from torch import Tensor
+
+from hadal.model.context import Cache, Context
+from hadal.model.transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, then multiples of 8 to 64, of 16 to 128, of 32 to 256, of 64 to 512 and of 128 above; up to
+    max_num_seqs."""
+    sizes = [1, 2, 4]
+    for end, stride in ((64, 8), (128, 16), (256, 32), (512, 64)):
+        sizes += range(sizes[-1] // stride * stride + stride, end + 1, stride)
+    sizes += range(640, max_num_seqs + 1, 128)
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
+
+
+class DecodeGraphs:
+    """`table_SP`: the block table on the device, one row a slot and a last row of zeros for padding."""
+
+    def __init__(self, model: Transformer, cache: Cache, table_SP: Tensor, max_num_seqs: int) -> None:
+        self.model, self.cache, self.table_SP = model, cache, table_SP
+        self.sizes = graph_sizes(max_num_seqs)
+        self.broken: str | None = None  # why graphs are off, if they failed
+        device = table_SP.device
+        self._long = torch.zeros(3 * max_num_seqs, dtype=torch.int64, device=device)
+        self._int = torch.zeros(2 * max_num_seqs, dtype=torch.int32, device=device)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def captured(self) -> list[int]:
+        return sorted(self._graphs)
+
+    def size_for(self, rows: int) -> int | None:
+        """The smallest size with room for `rows`; None when graphs are off."""
+        if self.broken is not None or not 0 < rows <= self.sizes[-1]:
+            return None
+        return self.sizes[bisect.bisect_left(self.sizes, rows)]
+
+    def run(self, size: int, host_long: Tensor, host_int: Tensor) -> Tensor:
+        """Hidden states [size, D] of one step; valid until the next call.
+
+        host_long: tokens, positions, slots (3 · size); host_int: visible lengths, table rows (2 · size). A
+        size that cannot be captured turns graphs off with a warning, and this and all later steps run
+        without.
+        """
+        self._long[: 3 * size].copy_(host_long, non_blocking=True)
+        self._int[: 2 * size].copy_(host_int, non_blocking=True)
+        if size not in self._graphs and self.broken is None:
+            self._try_capture(size)
+        if size in self._graphs:
+            graph, hidden_BD = self._graphs[size]
+            graph.replay()
+            return hidden_BD
+        return self._forward(size)
+
+    def capture_all(self) -> None:
+        """Capture every size now, the largest first, so that the smaller ones fit in its memory."""
+        for size in reversed(self.sizes):
+            rows = self._int[: 2 * size].view(2, size)
+            rows[0].fill_(1)
+            rows[1].fill_(self.table_SP.shape[0] - 1)
+            self._long[: 3 * size].zero_()
+            if self.broken is None:
+                self._try_capture(size)
+
+    def _forward(self, size: int) -> Tensor:
+        token_B, position_B, slot_B = self._long[: 3 * size].view(3, size)
+        length_B, row_B = self._int[: 2 * size].view(2, size)
+        context = Context(
+            position_T=position_B,
+            cu_seqlens=range(size + 1),
+            cache=self.cache,
+            slot_T=slot_B,
+            block_table_SP=self.table_SP.index_select(0, row_B),
+            context_len_S=length_B,
+            num_decodes=size,
+        )
+        return self.model(token_B, context)
+
+    def _try_capture(self, size: int) -> None:
+        try:
+            self._capture(size)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self.broken = f"capture of batch size {size} failed: {error}"
+            logger.warning("CUDA graphs are off, decode is slower: %s", self.broken)
+
+    def _capture(self, size: int) -> None:
+        """Warm up beside the main stream (kernels compile, libraries allocate), then record."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._forward(size)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            hidden_BD = self._forward(size)
+        self._graphs[size] = (graph, hidden_BD)

@@ -1,0 +1,117 @@
+"""From a name to a running engine: folder, device, dtype, whether it fits, weights, tokenizer, template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hadal.config import ModelConfig
+from hadal.engine.memory import EngineError, available_memory, gib
+from hadal.text.messages import TemplateError
+from hadal.text.templates import template_for
+from hadal.text.tokenizer import Tokenizer
+from hadal.weights import hub
+from hadal.weights import load as load_weights
+from hadal.weights.layout import read_config
+
+if TYPE_CHECKING:
+    from hadal.engine.engine import Engine
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FP32_SHARE = 0.5  # on CPU, FP32 while the weights take at most this share of the free memory, else BF16
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The first GPU if there is one ("auto"), or what is named. Raises EngineError for one that is not
+    there."""
+    if isinstance(device, str) and device == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise EngineError(f"device {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise EngineError(f"device {device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if picked.type == "cuda":
+        if not torch.cuda.is_available():
+            raise EngineError("device is cuda, but torch finds no CUDA GPU here; use --device cpu")
+        if (picked.index or 0) >= torch.cuda.device_count():
+            raise EngineError(
+                f"device {picked} does not exist; this machine has {torch.cuda.device_count()} GPUs"
+            )
+        return torch.device("cuda", picked.index or 0)
+    return picked
+
+
+def pick_dtype(config: ModelConfig, device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
+    """ "auto": BF16 on a GPU; on CPU FP32 for models that leave half of the free memory, BF16 for larger
+    ones."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values():
+            raise EngineError(f"dtype {dtype} is not supported; use auto, {', '.join(DTYPES)}")
+        return dtype
+    if dtype == "auto":
+        small = config.weight_bytes("fp32", mtp=False) <= _FP32_SHARE * available_memory()
+        return torch.float32 if device.type == "cpu" and small else torch.bfloat16
+    if dtype not in DTYPES:
+        raise EngineError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def check_weights_fit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises EngineError, before anything is read, when the weights alone exceed the free memory."""
+    need = config.weight_bytes("fp32" if dtype == torch.float32 else "bf16", mtp=False)
+    free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if need > free:
+        hint = "use dtype bfloat16, " if dtype == torch.float32 and need / 2 <= free else ""
+        raise EngineError(
+            f"the weights take {gib(need)} in {str(dtype).removeprefix('torch.')}, and {gib(free)} are free "
+            f"on {device}: {hint}free memory, or take a smaller model"
+        )
+
+
+def load_engine(
+    engine_class: type[Engine],
+    model: str | Path = "hadal-mini",
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    progress: Callable[[int, int], None] | None = None,
+    max_model_len: int | None = None,
+    **options: Any,
+) -> Engine:
+    """Resolve `model` (a folder, "hadal-mini", a preset's name or a repository in the cache), load it,
+    build the engine.
+
+    Raises NotFoundError, WeightsError, TokenizerError, ConfigError or EngineError, each with cause and
+    remedy.
+    """
+    folder = hub.resolve(model)
+    config = read_config(folder)
+    where = pick_device(device)
+    kind = pick_dtype(config, where, dtype)
+    if max_model_len is not None and not 2 <= max_model_len <= config.max_position_embeddings:
+        raise EngineError(
+            f"max_model_len must be from 2 to {config.max_position_embeddings}, not {max_model_len}"
+        )
+    check_weights_fit(config, where, kind)
+    tokenizer = Tokenizer.load(folder)
+    try:
+        template = template_for(folder)
+    except TemplateError as error:
+        raise EngineError(f"{folder}: {error}") from error
+    transformer = load_weights(
+        folder, dtype=kind, device=where, progress=progress, with_mtp=False, max_positions=max_model_len
+    )
+    return engine_class(
+        transformer,
+        tokenizer,
+        template,
+        name=options.pop("name", None) or (str(model) if isinstance(model, str) else folder.name),
+        folder=folder,
+        max_model_len=max_model_len,
+        **options,
+    )

@@ -1,0 +1,147 @@
+"""How much memory there is, and how many cache pages fit in it.
+
+CPU   cache = min(half of the memory that is free now, what max_num_seqs sequences of max_model_len tokens
+need) GPU   cache = min(utilization · total − everybody's use − the peak of a step, the same need) The peak
+of a step is measured: one chunk of the whole token budget at the end of the longest context.
+"""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import psutil
+import torch
+
+from hadal.config import ModelConfig
+from hadal.model.context import Cache, Context
+from hadal.model.transformer import Transformer
+
+CPU_CACHE_SHARE = 0.5
+_SAMPLING_COPIES = 5  # tensors of [sequences, vocabulary] in FP32 that sampling may hold at once
+
+
+class EngineError(RuntimeError):
+    """The engine cannot start or go on; the message says why and what to change."""
+
+
+def gib(number: float) -> str:
+    return f"{number / 2**30:.2f} GiB"
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, within the limit of its
+    container."""
+    free = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return max(free, 0)
+
+
+@torch.no_grad()
+def step_peak(model: Transformer, num_tokens: int, max_model_len: int, page_size: int) -> int:
+    """Bytes on the GPU that a step of `num_tokens` at the end of a context of `max_model_len` takes for a
+    moment.
+
+    The dummy context reads and writes the same page all over, so that two pages are cache enough to measure.
+    """
+    device = model.device
+    num_tokens = min(num_tokens, max_model_len)
+    cache = Cache(model.config, 2, page_size, model.dtype, device)
+    position_T = torch.arange(max_model_len - num_tokens, max_model_len, device=device)
+    context = Context(
+        position_T=position_T,
+        cu_seqlens=[0, num_tokens],
+        cache=cache,
+        slot_T=page_size + position_T % page_size,
+        block_table_SP=torch.ones(1, -(-max_model_len // page_size), dtype=torch.int32, device=device),
+        context_len_S=torch.tensor([max_model_len], dtype=torch.int32, device=device),
+        context_lens=[max_model_len],
+    )
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    hidden_TD = model(torch.zeros(num_tokens, dtype=torch.int64, device=device), context)
+    model.logits(hidden_TD[-1:])
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del hidden_TD, context, cache, position_T
+    release()
+    return int(peak)
+
+
+def release() -> None:
+    """Give unused memory back: cyclic garbage, and the GPU allocator's empty blocks."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def cache_budget(
+    model: Transformer,
+    *,
+    max_num_seqs: int,
+    num_tokens: int,
+    max_model_len: int | None,
+    page_size: int,
+    utilization: float,
+) -> tuple[int, int]:
+    """Bytes that the cache may take on the model's device, and the longest context that a step was found to
+    bear.
+
+    Without a wish for max_model_len, a context whose attention alone exhausts the GPU is halved until it
+    does not.
+    """
+    length = max_model_len or model.config.max_position_embeddings
+    if model.device.type != "cuda":
+        return int(available_memory() * CPU_CACHE_SHARE), length
+    while True:
+        try:
+            peak = step_peak(model, num_tokens, length, page_size)
+            break
+        except torch.OutOfMemoryError as error:
+            release()
+            if max_model_len is not None or length < 1024:
+                raise EngineError(
+                    f"one step of {min(num_tokens, length)} tokens at the end of {length} does not fit "
+                    "the GPU beside the weights: lower max_model_len or max_num_batched_tokens"
+                ) from error
+            length //= 2
+    sampling = max_num_seqs * model.config.vocab_size * 4 * _SAMPLING_COPIES
+    free, total = torch.cuda.mem_get_info(model.device)
+    reusable = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    return int(utilization * total) - (total - free - reusable) - peak - sampling, length
+
+
+def fit_cache(
+    config: ModelConfig,
+    budget: int,
+    *,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    page_size: int,
+    dtype: torch.dtype,
+) -> tuple[int, int]:
+    """(pages, max_model_len) for a cache of at most `budget` bytes.
+
+    Without a wish for max_model_len it is the model's own, cut to what the budget holds. Raises EngineError
+    when the wish, or not even 128 tokens, fits.
+    """
+    page_bytes = Cache.bytes_per_page(config, page_size, dtype)
+    wanted = max_model_len or config.max_position_embeddings
+    affordable = budget // page_bytes - 1  # one page is scratch
+    room = affordable * page_size
+    if room < (wanted if max_model_len else min(wanted, 128)):
+        need = (-(-wanted // page_size) + 1) * page_bytes
+        raise EngineError(
+            f"the key/value cache for one context of {wanted} tokens takes {gib(need)}, and "
+            f"{gib(max(budget, 0))} are left: lower max_model_len, free memory, or take a smaller model"
+        )
+    length = min(wanted, room)
+    return 1 + min(affordable, max_num_seqs * -(-length // page_size)), length

@@ -1,0 +1,283 @@
+"""One rank's view of the model and its cache: from the plan of a step to logits. All tensors of a step live
+here.
+
+A plan becomes one flat stream: token ids, positions, the cache slot of each token (page · page_size +
+offset), and per sequence its pages and visible length. The pages of a running sequence sit in one row of a
+block table, at the row that the scheduler gave it (`Request.slot`); a row is touched only when its sequence
+gets a page. Host buffers are allocated once (pinned beside a GPU) and each kind of input crosses in one
+copy.
+
+On a GPU, steps of single tokens run on static shapes, replayed as CUDA graphs (hadal/engine/graphs.py).
+Legend: T tokens, S sequences, P pages, D hidden, V vocabulary, B rows that are sampled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hadal.engine.graphs import DecodeGraphs
+from hadal.engine.request import Request, TokenLogprob
+from hadal.engine.scheduler import Schedule, ScheduledSequence
+from hadal.model.context import Cache, Context
+from hadal.model.transformer import Transformer
+from hadal.ops import sampling
+
+_LOGIT_ELEMENTS = 2**24  # at most so many logits at once for prompt log-probabilities (64 MiB)
+
+
+@dataclass
+class StepOutput:
+    """What a step computed. `logits_BV` has one row for each of `requests`, those whose next token is due."""
+
+    requests: list[Request] = field(default_factory=list)
+    logits_BV: Tensor | None = None
+    prompt_logprobs: list[tuple[Request, list[TokenLogprob | None]]] = field(default_factory=list)
+    embeddings: list[tuple[Request, Tensor]] = field(
+        default_factory=list
+    )  # finished pooling requests, FP32 [D]
+
+
+class Runner:
+    """Not thread-safe. `model` and `cache` are used where they are; nothing is copied."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        cache: Cache,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        cuda_graphs: bool = True,
+        capture_at_start: bool = False,
+    ) -> None:
+        self.model, self.cache, self.device = model, cache, model.device
+        self.page_size = cache.page_size
+        self.max_num_seqs = max_num_seqs
+        on_gpu = self.device.type == "cuda"
+        pages = -(-max_model_len // cache.page_size)
+
+        def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, pin_memory=on_gpu)
+
+        self._host_long = buffer(3 * max_num_batched_tokens, dtype=torch.int64)  # tokens, positions, slots
+        self._host_int = buffer(2 * (max_num_seqs + 1), dtype=torch.int32)  # visible lengths, table rows
+        self._host_table = buffer(max_num_seqs + 1, pages, dtype=torch.int32)  # the last row stays 0: padding
+        self._long, self._int, self._table = (
+            tensor.numpy() for tensor in (self._host_long, self._host_int, self._host_table)
+        )
+        self._owner: list[list[int] | None] = [None] * max_num_seqs  # whose pages a row holds
+        self._filled = [0] * max_num_seqs
+        self._device_table = self._host_table.to(self.device) if on_gpu else self._host_table
+        self.graphs: DecodeGraphs | None = None
+        if on_gpu and cuda_graphs:
+            self.graphs = DecodeGraphs(model, cache, self._device_table, max_num_seqs)
+            if capture_at_start:
+                self.graphs.capture_all()
+
+    # --- one step ---
+
+    @torch.no_grad()
+    def run(self, plan: Schedule) -> StepOutput:
+        """Compute a plan: the keys of all its tokens are in the cache afterwards. The GPU may still be at
+        work."""
+        sequences = plan.sequences
+        self._update_table(sequences)
+        if self.graphs is not None and self._plain_decode(plan):
+            size = self.graphs.size_for(len(sequences))
+            if size is not None:
+                self._fill_decodes(sequences, size)
+                hidden_TD = self.graphs.run(size, self._host_long[: 3 * size], self._host_int[: 2 * size])
+                return self._sampled([s.request for s in sequences], hidden_TD[: len(sequences)])
+        context, token_T = self._context(plan)
+        hidden_TD = self.model(token_T, context)
+        return self._output(plan, context, hidden_TD)
+
+    @staticmethod
+    def _plain_decode(plan: Schedule) -> bool:
+        """Single tokens only, and nothing asked but the next one (a prompt of one token may want more)."""
+        return plan.num_decodes == len(plan.sequences) and all(
+            s.start >= s.request.prompt_len
+            or (s.request.pooling is None and s.request.params.prompt_logprobs is None)
+            for s in plan.sequences
+        )
+
+    def _update_table(self, sequences: list[ScheduledSequence]) -> None:
+        """Write what is new of each sequence's pages into its row, and send changed rows to the GPU."""
+        for s in sequences:
+            slot, pages = s.request.slot, s.pages
+            if (
+                self._owner[slot] is not pages
+            ):  # every seating makes a new list, so identity tells seatings apart
+                self._owner[slot] = pages
+                self._filled[slot] = 0
+            filled = self._filled[slot]
+            if len(pages) > filled:
+                self._table[slot, filled : len(pages)] = pages[filled:]
+                self._filled[slot] = len(pages)
+                if self._device_table is not self._host_table:
+                    row, end = self._host_table[slot], len(pages)
+                    self._device_table[slot, filled:end].copy_(row[filled:end], non_blocking=True)
+
+    def _fill_decodes(self, sequences: list[ScheduledSequence], size: int) -> None:
+        """Inputs of single-token sequences into the host buffers, padded to `size` rows.
+
+        Padding rows are token 0 at position 0, written to and read from the scratch page.
+        """
+        n = len(sequences)
+        token, position, slot = self._long[: 3 * size].reshape(3, size)
+        length, row = self._int[: 2 * size].reshape(2, size)
+        token[:n] = [s.request.token_ids[s.start] for s in sequences]
+        position[:n] = [s.start for s in sequences]
+        row[:n] = [s.request.slot for s in sequences]
+        if n < size:
+            token[n:] = position[n:] = slot[n:] = 0
+            row[n:] = self.max_num_seqs
+            length[n:] = 1
+        np.add(position[:n], 1, out=length[:n], casting="unsafe")
+        place = position[:n]
+        slot[:n] = self._table[row[:n], place // self.page_size] * self.page_size + place % self.page_size
+
+    def _context(self, plan: Schedule) -> tuple[Context, Tensor]:
+        """Inputs of any plan."""
+        sequences, T, S, d = plan.sequences, plan.num_tokens, len(plan.sequences), plan.num_decodes
+        token, position, slot = self._long[: 3 * T].reshape(3, T)
+        length, row = self._int[: 2 * S].reshape(2, S)
+        size = self.page_size
+        token[:d] = [s.request.token_ids[s.start] for s in sequences[:d]]
+        position[:d] = [s.start for s in sequences[:d]]
+        row[:] = [s.request.slot for s in sequences]
+        slot[:d] = self._table[row[:d], position[:d] // size] * size + position[:d] % size
+        cu_seqlens = list(range(d + 1))
+        for s in sequences[d:]:
+            begin = cu_seqlens[-1]
+            end = begin + s.num_tokens
+            cu_seqlens.append(end)
+            ids = s.request.token_ids[s.start : s.start + s.num_tokens]
+            token[begin:end] = ids + s.request.draft_ids[: s.num_drafts] if s.num_drafts else ids
+            place = np.arange(s.start, s.start + s.num_tokens)
+            position[begin:end] = place
+            slot[begin:end] = self._table[s.request.slot, place // size] * size + place % size
+        lengths = [s.start + s.num_tokens for s in sequences]
+        length[:] = lengths
+        token_T, position_T, slot_T = self._to_device(self._host_long[: 3 * T]).view(3, T)
+        length_S, row_S = self._to_device(self._host_int[: 2 * S]).view(2, S)
+        pages = -(-max(lengths) // size)
+        context = Context(
+            position_T=position_T,
+            cu_seqlens=cu_seqlens,
+            cache=self.cache,
+            slot_T=slot_T,
+            block_table_SP=self._device_table[:, :pages].index_select(0, row_S),
+            context_len_S=length_S,
+            context_lens=lengths,
+            num_decodes=d,
+            capture_layers=frozenset(
+                self._layer(s.request) for s in sequences if s.request.pooling is not None
+            ),
+        )
+        return context, token_T
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
+
+    def _index(self, values: list[int]) -> Tensor:
+        host = torch.tensor(values)
+        return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+    # --- what is asked of the hidden states ---
+
+    def _output(self, plan: Schedule, context: Context, hidden_TD: Tensor) -> StepOutput:
+        requests: list[Request] = []
+        rows: list[int] = []
+        rest = StepOutput()
+        ends = context.cu_seqlens
+        for index, s in enumerate(plan.sequences):
+            request, last = s.request, ends[index + 1] - 1
+            if request.pooling is not None:
+                self._pool(s, context.captured[self._layer(request)][ends[index] : last + 1], rest)
+                continue
+            if request.params.prompt_logprobs is not None and s.start < request.prompt_len:
+                entries = self._prompt_logprobs(s, hidden_TD[ends[index] : last + 1])
+                rest.prompt_logprobs.append((request, entries))
+            if s.samples:
+                requests.append(request)
+                rows.append(last)
+        if not requests:
+            return rest
+        if len(rows) < hidden_TD.shape[0]:
+            hidden_TD = hidden_TD[self._index(rows)]
+        output = self._sampled(requests, hidden_TD)
+        output.prompt_logprobs, output.embeddings = rest.prompt_logprobs, rest.embeddings
+        return output
+
+    def _sampled(self, requests: list[Request], hidden_BD: Tensor) -> StepOutput:
+        return StepOutput(requests, self.model.logits(hidden_BD))
+
+    def _prompt_logprobs(self, s: ScheduledSequence, hidden_nD: Tensor) -> list[TokenLogprob | None]:
+        """Log-probabilities of the prompt's tokens that this chunk predicts and that are not known yet: row
+        t of the hidden states speaks about token t + 1. A few rows at a time, so that the logits stay
+        small."""
+        request = s.request
+        known = len(request.prompt_logprobs)
+        entries: list[TokenLogprob | None] = [None] if known == 0 else []  # nothing predicts the first token
+        first = max(known + len(entries), s.start + 1)  # a chunk computed again after a preemption is skipped
+        stop = min(s.start + s.num_tokens + 1, request.prompt_len)
+        top_n = request.params.prompt_logprobs or 0
+        step = max(1, _LOGIT_ELEMENTS // self.model.config.vocab_size)
+        for begin in range(first, stop, step):
+            ids = list(request.prompt_ids[begin : min(begin + step, stop)])
+            row = begin - 1 - s.start
+            logits_nV = self.model.logits(hidden_nD[row : row + len(ids)])
+            found = sampling.logprobs(logits_nV, self._index(ids), top_n)
+            values, top_values, top_ids = (tensor.tolist() for tensor in found)
+            entries += [
+                TokenLogprob(ids[i], values[i], list(zip(top_ids[i], top_values[i], strict=True)))
+                for i in range(len(ids))
+            ]
+        return entries
+
+    def _layer(self, request: Request) -> int:
+        """Index in `Context.captured` of the layer that a pooling request asks for."""
+        assert request.pooling is not None
+        return self.model.config.num_hidden_layers if request.pooling.layer == -1 else request.pooling.layer
+
+    def _pool(self, s: ScheduledSequence, hidden_nD: Tensor, output: StepOutput) -> None:
+        """Add a chunk to a running sum in FP32; at the prompt's end, divide and normalise."""
+        request, pooling = s.request, s.request.pooling
+        assert pooling is not None
+        n = request.prompt_len
+        if s.start == 0:  # also when it starts again after a preemption
+            request.pool_state = None
+        if pooling.pooling == "last":
+            total_D = hidden_nD[-1].float()
+            weight = 1.0
+        elif pooling.pooling == "mean":
+            total_D, weight = hidden_nD.float().sum(0), float(n)
+        else:
+            place_n = torch.arange(s.start + 1, s.start + s.num_tokens + 1, device=hidden_nD.device)
+            total_D, weight = place_n.float() @ hidden_nD.float(), n * (n + 1) / 2
+        if request.pool_state is not None and pooling.pooling != "last":
+            total_D = total_D + request.pool_state
+        request.pool_state = total_D
+        if s.start + s.num_tokens == n:
+            vector_D = total_D / weight
+            if pooling.normalize:
+                vector_D = vector_D / vector_D.norm().clamp(min=1e-12)
+            output.embeddings.append((request, vector_D))
+
+    # --- for the engine's books ---
+
+    def describe(self) -> dict[str, Any]:
+        """What `stats` and `doctor` show of the runner."""
+        return {
+            "device": str(self.device),
+            "cache_pages": self.cache.num_pages - 1,
+            "cache_tokens": (self.cache.num_pages - 1) * self.page_size,
+            "cuda_graph_sizes": self.graphs.captured if self.graphs is not None else [],
+        }
