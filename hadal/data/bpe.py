@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hadal.data.puzzles import TASKS, conversation, sample
+from hadal.data.puzzles import conversation, sample
 
 VOCABULARY = 1024  # 2048 would save 3% of the tokens and cost as many parameters again
 TRAINING_SAMPLES = 60_000
@@ -45,7 +45,9 @@ SPECIAL_TOKENS = (
     "<｜tool▁sep｜>",
 )
 BOS, EOS, PAD = SPECIAL_TOKENS[:3]
-_NOT_SPECIAL = frozenset(("<think>", "</think>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>"))  # as DeepSeek flags them
+_NOT_SPECIAL = frozenset(
+    ("<think>", "</think>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>")
+)  # as DeepSeek flags them
 
 _DIGIT = r"\p{N}"
 _PIECE = (
@@ -57,10 +59,12 @@ _PIECE = (
 # R1's template: bos, system text, turns; history without reasoning; the prompt opens the reasoning.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
-    "{% for m in messages if m['role'] == 'system' %}{{ m['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
+    "{% for m in messages if m['role'] == 'system' %}"
+    "{{ m['content'] }}{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endfor %}"
     "{% for m in messages %}"
     "{% if m['role'] == 'user' %}{{ '<｜User｜>' + m['content'] }}"
-    "{% elif m['role'] == 'assistant' %}{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}"
+    "{% elif m['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + m['content'].split('</think>')[-1] + eos_token }}"
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )

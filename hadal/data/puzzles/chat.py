@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import random
 
-from hadal.data.puzzles.chat_phrases import FILL, GREETING, HOW_ARE_YOU, IDENTITY, INCOMPLETE, OFF_TOPIC, THANKS
+from hadal.data.puzzles.phrases.chat import (
+    FILL,
+    GREETING,
+    HOW_ARE_YOU,
+    IDENTITY,
+    INCOMPLETE,
+    OFF_TOPIC,
+    THANKS,
+)
 from hadal.data.puzzles.task import LANGUAGES, Problem, Solution, bold_value, pick
 from hadal.data.puzzles.wording import Templates, phrase, readings, slips
 
@@ -68,7 +76,11 @@ def off_topic(rng: random.Random, language: str) -> str:
         while mark in text:
             text = text.replace(mark, words[int(rng.random() * len(words))], 1)
     while "{n}" in text:
-        text = text.replace("{n}", str(rng.choice((rng.randrange(2, 10), rng.randrange(10, 100), rng.randrange(1400, 2040)))), 1)
+        text = text.replace(
+            "{n}",
+            str(rng.choice((rng.randrange(2, 10), rng.randrange(10, 100), rng.randrange(1400, 2040)))),
+            1,
+        )
     return text
 
 
@@ -78,19 +90,38 @@ def chat_language(problem: Problem) -> str:
 
 
 _CAN: dict[str, str] = {
-    "en": "addition, subtraction, multiplication, division, comparing, sorting, sequences, remainders, equations, Countdown",
-    "fr": "additions, soustractions, multiplications, divisions, comparaisons, tris, suites, restes, équations, le compte est bon",
-    "pt": "adição, subtração, multiplicação, divisão, comparação, ordenação, sequências, restos, equações, Countdown",
+    "en": "addition, subtraction, multiplication, division, comparing, sorting, sequences, remainders, "
+    "equations, Countdown",
+    "fr": "additions, soustractions, multiplications, divisions, comparaisons, tris, suites, "
+    "restes, équations, le compte est bon",
+    "pt": "adição, subtração, multiplicação, divisão, comparação, ordenação, sequências, restos, "
+    "equações, Countdown",
 }
 _THINK: dict[str, dict[str, str]] = {
     "greeting": {"en": "A greeting.", "fr": "Une salutation.", "pt": "Uma saudação."},
     "how": {"en": "A greeting.", "fr": "Une salutation.", "pt": "Uma saudação."},
     "thanks": {"en": "They thank me.", "fr": "On me remercie.", "pt": "Agradecem-me."},
-    "identity": {"en": "A question about me.", "fr": "Une question sur moi.", "pt": "Uma pergunta sobre mim."},
+    "identity": {
+        "en": "A question about me.",
+        "fr": "Une question sur moi.",
+        "pt": "Uma pergunta sobre mim.",
+    },
     "zero": {"en": "The divisor is 0.", "fr": "Le diviseur est 0.", "pt": "O divisor é 0."},
-    "too-long": {"en": "These numbers are too long for me.", "fr": "Ces nombres sont trop longs pour moi.", "pt": "Estes números são longos demais para mim."},
-    "incomplete": {"en": "Something is missing.", "fr": "Il manque quelque chose.", "pt": "Falta alguma coisa."},
-    "off-topic": {"en": "Not one of my puzzles.", "fr": "Ce n'est pas une de mes énigmes.", "pt": "Não é um dos meus problemas."},
+    "too-long": {
+        "en": "These numbers are too long for me.",
+        "fr": "Ces nombres sont trop longs pour moi.",
+        "pt": "Estes números são longos demais para mim.",
+    },
+    "incomplete": {
+        "en": "Something is missing.",
+        "fr": "Il manque quelque chose.",
+        "pt": "Falta alguma coisa.",
+    },
+    "off-topic": {
+        "en": "Not one of my puzzles.",
+        "fr": "Ce n'est pas une de mes énigmes.",
+        "pt": "Não é um dos meus problemas.",
+    },
 }
 _SAY: dict[str, dict[str, str]] = {
     "greeting": {
@@ -139,9 +170,21 @@ _MUST_SAY: dict[str, dict[str, tuple[str, ...]]] = {
     "greeting": {"en": ("hello", "puzzle"), "fr": ("bonjour", "énigme"), "pt": ("olá", "problema")},
     "how": {"en": ("thank", "puzzle"), "fr": ("merci", "énigme"), "pt": ("obrigado", "problema")},
     "thanks": {"en": ("welcome",), "fr": ("plaisir",), "pt": ("de nada",)},
-    "identity": {"en": ("hadal-mini", "puzzles"), "fr": ("hadal-mini", "énigmes"), "pt": ("hadal-mini", "problemas")},
-    "zero": {"en": ("zero", "no result"), "fr": ("zéro", "pas de résultat"), "pt": ("zero", "não tem resultado")},
-    "too-long": {"en": ("sorry", "too long"), "fr": ("désolé", "trop longs"), "pt": ("desculpe", "longos demais")},
+    "identity": {
+        "en": ("hadal-mini", "puzzles"),
+        "fr": ("hadal-mini", "énigmes"),
+        "pt": ("hadal-mini", "problemas"),
+    },
+    "zero": {
+        "en": ("zero", "no result"),
+        "fr": ("zéro", "pas de résultat"),
+        "pt": ("zero", "não tem resultado"),
+    },
+    "too-long": {
+        "en": ("sorry", "too long"),
+        "fr": ("désolé", "trop longs"),
+        "pt": ("desculpe", "longos demais"),
+    },
     "incomplete": {"en": ("please", "whole puzzle"), "fr": ("énigme entière",), "pt": ("problema inteiro",)},
     "off-topic": {
         "en": ("sorry", "only do number puzzles"),
@@ -163,8 +206,22 @@ def check_chat(problem: Problem, language: str, answer: str) -> bool:
 
 
 _AROUND: dict[str, Templates] = {
-    "en": ("{e}", "{e}", "What is {e}[?|]", "[Calculate|Compute] {e}", "{e}[=| =|?| = ?]", "How much is {e}?"),
-    "fr": ("{e}", "{e}", "Combien [font|fait] {e}[ ?|?|]", "Calcule {e}", "{e}[=| =| ?| = ?]", "Que vaut {e} ?"),
+    "en": (
+        "{e}",
+        "{e}",
+        "What is {e}[?|]",
+        "[Calculate|Compute] {e}",
+        "{e}[=| =|?| = ?]",
+        "How much is {e}?",
+    ),
+    "fr": (
+        "{e}",
+        "{e}",
+        "Combien [font|fait] {e}[ ?|?|]",
+        "Calcule {e}",
+        "{e}[=| =| ?| = ?]",
+        "Que vaut {e} ?",
+    ),
     "pt": ("{e}", "{e}", "Quanto [é|dá] {e}[?|]", "Calcule {e}", "{e}[=| =|?| = ?]", "Quanto vale {e}?"),
 }
 

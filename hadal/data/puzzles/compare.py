@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 
 from hadal.data.puzzles.columns import digits_until_different
+from hadal.data.puzzles.phrases.compare import EXTREME, IS_LARGER, LARGER, SMALLER, SORT_DOWN, SORT_UP
 from hadal.data.puzzles.task import Problem, Solution, pick, size
-from hadal.data.puzzles.wording import Templates, listed, phrase, slips
+from hadal.data.puzzles.wording import listed, phrase, slips
 
 Words = dict[str, str]
 
@@ -124,122 +125,6 @@ def _comma(text: str, a: str, b: str) -> str:
     return text
 
 
-LARGER: dict[str, Templates] = {
-    "en": (
-        "Which [is|number is] [larger|bigger|greater][,|:] {a} or {b}[?|]",
-        "[Which is|What is|What's] the [larger|bigger|greater|largest] of {a} and {b}[?|]",
-        "{a} or {b}[,|:] which is [larger|bigger|greater][?|]",
-        "{a} or {b}, the [bigger|larger] one[?|]",
-        "[Tell me|Say] which is [bigger|larger|greater]: {a} or {b}[.|]",
-        "Compare {a} [and|with|to] {b}[.|]",
-        "[Compare|compare][:|] {a}, {b}",
-        "[Larger|Bigger|Greater] number: {a} or {b}[?|]",
-        "Between {a} and {b}, which is [larger|bigger|the greater][?|]",
-        "max({a}, {b})",
-        "[Maximum|The maximum|Max] of {a} and {b}[?|]",
-        "What is more, {a} or {b}[?|]",
-        "Find the [greater|larger|bigger] of {a} and {b}[.|]",
-    ),
-    "fr": (
-        "[Quel est|Lequel est] le plus grand[,| :] {a} ou {b}[ ?|?|]",
-        "[Quel est|C'est quoi] le plus grand de {a} et {b}[ ?|?|]",
-        "{a} ou {b}[,| :] lequel est le plus grand[ ?|?|]",
-        "{a} ou {b}, le plus grand[ ?|?|]",
-        "Dis-moi lequel est le plus grand : {a} ou {b}[.|]",
-        "Compare {a} [et|avec|à] {b}[.|]",
-        "[Compare|compare|Comparer] [: |]{a}, {b}",
-        "[Le plus grand nombre|Plus grand nombre|Le plus grand] : {a} ou {b}[ ?|?|]",
-        "Entre {a} et {b}, [lequel|quel nombre] est le plus grand[ ?|?|]",
-        "max({a}, {b})",
-        "[Maximum|Le maximum|Le max] de {a} et {b}[ ?|?|]",
-        "Qu'est-ce qui est plus grand, {a} ou {b}[ ?|?|]",
-        "Trouve le plus grand de {a} et {b}[.|]",
-    ),
-    "pt": (
-        "[Qual é|Qual é o número|Qual] maior[,|:] {a} ou {b}[?|]",
-        "[Qual é|Diga] o maior de {a} e {b}[?|]",
-        "{a} ou {b}[,|:] qual é [o |]maior[?|]",
-        "{a} ou {b}, o maior[?|]",
-        "[Diga-me|Me diga] qual é [o |]maior: {a} ou {b}[.|]",
-        "Compare {a} [e|com|a] {b}[.|]",
-        "[Compare|compare|Comparar][:|] {a}, {b}",
-        "[O maior número|Número maior|O maior]: {a} ou {b}[?|]",
-        "Entre {a} e {b}, qual é [o |]maior[?|]",
-        "max({a}, {b})",
-        "[Máximo|O máximo|Máx] de {a} e {b}[?|]",
-        "O que é maior, {a} ou {b}[?|]",
-        "[Ache|Encontre] o maior de {a} e {b}[.|]",
-    ),
-}
-SMALLER: dict[str, Templates] = {
-    "en": (
-        "Which [is|number is] [smaller|less|lower][,|:] {a} or {b}[?|]",
-        "[Which is|What is|What's] the [smaller|lesser|smallest] of {a} and {b}[?|]",
-        "{a} or {b}[,|:] which is [smaller|less][?|]",
-        "{a} or {b}, the [smaller|lower] one[?|]",
-        "[Tell me|Say] which is [smaller|less]: {a} or {b}[.|]",
-        "[Smaller|Lower] number: {a} or {b}[?|]",
-        "Between {a} and {b}, which is [smaller|the smaller|less][?|]",
-        "min({a}, {b})",
-        "[Minimum|The minimum|Min] of {a} and {b}[?|]",
-        "What is less, {a} or {b}[?|]",
-        "Find the [smaller|lesser] of {a} and {b}[.|]",
-        "[Give me|I want] the smaller number, {a} or {b}[?|]",
-    ),
-    "fr": (
-        "[Quel est|Lequel est] le plus petit[,| :] {a} ou {b}[ ?|?|]",
-        "[Quel est|C'est quoi] le plus petit de {a} et {b}[ ?|?|]",
-        "{a} ou {b}[,| :] lequel est le plus petit[ ?|?|]",
-        "{a} ou {b}, le plus petit[ ?|?|]",
-        "Dis-moi lequel est le plus petit : {a} ou {b}[.|]",
-        "[Le plus petit nombre|Plus petit nombre|Le plus petit] : {a} ou {b}[ ?|?|]",
-        "Entre {a} et {b}, [lequel|quel nombre] est le plus petit[ ?|?|]",
-        "min({a}, {b})",
-        "[Minimum|Le minimum|Le min] de {a} et {b}[ ?|?|]",
-        "Qu'est-ce qui est plus petit, {a} ou {b}[ ?|?|]",
-        "Trouve le plus petit de {a} et {b}[.|]",
-        "[Donne-moi|Je veux] le plus petit, {a} ou {b}[ ?|]",
-    ),
-    "pt": (
-        "[Qual é|Qual é o número|Qual] menor[,|:] {a} ou {b}[?|]",
-        "[Qual é|Diga] o menor de {a} e {b}[?|]",
-        "{a} ou {b}[,|:] qual é [o |]menor[?|]",
-        "{a} ou {b}, o menor[?|]",
-        "[Diga-me|Me diga] qual é [o |]menor: {a} ou {b}[.|]",
-        "[O menor número|Número menor|O menor]: {a} ou {b}[?|]",
-        "Entre {a} e {b}, qual é [o |]menor[?|]",
-        "min({a}, {b})",
-        "[Mínimo|O mínimo|Mín] de {a} e {b}[?|]",
-        "O que é menor, {a} ou {b}[?|]",
-        "[Ache|Encontre] o menor de {a} e {b}[.|]",
-        "[Me dê|Quero] o menor, {a} ou {b}[?|]",
-    ),
-}
-IS_LARGER: dict[str, Templates] = {
-    "en": (
-        "Is {a} [larger|bigger|greater|more] than {b}[?|]",
-        "[is|Is it true that|True or false:] {a} > {b}[?|]",
-        "{a} > {b}[?| ?]",
-        "Is {a} > {b}[?|]",
-        "[Tell me if|Check if|Do you think] {a} is [larger|bigger|greater] than {b}[.|]",
-    ),
-    "fr": (
-        "[Est-ce que |]{a} est[-il|] plus grand que {b}[ ?|?|]",
-        "[Est-ce que|Est-il vrai que|Vrai ou faux :] {a} > {b}[ ?|?|]",
-        "{a} > {b}[ ?|?]",
-        "[Dis-moi si|Vérifie si] {a} est plus grand que {b}[.|]",
-        "{a} est-il supérieur à {b}[ ?|?|]",
-    ),
-    "pt": (
-        "{a} é maior [que|do que] {b}[?|]",
-        "[Será que|É verdade que|Verdadeiro ou falso:] {a} > {b}[?|]",
-        "{a} > {b}[?| ?]",
-        "[Diga-me se|Verifique se|Diga se] {a} é maior [que|do que] {b}[.|]",
-        "O número {a} é maior [que|do que] {b}[?|]",
-    ),
-}
-
-
 def ask_comparison(problem: Problem, language: str, rng: random.Random) -> str:
     a, b, point = problem.args
     if point == ",":
@@ -296,7 +181,11 @@ _EXTREME: dict[str, Words] = {
 }
 _EXTREME_ANSWER: dict[str, Words] = {
     "largest": {"en": "The largest is **{v}**", "fr": "Le plus grand est **{v}**", "pt": "O maior é **{v}**"},
-    "smallest": {"en": "The smallest is **{v}**", "fr": "Le plus petit est **{v}**", "pt": "O menor é **{v}**"},
+    "smallest": {
+        "en": "The smallest is **{v}**",
+        "fr": "Le plus petit est **{v}**",
+        "pt": "O menor é **{v}**",
+    },
 }
 
 
@@ -309,55 +198,13 @@ _SUPERLATIVE: dict[str, dict[str, tuple[str, ...]]] = {
     "largest": {"en": ("largest", "biggest", "greatest", "highest"), "fr": ("plus grand",), "pt": ("maior",)},
     "smallest": {"en": ("smallest", "lowest"), "fr": ("plus petit",), "pt": ("menor",)},
 }
-EXTREME: dict[str, Templates] = {
-    "en": (
-        "[Which|What] is the {s}[:|,| of| among] {n}[?|]",
-        "[Find|Give me|Tell me|Show] the {s} [of|in|number of|number in|number:] {n}[.|]",
-        "{s}[:| of] {n}",
-        "[The|] {s} number[:| in| among| of] {n}[?|]",
-        "{n}[:|,| -] [which|what] is the {s}[?|]",
-        "{n}: {s}[?|]",
-        "Which of [these|these numbers|the following] is the {s}[:|?] {n}",
-        "Among {n}, which [one |]is the {s}[?|]",
-        "[I need|I want] the {s} of {n}[.|]",
-        "What's the {s} number [here|in this list|in the list][:|?] {n}",
-        "[Pick|Choose|Select] the {s} [from|of|in] {n}[.|]",
-        "In the list {n}, [find|what is] the {s}[.|?|]",
-    ),
-    "fr": (
-        "Quel est le {s}[ :|,| de| parmi] {n}[ ?|?|]",
-        "[Trouve|Donne-moi|Dis-moi|Montre] le {s} [de|dans|parmi|nombre de|nombre :] {n}[.|]",
-        "[Le|le] {s}[ :| de] {n}",
-        "Le {s} nombre [de|parmi|dans|:] {n}[ ?|?|]",
-        "{n}[ :|,] [lequel|quel nombre] est le {s}[ ?|?|]",
-        "{n} : le {s}[ ?|?|]",
-        "Lequel de ces nombres est le {s}[ :| ?] {n}",
-        "Parmi {n}, lequel est le {s}[ ?|?|]",
-        "[Je veux|Je cherche|Il me faut] le {s} de {n}[.|]",
-        "Quel est le {s} nombre [de la liste|de cette liste|ici][ :| ?] {n}",
-        "[Choisis|Prends] le {s} [de|parmi] {n}[.|]",
-        "Dans la liste {n}, [trouve|donne] le {s}[.|]",
-    ),
-    "pt": (
-        "Qual é o {s}[:|,| de| entre] {n}[?|]",
-        "[Ache|Encontre|Me dê|Diga-me|Mostre] o {s} [de|em|entre|número de|número:] {n}[.|]",
-        "[O|o] {s}[:| de] {n}",
-        "O {s} número [de|entre|em|:] {n}[?|]",
-        "{n}[:|,] qual é o {s}[?|]",
-        "{n}: o {s}[?|]",
-        "Qual destes números é o {s}[:|?] {n}",
-        "Entre {n}, qual é o {s}[?|]",
-        "[Quero|Preciso do|Procuro] o {s} de {n}[.|]",
-        "Qual é o {s} número [da lista|desta lista|aqui][:|?] {n}",
-        "[Escolha|Pegue] o {s} [de|entre] {n}[.|]",
-        "Na lista {n}, [ache|encontre|diga] o {s}[.|]",
-    ),
-}
 
 
 def ask_extreme(problem: Problem, language: str, rng: random.Random) -> str:
     n = listed(rng, [str(n) for n in problem.args], language)
-    return slips(rng, phrase(rng, EXTREME[language], s=rng.choice(_SUPERLATIVE[problem.kind][language]), n=n), language)
+    return slips(
+        rng, phrase(rng, EXTREME[language], s=rng.choice(_SUPERLATIVE[problem.kind][language]), n=n), language
+    )
 
 
 # ---- sorting ----------------------------------------------------------------------------------------
@@ -396,81 +243,6 @@ def solve_sorting(problem: Problem, language: str) -> Solution:
         left.remove(taken)
         lines.append(f"{taken} | {' '.join(left)}" if left else taken)
     return Solution("\n".join(lines), f"**{', '.join(problem.gold)}**")
-
-
-SORT_UP: dict[str, Templates] = {
-    "en": (
-        "[Sort|Order|Arrange|sort] [these numbers|the numbers|the list|this list|]: {n}",
-        "[Sort|Order|Rank] {n}[.|]",
-        "[Sort|Order|Arrange|Put] {n} [in ascending order|in increasing order|from smallest to largest|from low to high][.|]",
-        "[Put|Place] [these|the numbers|these numbers] in [order|ascending order|increasing order]: {n}",
-        "{n} [sorted|in order|in ascending order|from smallest to largest|ascending][?|]",
-        "sort({n})",
-        "[Can you|Could you|Please] [sort|order] {n}[?|]",
-        "[What is|Give me|Show me] {n} [sorted|in order|in increasing order][?|]",
-        "[Sort|Arrange] from [smallest|least|lowest] to [largest|greatest|highest]: {n}",
-        "Ascending order[:| of] {n}",
-        "[Write|List] {n} from the smallest to the largest[.|]",
-        "[I need|I want] these in order: {n}",
-    ),
-    "fr": (
-        "[Trie|Range|Ordonne|Classe|Triez] [ces nombres|les nombres|la liste|cette liste|ceci] : {n}",
-        "[Trie|Range|Ordonne|Classe] {n}[.|]",
-        "[Trie|Range|Classe|Mets] {n} [dans l'ordre croissant|par ordre croissant|du plus petit au plus grand][.|]",
-        "[Mets|Place] [ces nombres|les nombres] [en ordre|dans l'ordre|dans l'ordre croissant] : {n}",
-        "{n} [triés|dans l'ordre|par ordre croissant|du plus petit au plus grand][ ?|?|]",
-        "trier({n})",
-        "[Peux-tu|Pouvez-vous|Tu peux] [trier|ranger|classer] {n}[ ?|?|]",
-        "[Donne-moi|Montre-moi] {n} [triés|dans l'ordre|en ordre croissant][.|]",
-        "Du plus petit au plus grand : {n}",
-        "Ordre croissant[ :| de] {n}",
-        "[Écris|Liste] {n} du plus petit au plus grand[.|]",
-        "[Je veux|Il me faut] ces nombres dans l'ordre : {n}",
-    ),
-    "pt": (
-        "[Ordene|Organize|Ordena|Coloque em ordem] [estes números|os números|a lista|esta lista|isto]: {n}",
-        "[Ordene|Organize|Ordena] {n}[.|]",
-        "[Ordene|Organize|Coloque|Ponha] {n} [em ordem crescente|por ordem crescente|do menor para o maior|do menor ao maior][.|]",
-        "[Coloque|Ponha] [estes números|os números] em [ordem|ordem crescente]: {n}",
-        "{n} [ordenados|em ordem|em ordem crescente|do menor para o maior][?|]",
-        "ordenar({n})",
-        "[Pode|Você pode|Poderia] [ordenar|organizar] {n}[?|]",
-        "[Me dê|Mostre-me|Dá-me] {n} [ordenados|em ordem|em ordem crescente][.|]",
-        "Do menor para o maior: {n}",
-        "Ordem crescente[:| de] {n}",
-        "[Escreva|Liste] {n} do menor ao maior[.|]",
-        "[Quero|Preciso de] estes números em ordem: {n}",
-    ),
-}
-SORT_DOWN: dict[str, Templates] = {
-    "en": (
-        "[Sort|Order|Arrange] {n} [in descending order|in decreasing order|from largest to smallest|from high to low|descending][.|]",
-        "[Put|Place] [these|these numbers] in [descending|decreasing|reverse] order: {n}",
-        "{n} [in descending order|from largest to smallest|in decreasing order|descending][?|]",
-        "[Sort|Arrange] from [largest|greatest|highest|biggest] to [smallest|least|lowest]: {n}",
-        "[Sort|Order] [these numbers|the list|] [descending|in decreasing order]: {n}",
-        "Descending order[:| of] {n}",
-        "[Write|List] {n} from the largest to the smallest[.|]",
-    ),
-    "fr": (
-        "[Trie|Range|Classe|Mets] {n} [dans l'ordre décroissant|par ordre décroissant|du plus grand au plus petit][.|]",
-        "[Mets|Place] ces nombres dans l'ordre décroissant : {n}",
-        "{n} [par ordre décroissant|du plus grand au plus petit|en ordre décroissant][ ?|?|]",
-        "Du plus grand au plus petit : {n}",
-        "[Trie|Classe] [la liste|ces nombres] en ordre décroissant : {n}",
-        "Ordre décroissant[ :| de] {n}",
-        "[Écris|Liste] {n} du plus grand au plus petit[.|]",
-    ),
-    "pt": (
-        "[Ordene|Organize|Coloque|Ponha] {n} [em ordem decrescente|por ordem decrescente|do maior para o menor|do maior ao menor][.|]",
-        "[Coloque|Ponha] estes números em ordem decrescente: {n}",
-        "{n} [em ordem decrescente|do maior para o menor|decrescente][?|]",
-        "Do maior para o menor: {n}",
-        "[Ordene|Organize] [a lista|estes números] em ordem decrescente: {n}",
-        "Ordem decrescente[:| de] {n}",
-        "[Escreva|Liste] {n} do maior ao menor[.|]",
-    ),
-}
 
 
 def ask_sorting(problem: Problem, language: str, rng: random.Random) -> str:

@@ -67,7 +67,9 @@ class _Parser:
                 raise ExpressionError("missing ')'")
             return value
         if not token.isdecimal() or len(token) > MAX_DIGITS:
-            raise ExpressionError(f"unexpected {token!r} in an expression" if token else "expression ends too early")
+            raise ExpressionError(
+                f"unexpected {token!r} in an expression" if token else "expression ends too early"
+            )
         self.numbers.append(int(token))
         return Fraction(int(token))
 

@@ -20,7 +20,14 @@ from hadal.data.puzzles.arithmetic import (
     draw_subtraction,
     solve_binary,
 )
-from hadal.data.puzzles.chains import ask_chain, ask_modular, draw_chain, draw_modular, solve_chain, solve_modular
+from hadal.data.puzzles.chains import (
+    ask_chain,
+    ask_modular,
+    draw_chain,
+    draw_modular,
+    solve_chain,
+    solve_modular,
+)
 from hadal.data.puzzles.chat import ask_chat, chat_language, check_chat, draw_chat, solve_chat
 from hadal.data.puzzles.compare import (
     ask_comparison,
@@ -43,9 +50,19 @@ from hadal.data.puzzles.digits import (
     solve_divisibility,
 )
 from hadal.data.puzzles.equations import ask_equation, draw_equation, solve_equation
+from hadal.data.puzzles.phrases.common import BEFORE
 from hadal.data.puzzles.sequences import ask_sequence, draw_sequence, solve_sequence
-from hadal.data.puzzles.task import LANGUAGES, Problem, Sample, Task, check_numbers, check_words, final_text, is_held_out
-from hadal.data.puzzles.wording import BEFORE, phrase
+from hadal.data.puzzles.task import (
+    LANGUAGES,
+    Problem,
+    Sample,
+    Task,
+    check_numbers,
+    check_words,
+    final_text,
+    is_held_out,
+)
+from hadal.data.puzzles.wording import phrase
 
 SPLITS = ("train", "held-out")
 
@@ -102,7 +119,9 @@ def _one(rng: random.Random, name: str, held_out: bool, language: str | None) ->
     """Draw until the problem belongs to the split, then word it and solve it."""
     chosen = TASKS[name]
     problem = chosen.draw(rng)
-    while is_held_out(problem.key) != held_out or (language and name == "chat" and chat_language(problem) != language):
+    while is_held_out(problem.key) != held_out or (
+        language and name == "chat" and chat_language(problem) != language
+    ):
         problem = chosen.draw(rng)
     if name == "chat":
         language = chat_language(problem)
@@ -112,7 +131,9 @@ def _one(rng: random.Random, name: str, held_out: bool, language: str | None) ->
     return Sample(problem, language, prompt, solution.think, solution.answer)
 
 
-def sample(index: int, seed: int = 0, split: str = "train", *, name: str | None = None, language: str | None = None) -> Sample:
+def sample(
+    index: int, seed: int = 0, split: str = "train", *, name: str | None = None, language: str | None = None
+) -> Sample:
     """Sample number `index` of a split; of one task and one language only, if these are named."""
     held_out = _check_split(split)
     rng = _stream(seed, split, index, name or "", language or "")
@@ -125,11 +146,15 @@ def sample(index: int, seed: int = 0, split: str = "train", *, name: str | None 
 
 def _draw_name(rng: random.Random) -> str:
     at = rng.random() * _CUMULATIVE[-1]
-    return next(name for name, bound in zip(_NAMES, _CUMULATIVE, strict=True) if at < bound or bound == _CUMULATIVE[-1])
+    return next(
+        name
+        for name, bound in zip(_NAMES, _CUMULATIVE, strict=True)
+        if at < bound or bound == _CUMULATIVE[-1]
+    )
 
 
 def verify(sample_or_problem: Sample | Problem, completion: str, language: str | None = None) -> bool:
-    """Whether a completion answers the problem rightly. Reasoning is not read: only what follows `</think>`."""
+    """Whether a completion answers the problem rightly. Only what follows `</think>` is read."""
     if isinstance(sample_or_problem, Sample):
         problem, language = sample_or_problem.problem, sample_or_problem.language
     else:
@@ -173,7 +198,7 @@ _SYSTEM: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One training document: 1–3 turns, the last of which is reasoned. Earlier turns keep their answers only."""
+    """One training document: 1–3 turns. The last is reasoned, earlier ones keep their answers only."""
 
     turns: tuple[Sample, ...]
     system: str | None
@@ -193,7 +218,7 @@ class Conversation:
 
 
 def conversation(index: int, seed: int = 0, split: str = "train") -> Conversation:
-    """Document number `index` of a split: mostly one question, sometimes two or three, sometimes a system text."""
+    """Document number `index` of a split: one question, at times two or three, at times a system text."""
     held_out = _check_split(split)
     rng = _stream(seed, split, index)
     first = _one(rng, _draw_name(rng), held_out, None)

@@ -6,11 +6,13 @@ Two differences in turn: alternating. Otherwise a constant ratio, or each term t
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from hadal.data.puzzles.columns import multiply, signed
+from hadal.data.puzzles.phrases.sequences import SEQUENCE
 from hadal.data.puzzles.task import Problem, Solution, pick, size
-from hadal.data.puzzles.wording import Templates, phrase, slips
+from hadal.data.puzzles.wording import phrase, slips
 
 
 def draw_sequence(rng: random.Random) -> Problem:
@@ -70,7 +72,7 @@ def _sum_of_two(rng: random.Random) -> list[int]:
     terms = [rng.randint(1, 12), rng.randint(1, 12)]
     while len(terms) < rng.randint(6, 7):
         terms.append(terms[-1] + terms[-2])
-    if _constant([b - a for a, b in zip(terms, terms[1:], strict=False)]):
+    if _constant([b - a for a, b in itertools.pairwise(terms)]):
         return _sum_of_two(rng)
     return terms
 
@@ -105,17 +107,19 @@ def _plus(step: int) -> str:
 
 def solve_sequence(problem: Problem, language: str) -> Solution:
     terms = list(problem.args)
-    steps = [b - a for a, b in zip(terms, terms[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(terms)]
     listed = steps[:2] if problem.kind == "geometric" else steps
     lines = [f"{_DIFFERENCES[language]} {' '.join(_plus(s) for s in listed)}"]
     last = terms[-1]
     if problem.kind == "geometric":
         ratio = terms[1] // terms[0]
-        lines.append(f"{_RATIO[language]}: {' '.join(f'{a}×{ratio}={b}' for a, b in zip(terms, terms[1:], strict=False))}")
+        lines.append(
+            f"{_RATIO[language]}: {' '.join(f'{a}×{ratio}={b}' for a, b in itertools.pairwise(terms))}"
+        )
         lines += multiply(last, ratio)
     elif problem.kind == "sum":
         lines.append(_TWO_BEFORE[language])
-        lines += [f"{a}+{b}={a + b}" for a, b in zip(terms, terms[1:-1], strict=False)]
+        lines += [f"{a}+{b}={a + b}" for a, b in itertools.pairwise(terms)]
         lines += signed(terms[-2], "+", last)
     else:
         if problem.kind == "squares":
@@ -130,55 +134,6 @@ def solve_sequence(problem: Problem, language: str) -> Solution:
         lines += signed(last, "+" if step >= 0 else "-", abs(step))
     shown = ", ".join(map(str, terms))
     return Solution("\n".join(lines), f"{shown}, **{problem.gold[0]}**")
-
-
-SEQUENCE: dict[str, Templates] = {
-    "en": (
-        "{t}[, ...|...|, ?| ?|, …|, _|, ]",
-        "{t}, ...[ what comes next?| next?| what is next| next]",
-        "[What comes next|What is next|What's next][:|?| in|] {t}[?|]",
-        "[What is|What's|Find|Give me|Tell me] the next [term|number|one] [of|in|:|after] {t}[?|]",
-        "[Continue|Complete|Extend] [the sequence|the series|this sequence|the pattern|]: {t}",
-        "[Next|The next] [term|number][:| of| in] {t}[?|]",
-        "[In|For] the sequence {t}, what is the next [term|number][?|]",
-        "[Which|What] number [follows|comes after|continues] {t}[?|]",
-        "Sequence: {t}. Next [term|number|one]?",
-        "[Can you|Could you] [continue|complete] {t}[?|]",
-        "[Find|Guess] the pattern: {t}",
-        "{t}: [which number comes next|what comes next|next number][?|]",
-        "[Fill in|Complete] the blank: {t}, [__|?|_]",
-    ),
-    "fr": (
-        "{t}[, ...|...|, ?| ?|, …|, _|, ]",
-        "{t}, ...[ et ensuite ?| la suite ?| suivant ?| quel est le suivant]",
-        "[Quel nombre vient après|Qu'est-ce qui vient après|Quelle est la suite de|Et après] {t}[ ?|?|]",
-        "[Quel est|Trouve|Donne-moi|Dis-moi] le [terme suivant|nombre suivant|prochain terme|prochain nombre][ :| de| après] {t}[ ?|?|]",
-        "[Continue|Complète|Poursuis] [la suite|la série|cette suite] : {t}",
-        "[Terme|Nombre|Le nombre] suivant[ :| de] {t}[ ?|?|]",
-        "Dans la suite {t}, quel est le [terme suivant|nombre suivant][ ?|?|]",
-        "Quel nombre [suit|vient après|continue] {t}[ ?|?|]",
-        "Suite : {t}. [Terme suivant|Le suivant|Et après] ?",
-        "[Peux-tu|Pouvez-vous] [continuer|compléter] {t}[ ?|?|]",
-        "Trouve [la règle|le suivant] : {t}",
-        "{t} : [quel est le suivant|nombre suivant|la suite][ ?|?|]",
-        "Complète : {t}, [__|?|_]",
-    ),
-    "pt": (
-        "{t}[, ...|...|, ?| ?|, …|, _|, ]",
-        "{t}, ...[ e depois?| o próximo?| próximo| qual é o próximo]",
-        "[O que vem depois de|Qual número vem depois de|O que vem a seguir:|E depois de] {t}[?|]",
-        "[Qual é|Ache|Me dê|Diga-me] o [próximo termo|próximo número|termo seguinte|número seguinte][:| de| depois de] {t}[?|]",
-        "[Continue|Complete|Continua] [a sequência|a série|esta sequência]: {t}",
-        "[Próximo termo|Próximo número|O próximo][:| de] {t}[?|]",
-        "Na sequência {t}, qual é o [próximo termo|próximo número][?|]",
-        "Que número [segue|vem depois de|continua] {t}[?|]",
-        "Sequência: {t}. [Próximo termo|O próximo|E depois]?",
-        "[Pode|Você pode] [continuar|completar] {t}[?|]",
-        "[Ache|Encontre] [o padrão|a regra]: {t}",
-        "{t}: [qual é o próximo|próximo número|o que vem a seguir][?|]",
-        "Complete: {t}, [__|?|_]",
-    ),
-}
 
 
 def ask_sequence(problem: Problem, language: str, rng: random.Random) -> str:

@@ -3,10 +3,11 @@
 Slots in braces (`{city}`) are filled from FILL; `{n}` is a number, since a question with a number in it is
 not yet a puzzle.
 """
+# ruff: noqa: E501 (one template a line)
 
 from __future__ import annotations
 
-from hadal.data.puzzles.wording import Templates
+Templates = tuple[str, ...]
 
 GREETING: dict[str, Templates] = {
     "en": (
@@ -90,7 +91,7 @@ IDENTITY: dict[str, Templates] = {
         "[What languages|Which languages] do you [speak|know|understand][?|]",
     ),
     "fr": (
-        "[Qui|Qu']es-tu[ ?|?|]".replace("[Qui|Qu']", "[Qui |Qu']"),
+        "[Qui |Qu']es-tu[ ?|?|]",
         "[Tu es qui|Vous êtes qui|Qui êtes-vous|T'es qui|Tu es quoi][ ?|?|]",
         "[Quel est ton nom|Comment t'appelles-tu|Comment vous appelez-vous|C'est quoi ton nom|Tu t'appelles comment][ ?|?|]",
         "Qui t'a [fait|créé|entraîné|développé|construit][ ?|?|]",
