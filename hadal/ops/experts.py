@@ -59,11 +59,16 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, T
 
 def combine(row_ND: Tensor, order: Tensor, weight_TK: Tensor) -> Tensor:
     """Weighted sum of each token's K rows, FP32 inside: the inverse of `dispatch`."""
+    if use_triton(row_ND, weight_TK):
+        from hadal.ops.triton.experts import combine as fast
+
+        return fast(row_ND, order, weight_TK)
     T, K = weight_TK.shape
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     row_TKD = row_ND.index_select(0, inverse).view(T, K, -1)
-    return torch.einsum("tkd,tk->td", row_TKD.float(), weight_TK).to(row_ND.dtype)
+    wide = torch.promote_types(row_ND.dtype, weight_TK.dtype)
+    return torch.einsum("tkd,tk->td", row_TKD.to(wide), weight_TK.to(wide)).to(row_ND.dtype)
 
 
 def experts_grouped(

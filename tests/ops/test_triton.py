@@ -117,6 +117,18 @@ def test_experts(tokens, hidden, width, n_experts, K, dtype):
     close(experts(x, expert, weight, gate_up, down), wide, dtype)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine(dtype):
+    from hadal.ops.experts import combine as reference
+    from hadal.ops.triton.experts import combine
+
+    row, order, weight = draw(15, 40, dtype=dtype), torch.randperm(15, device=DEVICE), torch.rand(5, 3).to(DEVICE)
+    with torch.enable_grad():  # a gradient forces the reference
+        want = reference(row.double().requires_grad_(), order, weight.double()).detach()
+    close(combine(row, order, weight), want, dtype)
+
+
 def pages_for(lengths: list[int], page: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A block table of shuffled pages, wider than needed, padded with page 0; entries beyond a length are poison."""
     columns = max(-(-n // page) for n in lengths) + width

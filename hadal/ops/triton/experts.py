@@ -2,8 +2,7 @@
 
 Three kernels: gate_up product + SwiGLU, down product, weighted sum. A program owns one expert and a block of its
 output rows; it finds the (token, k) pairs routed to it by itself, so nothing is sorted, nothing is synchronised with
-the host, and every expert's weights are read once for each 16 of its rows. Few pairs (decode of one or two
-sequences) take a matrix-vector form: one program a pair and block of rows.
+the host, and every expert's weights are read once for each BLOCK_M of its rows.
 Legend: P = T·K pairs, D hidden, I width, E experts.
 """
 
@@ -13,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-GEMV_PAIRS = 16  # pairs up to which the matrix-vector kernels win
 
 
 @triton.jit
@@ -45,43 +42,7 @@ def swiglu(x_T2I: Tensor) -> Tensor:
     return out
 
 
-# --- matrix-vector form ----------------------------------------------------------------------------------------
-@triton.jit
-def _gate_up_gemv(x, expert, w, out, hidden, width, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    pair = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e = tl.load(expert + pair)
-    gate_row = w + (e * 2 * width + n[:, None]) * hidden
-    up_row = gate_row + width * hidden
-    x_row = x + (pair // K) * hidden
-    gate = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start in range(0, hidden, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mask = (n[:, None] < width) & (d[None, :] < hidden)
-        value = tl.load(x_row + d, mask=d < hidden, other=0.0).to(tl.float32)[None, :]
-        gate += tl.load(gate_row + d[None, :], mask=mask, other=0.0).to(tl.float32) * value
-        up += tl.load(up_row + d[None, :], mask=mask, other=0.0).to(tl.float32) * value
-    y = _silu_mul(tl.sum(gate, 1), tl.sum(up, 1), out.dtype.element_ty)
-    tl.store(out + pair * width + n, y.to(out.dtype.element_ty), mask=n < width)
-
-
-@triton.jit
-def _down_gemv(h, expert, w, out, hidden, width, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr):
-    pair = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e = tl.load(expert + pair)
-    row = w + (e * hidden + n[:, None]) * width
-    acc = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
-    for start in range(0, width, BLOCK_I):
-        i = start + tl.arange(0, BLOCK_I)
-        mask = (n[:, None] < hidden) & (i[None, :] < width)
-        value = tl.load(h + pair * width + i, mask=i < width, other=0.0).to(tl.float32)[None, :]
-        acc += tl.load(row + i[None, :], mask=mask, other=0.0).to(tl.float32) * value
-    tl.store(out + pair * hidden + n, tl.sum(acc, 1).to(out.dtype.element_ty), mask=n < hidden)
-
-
-# --- one expert, 16 rows at a time -----------------------------------------------------------------------------
+# --- one expert, BLOCK_M rows at a time -----------------------------------------------------------------------------
 @triton.jit
 def _rows_of_expert(mine, rank, pair, first, BLOCK_M: tl.constexpr):
     """Pairs number first … first + BLOCK_M − 1 among this expert's, −1 where there are fewer."""
@@ -145,13 +106,16 @@ def _down_kernel(
 
 
 @triton.jit
-def _combine_kernel(y, weight, out, hidden, K: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(y, place, weight, out, hidden, K: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < hidden
     acc = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
-        row = tl.load(y + (token * K + k) * hidden + col, mask=inside, other=0.0).to(tl.float32)
+        at = token * K + k
+        if PLACED:
+            at = tl.load(place + at)
+        row = tl.load(y + at * hidden + col, mask=inside, other=0.0).to(tl.float32)
         acc += row * tl.load(weight + token * K + k)
     tl.store(out + token * hidden + col, acc.to(out.dtype.element_ty), mask=inside)
 
@@ -167,24 +131,35 @@ def experts(
     h_PI = torch.empty((pairs, width), dtype=x_TD.dtype, device=x_TD.device)
     y_PD = torch.empty((pairs, hidden), dtype=x_TD.dtype, device=x_TD.device)
     out_TD = torch.empty_like(x_TD)
-    if pairs <= GEMV_PAIRS:
-        grid = (pairs, triton.cdiv(width, 8))
-        _gate_up_gemv[grid](
-            x_TD, expert_TK, gate_up_E2ID, h_PI, hidden, width, K=K, BLOCK_N=8, BLOCK_D=512, num_warps=4
-        )
-        grid = (pairs, triton.cdiv(hidden, 16))
-        _down_gemv[grid](h_PI, expert_TK, down_EDI, y_PD, hidden, width, BLOCK_N=16, BLOCK_I=256, num_warps=4)
-    else:
-        blocks = {"BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": 16}
-        _gate_up_kernel[(triton.cdiv(width, 64), n_experts)](
-            x_TD, expert_TK, gate_up_E2ID, h_PI, pairs, hidden, width,
-            K=K, **blocks, BLOCK_N=64, BLOCK_D=128, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        _down_kernel[(triton.cdiv(hidden, 64), n_experts)](
-            h_PI, expert_TK, down_EDI, y_PD, pairs, hidden, width,
-            **blocks, BLOCK_N=64, BLOCK_I=128, num_warps=4, num_stages=4,
-        )  # fmt: skip
+    blocks = {"BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": _rows_a_tile(pairs, n_experts)}
+    _gate_up_kernel[(triton.cdiv(width, 64), n_experts)](
+        x_TD, expert_TK, gate_up_E2ID, h_PI, pairs, hidden, width,
+        K=K, **blocks, BLOCK_N=64, BLOCK_D=128 if blocks["BLOCK_M"] == 16 else 64, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    _down_kernel[(triton.cdiv(hidden, 64), n_experts)](
+        h_PI, expert_TK, down_EDI, y_PD, pairs, hidden, width,
+        **blocks, BLOCK_N=64, BLOCK_I=128 if blocks["BLOCK_M"] == 16 else 64, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return _combine(y_PD, None, weight_TK, out_TD)
+
+
+def _rows_a_tile(pairs: int, n_experts: int) -> int:
+    """Rows of an expert that share one reading of its weights: half as much again as an even spread gives."""
+    return min(64, max(16, triton.next_power_of_2(pairs * 3 // (2 * n_experts))))
+
+
+def combine(row_ND: Tensor, order: Tensor, weight_TK: Tensor) -> Tensor:
+    """Weighted sum of each token's K rows, which lie sorted by expert; see `hadal.ops.experts.combine`."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    out_TD = torch.empty((weight_TK.shape[0], row_ND.shape[1]), dtype=row_ND.dtype, device=row_ND.device)
+    return _combine(row_ND, place, weight_TK, out_TD)
+
+
+def _combine(row_ND: Tensor, place: Tensor | None, weight_TK: Tensor, out_TD: Tensor) -> Tensor:
+    tokens, hidden = out_TD.shape
     _combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
-        y_PD, weight_TK, out_TD, hidden, K=K, BLOCK=1024, num_warps=4
-    )
+        row_ND, row_ND if place is None else place, weight_TK, out_TD, hidden,
+        K=weight_TK.shape[1], PLACED=place is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
     return out_TD
