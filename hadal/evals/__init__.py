@@ -1,0 +1,1 @@
+"""Evaluation suites. `hadal.evals.puzzles`: the accuracy of hadal-mini on problems it has never seen."""
