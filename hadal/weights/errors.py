@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class WeightsError(Exception):
+class WeightsError(ValueError):
     """A folder of weights that cannot be read, written or trusted; names the file and the tensor."""
 
 

@@ -112,6 +112,21 @@ def _shards(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
         if present == [SINGLE]:
             return present, None
         raise WeightsError(_no_weights(folder, present))
+    weight_map = read_index(folder)
+    files = sorted(set(weight_map.values()))
+    for shard in files:
+        if not (folder / shard).is_file():
+            raise WeightsError(f"{folder / shard} is missing, {INDEX} names it; fetch the file")
+    for shard in present:
+        if shard not in files:
+            raise WeightsError(
+                f"{folder / shard} is not named by {INDEX}; remove the file, or fetch the right index"
+            )
+    return files, weight_map
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Tensor name → shard of `model.safetensors.index.json`; every shard is a plain file name."""
     weight_map = _read_json(folder / INDEX, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{folder / INDEX} has no weight_map; fetch the file again")
@@ -124,16 +139,7 @@ def _shards(folder: Path) -> tuple[list[str], Mapping[str, str] | None]:
             raise WeightsError(
                 f"{folder / INDEX} puts {name} into {shard!r}, which is not a plain *.safetensors name"
             )
-    files = sorted(set(weight_map.values()))
-    for shard in files:
-        if not (folder / shard).is_file():
-            raise WeightsError(f"{folder / shard} is missing, {INDEX} names it; fetch the file")
-    for shard in present:
-        if shard not in files:
-            raise WeightsError(
-                f"{folder / shard} is not named by {INDEX}; remove the file, or fetch the right index"
-            )
-    return files, weight_map
+    return weight_map
 
 
 def _no_weights(folder: Path, present: list[str]) -> str:

@@ -76,12 +76,20 @@ def known_hashes(folder: Path) -> dict[str, FileHash]:
         return manifest
     found: dict[str, FileHash] = {}
     for path in folder.iterdir():
-        target = path.resolve()
-        if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
-            if not target.is_file():
-                raise WeightsError(f"{path.name} points to a missing file {target}; pull the model again")
-            found[path.name] = FileHash(target.stat().st_size, target.name)
+        blob = blob_of(path)
+        if blob is not None and _SHA256.fullmatch(blob.name):
+            if not blob.is_file():
+                raise WeightsError(f"{path.name} points to a missing file {blob}; pull the model again")
+            found[path.name] = FileHash(blob.stat().st_size, blob.name)
     return found
+
+
+def blob_of(path: Path) -> Path | None:
+    """The blob that a file of the hub's cache points to (one step: a blob may itself point into a shared store)."""
+    if not path.is_symlink():
+        return None
+    blob = path.parent / path.readlink()
+    return blob if blob.parent.name == "blobs" else None
 
 
 def verify_files(folder: Path, needed: list[str], progress: Progress | None = None) -> None:
