@@ -213,10 +213,15 @@ class Tokenizer:
     def is_byte_level(self) -> bool:
         return self._byte_level
 
-    def backend_json(self) -> str:
-        """The tokenizer.json without its post-processor, for libraries that build their own tables from
-        it."""
-        return json.dumps(_without_templates(self._data), ensure_ascii=False)
+    def backend_json(self, all_special: bool = False) -> str:
+        """The tokenizer.json without its post-processor, for libraries that build their own tables from it.
+
+        all_special flags every added token as special, so that none of them passes for text there.
+        """
+        data = _without_templates(self._data)
+        if all_special:
+            data["added_tokens"] = [{**token, "special": True} for token in data["added_tokens"]]
+        return json.dumps(data, ensure_ascii=False)
 
     # --- checks at load ---
 
