@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,28 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hadal.data.stream import Rows
 from hadal.model.context import Context
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Packed rows as a data source gives them.
-
-    token_RC    token ids; padding holds any valid id
-    weight_RC   how much each token counts *when it is predicted*; 0 for prompts that are only read, and
-    padding lengths     lengths of the documents in stream order, padding as documents of their own; Σ = R·C,
-    none crosses
-                a row's end
-    padding     for each document, whether it is padding
-    """
-
-    token_RC: Ints
-    weight_RC: Floats
-    lengths: Sequence[int]
-    padding: Sequence[bool]
 
 
 class Source(Protocol):

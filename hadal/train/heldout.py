@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from hadal.data.stream import Rows
 from hadal.model.transformer import Transformer
-from hadal.train.batches import Floats, Rows, Source, build
+from hadal.train.batches import Floats, Source, build
 from hadal.train.losses import cross_entropies
 
 

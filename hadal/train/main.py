@@ -1,8 +1,8 @@
 """`hadal train RECIPE`: from a recipe to a trained model in a folder.
 
-    OUT/recipe.json      the resolved recipe                OUT/metrics.jsonl   what was measured
-    OUT/checkpoints/…    where `--resume` goes on           OUT/export/         the model, in the published
-    layout
+    OUT/recipe.json      the resolved recipe            OUT/export/         the model, in the published layout
+    OUT/metrics.jsonl    what was measured              OUT/tensorboard/    curves
+    OUT/checkpoints/…    where `--resume` goes on       OUT/data/…          puzzles, as shards
 
 A run stops cleanly, with a checkpoint and an export, at its last step, at `train.max_minutes`, on SIGTERM
 and on Ctrl-C. `--resume` goes on bit for bit where the last checkpoint stands.
@@ -18,12 +18,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from hadal.train.sources import Sources, open_sources
 from rich.console import Console
 
 from hadal.config import ConfigError, ModelConfig
@@ -38,6 +38,7 @@ from hadal.train.losses import Objective
 from hadal.train.metrics import Metrics
 from hadal.train.optimizer import AdamW
 from hadal.train.recipe import Recipe, RecipeError
+from hadal.train.sources import Sources, open_sources
 from hadal.train.trainer import Progress, StepStats, Trainer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -75,14 +76,21 @@ def train(
     recipe = recipes.load(Path(recipe_path), overrides)
     folder = Path(out) if out is not None else Path("runs") / recipe.run.name
     checkpoint = _open_folder(folder, recipe, resume)
-    with open_sources(recipe) as sources:
-        run = Run(recipe, folder, sources, _device(device), console)
-        try:
-            if checkpoint is not None:
-                run.restore(checkpoint)
-            return run.go()
-        finally:
-            run.close()
+    console = console or Console(stderr=True)
+    started = time.perf_counter()
+    chosen = _device(device)
+    sources = open_sources(recipe, folder / "data", partial(_say, console))
+    run = Run(recipe, folder, sources, chosen, console, started)
+    try:
+        if checkpoint is not None:
+            run.restore(checkpoint)
+        return run.go()
+    finally:
+        run.close()
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> state.Checkpoint | None:
@@ -142,17 +150,22 @@ class Run:
     """One call of `train`: everything that lives from its start to its end."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, sources: Sources, device: torch.device, console: Console | None
+        self,
+        recipe: Recipe,
+        folder: Path,
+        sources: Sources,
+        device: torch.device,
+        console: Console,
+        started: float,
     ) -> None:
         self.recipe, self.folder, self.sources, self.device = recipe, folder, sources, device
-        self.console = console or Console(stderr=True)
-        self.started = time.perf_counter()
+        self.console, self.started = console, started
         self.seconds_before = 0.0  # of earlier calls, when resumed
         self.rows = recipe.train.batch_tokens // recipe.train.context
         self.micro_rows = recipe.train.micro_tokens // recipe.train.context
         self.model = self._build()
         self.peak = peak(device, self.model.dtype)
-        self.trainer = self._trainer(position=0)
+        self.trainer = self._trainer()
         self.metrics: Metrics | None = None
         self.prefetcher: Prefetcher | None = None
         self.last: StepStats | None = None
@@ -172,7 +185,7 @@ class Run:
                 block.compile()
         return model
 
-    def _trainer(self, position: int) -> Trainer:
+    def _trainer(self) -> Trainer:
         recipe, adamw = self.recipe, self.recipe.optimizer
         optimizer = AdamW(
             self.model.named_parameters(),

@@ -128,7 +128,7 @@ class Metrics:
 
     def say(self, text: str) -> None:
         """A line that stays above the live one."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         self._live.stop()

@@ -47,9 +47,10 @@ class DataRecipe:
 
     source: str  # "puzzles": this package's seeded generators; "shards": a folder of packed shards
     tokenizer: str = "hadal-mini"  # a folder with tokenizer.json; "hadal-mini": the one in the package
-    path: str = ""  # the folder of shards
+    path: str = ""  # the folder of shards; for puzzles where they are written (default: OUT/data)
     heldout_path: str = ""  # shards of text that is never trained on
     mask_documents: bool = True  # False: attention crosses documents, as in V3's pre-training
+    prompt_weight: float = 0.0  # how much the tokens of questions count, against 1 for those of solutions
     workers: int = 0  # processes that write puzzles; 0: as many as there are cores
 
     def __post_init__(self) -> None:
@@ -57,6 +58,7 @@ class DataRecipe:
         _require(
             self.source != "shards" or bool(self.path), "data.path", self.path, "the folder of packed shards"
         )
+        _require(0 <= self.prompt_weight <= 1, "data.prompt_weight", self.prompt_weight, "in 0..1")
         _require(self.workers >= 0, "data.workers", self.workers, "0 (all cores) or more")
 
 
@@ -347,7 +349,15 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
 
 # --- comparing, for resume
 # -------------------------------------------------------------------------------------
-FREE_ON_RESUME = ("log", "checkpoint", "export", "train.max_minutes", "train.compile", "data.workers")
+FREE_ON_RESUME = (
+    "log",
+    "checkpoint",
+    "export",
+    "train.max_minutes",
+    "train.compile",
+    "data.workers",
+    "data.path",
+)
 """Sections and keys that may change between a run and its continuation: no trained number depends on them
 (but `train.compile`, which rounds differently: the run goes on soundly, not bit for bit)."""
 

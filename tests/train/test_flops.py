@@ -9,7 +9,9 @@ from tests.train import tiny
 
 
 def test_v3_costs_what_its_authors_published():
-    """250 GFLOP a token at 4K (ISCA 2025, without MTP): 219.75 for the matrices, 30.70 for causal attention."""
+    """250 GFLOP a token at 4K (ISCA 2025, without MTP): 219.75 for the matrices, 30.70 for causal
+    attention.
+    """
     from dataclasses import replace
 
     config = replace(preset("deepseek-v3").config, num_nextn_predict_layers=0)

@@ -36,7 +36,7 @@ def test_losses_are_means_over_all_counted_tokens():
 
 @pytest.mark.parametrize("mask_documents", [True, False])
 def test_exact_counts_documents_whose_every_counted_token_is_likely(mask_documents, monkeypatch):
-    """Three documents: faultless; one unlikely token; the only unlikely token is in the prompt, which is not counted."""
+    """Three documents: faultless; one unlikely token; the only unlikely token is in the prompt."""
     rows = Rows(
         token_RC=np.arange(12)[None],
         weight_RC=np.array([[0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1]], dtype=np.float32),

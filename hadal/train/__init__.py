@@ -1,0 +1,1 @@
+"""Pre-training: the trainer, its optimizer, schedules, balance, checkpoints; `hadal train RECIPE`."""

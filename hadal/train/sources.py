@@ -1,0 +1,103 @@
+"""Where a run's tokens come from: puzzles written for it, or a folder of packed shards; their tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hadal.data.documents import write_puzzles
+from hadal.data.shards import ShardError
+from hadal.data.stream import PackedRows, packed_rows
+from hadal.text.tokenizer import Tokenizer
+from hadal.train.recipe import Recipe, RecipeError
+
+ON_BOARD = Path(__file__).resolve().parents[1] / "assets" / "hadal-mini"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Rows to train on, rows that are never trained on (or None), and the tokenizer of both."""
+
+    train: PackedRows
+    heldout: PackedRows | None
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+
+
+def open_sources(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Sources:
+    """The sources of a recipe. Puzzles are written below `data.path` (default: `folder`) unless they lie
+    there.
+
+    Raises RecipeError, TokenizerError, ShardError.
+    """
+    data = recipe.data
+    tokenizer_folder = ON_BOARD if data.tokenizer == "hadal-mini" else Path(data.tokenizer)
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise RecipeError(f"data.tokenizer: {tokenizer_folder} has no tokenizer.json")
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    heldout: Path | None
+    if data.source == "puzzles":
+        train, heldout = _puzzles(recipe, Path(data.path) if data.path else folder, tokenizer_folder, say)
+    else:
+        train = Path(data.path)
+        heldout = Path(data.heldout_path) if data.heldout_path else None
+    rows = _open(recipe, train, tokenizer, shuffle=True)
+    epochs = recipe.train.steps * recipe.train.batch_tokens / (recipe.train.context * rows.rows_per_epoch)
+    say(
+        f"data: {rows.manifest.tokens:,} tokens in {rows.manifest.documents:,} documents, "
+        f"{rows.rows_per_epoch:,} rows of {recipe.train.context:,} ({rows.filled:.1%} filled, {rows.cut:,} "
+        f"documents cut); this run sees {epochs:.2f} epochs"
+    )
+    held = None if heldout is None else _open(recipe, heldout, tokenizer, shuffle=False)
+    return Sources(rows, held, tokenizer, tokenizer_folder)
+
+
+def _open(recipe: Recipe, folder: Path, tokenizer: Tokenizer, *, shuffle: bool) -> PackedRows:
+    rows = packed_rows(
+        folder,
+        recipe.train.context,
+        tokenizer.special,
+        prompt_weight=recipe.data.prompt_weight,
+        seed=recipe.run.seed,
+        shuffle=shuffle,
+    )
+    sample = rows.rows(0, 1)
+    if int(sample.token_RC.max()) >= tokenizer.vocab_size:
+        raise ShardError(
+            f"{folder} holds token {int(sample.token_RC.max())}; the tokenizer of data.tokenizer has "
+            f"{tokenizer.vocab_size} ids: the shards were written with another"
+        )
+    return rows
+
+
+def _puzzles(recipe: Recipe, folder: Path, tokenizer: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
+    """Write the training and held-out shards of a puzzle recipe (what is there already is kept)."""
+    wanted = {
+        "train": recipe.train.steps * recipe.train.batch_tokens,
+        "held-out": recipe.log.heldout_tokens,
+    }
+    for split, tokens in wanted.items():
+        write_puzzles(
+            folder / split,
+            tokenizer,
+            tokens=tokens,
+            seed=recipe.run.seed,
+            split=split,
+            workers=recipe.data.workers,
+            progress=_progress(f"writing {split} puzzles", say),
+        )
+    return folder / "train", folder / "held-out"
+
+
+def _progress(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
+    """Says something at every tenth of the way."""
+    told = 0
+
+    def progress(done: int, of: int) -> None:
+        nonlocal told
+        if of > 1 and done * 10 // of > told:
+            told = done * 10 // of
+            say(f"{what}: {done} of {of} shards")
+
+    return progress

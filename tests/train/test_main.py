@@ -1,0 +1,283 @@
+"""Whole runs: the smoke recipe falls and loads in the engine; stopping, resuming and refusing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from hadal.train import export as exporting
+from hadal.train import state
+from hadal.train.main import train
+from hadal.train.recipe import RecipeError
+from hadal.train.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ROOT / "recipes" / "mini-smoke.toml"
+SHORT = ["train.tokens=3072", "train.batch_tokens=512", "log.heldout_tokens=512", "log.every_steps=1",
+         "log.heldout_every_steps=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def puzzles(tmp_path_factory):
+    """Puzzle shards that the short runs of this file share."""
+    return tmp_path_factory.mktemp("puzzles")
+
+
+@pytest.fixture
+def short(puzzles):
+    """`train` on six short steps of the smoke recipe."""
+
+    def run(out, *overrides, **options):
+        options.setdefault("console", Console(quiet=True))
+        every = [*SHORT, f"data.path={puzzles}", *overrides]
+        return train(SMOKE, out=out, overrides=every, device="cpu", **options)
+
+    return run
+
+
+def _records(folder, kind):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def _tensors(folder):
+    return state.load(state.latest(folder / "checkpoints"))
+
+
+# --- the whole way
+# -----------------------------------------------------------------------------------------------
+def test_the_smoke_recipe_learns_and_its_export_loads_in_the_engine(tmp_path):
+    console = Console(record=True, width=200, force_terminal=False)
+    outcome = train(SMOKE, out=tmp_path, device="cpu", console=console)
+    assert outcome.finished
+    assert outcome.step == 60
+    steps = _records(tmp_path, "step")
+    assert [s["step"] for s in steps] == [10, 20, 30, 40, 50, 60]
+    first, last = _records(tmp_path, "heldout")
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert steps[-1]["mtp_loss"] < steps[0]["mtp_loss"] - 0.5
+    assert last["loss"] < first["loss"] < 5.0  # ln 1024 = 6.9 at the start
+    assert last["documents"] >= 20
+    assert len(_records(tmp_path, "load")[0]["load"]) == 2  # one layer with experts, and the MTP module
+    assert "tok/s" in console.export_text()
+
+    from hadal.engine import Engine, SamplingParams
+
+    engine = Engine.load(outcome.export)
+    done = engine.generate("3+4=", SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
+    assert len(done.token_ids) == 8
+    card = (outcome.export / "README.md").read_text()
+    assert "mini-smoke" in card
+    assert "122,880 in 60 steps" in card
+    config = json.loads((outcome.export / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "fp8"
+    assert config["num_nextn_predict_layers"] == 1
+    assert config["hadal"]["step"] == 60
+
+
+def test_the_export_is_the_trained_model(short, tmp_path):
+    from hadal import weights
+
+    outcome = short(tmp_path / "run", "export.fp8=false")
+    tensors, _ = _tensors(tmp_path / "run")
+    model = weights.load(outcome.export, dtype=torch.float32, device="cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[f"master.{name}"]), name
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, tensors[f"buffer.{name}"]), name
+
+
+def test_transformers_loads_the_export(short, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    outcome = short(tmp_path / "run", "export.fp8=false")
+    model = transformers.AutoModelForCausalLM.from_pretrained(outcome.export, dtype=torch.float32)
+    tensors, _ = _tensors(tmp_path / "run")
+    assert torch.equal(model.model.norm.weight, tensors["master.norm.weight"])
+    token = torch.arange(12)
+    from hadal import weights
+    from hadal.model.context import Context
+
+    ours = weights.load(outcome.export, dtype=torch.float32, device="cpu")
+    want = model(token[None], use_cache=False).logits[0]
+    torch.testing.assert_close(ours.logits(ours(token, Context.packed([12]))), want, rtol=0, atol=1e-4)
+
+
+# --- stopping and going on
+# ---------------------------------------------------------------------------------------
+class Killed(BaseException):
+    pass
+
+
+def _die_at(monkeypatch, step):
+    real = Trainer.step
+
+    def deadly(self):
+        if self.progress.step == step:
+            raise Killed
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "step", deadly)
+    return lambda: monkeypatch.setattr(Trainer, "step", real)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_killed_run_resumes_bit_for_bit(short, tmp_path, monkeypatch, dtype):
+    """Six steps at once against a kill in the fifth step and a resumption from the checkpoint of the third.
+    """
+    setting = [f"train.dtype={dtype}", "checkpoint.every_steps=3"]
+    short(tmp_path / "whole", *setting)
+    revive = _die_at(monkeypatch, 4)
+    with pytest.raises(Killed):
+        short(tmp_path / "killed", *setting)
+    revive()
+    assert state.latest(tmp_path / "killed" / "checkpoints").step == 3
+    outcome = short(tmp_path / "killed", *setting, resume=True)
+    assert outcome.finished
+    (want, want_meta), (got, meta) = _tensors(tmp_path / "whole"), _tensors(tmp_path / "killed")
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+    assert [meta[k] for k in ("step", "tokens", "position")] == [
+        want_meta[k] for k in ("step", "tokens", "position")
+    ]
+    losses = [[(r["step"], r["loss"], r["grad_norm"]) for r in _records(tmp_path / f, "step")] for f in
+              ("whole", "killed")]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(short, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        extra = [f"data.path={tmp_path / 'other'}"] if seed == 2 else []
+        short(tmp_path / name, f"run.seed={seed}", *extra)
+    a, b, c = (_tensors(tmp_path / name)[0] for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["master.norm.weight"], c["master.norm.weight"])
+
+
+def test_the_time_limit_saves_exports_and_stops(short, tmp_path):
+    console = Console(record=True, width=200, force_terminal=False)
+    outcome = short(tmp_path / "run", "train.max_minutes=1e-6", console=console)
+    assert (outcome.reason, outcome.finished) == ("time", False)
+    assert "--resume" in console.export_text()
+    assert (outcome.export / "model.safetensors").is_file()
+    assert "Unfinished" in (outcome.export / "README.md").read_text()
+    outcome = short(tmp_path / "run", resume=True)
+    assert (outcome.reason, outcome.step) == ("finished", 6)
+    assert "Unfinished" not in (outcome.export / "README.md").read_text()
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "hadal.train",
+        str(SMOKE),
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
+    for setting in (*SHORT, "train.tokens=2e5"):
+        command += ["--set", setting]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (log.is_file() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors.decode()
+    (stop,) = _records(tmp_path / "run", "stop")
+    assert stop["reason"] == "signal"
+    assert state.latest(tmp_path / "run" / "checkpoints").step == stop["step"] < 390
+    assert (tmp_path / "run" / "export" / "config.json").is_file()
+
+
+def test_ctrl_c_finishes_the_step_and_saves(short, tmp_path, monkeypatch):
+    real, before = Trainer.step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(self):
+        if self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    outcome = short(tmp_path / "run")
+    assert (outcome.reason, outcome.step) == ("signal", 3)
+    assert state.latest(tmp_path / "run" / "checkpoints").step == 3
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- refusals
+# ------------------------------------------------------------------------------------------------------
+def test_a_folder_with_a_run_is_not_overwritten(short, tmp_path):
+    short(tmp_path / "run")
+    with pytest.raises(RecipeError, match="holds a run at step 6.*--resume"):
+        short(tmp_path / "run")
+
+
+def test_resuming_with_another_recipe_is_refused(short, tmp_path):
+    short(tmp_path / "run", "train.max_minutes=1e-6")
+    with pytest.raises(RecipeError, match=r"learning_rate\.peak"):
+        short(tmp_path / "run", "learning_rate.peak=1.0", resume=True)
+    assert short(tmp_path / "run", "log.every_steps=2", resume=True).finished
+
+
+def test_resuming_without_a_checkpoint_starts(short, tmp_path):
+    assert short(tmp_path / "run", resume=True).finished
+
+
+def test_a_damaged_checkpoint_is_refused(short, tmp_path):
+    short(tmp_path / "run", "train.max_minutes=1e-6")
+    file = state.latest(tmp_path / "run" / "checkpoints").path / "tensors-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(state.CheckpointError, match="damaged"):
+        short(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("model.vocab_size=8", r"vocab_size is 8; the tokenizer has"),
+        ("model.max_position_embeddings=64", "train.context needs at least 512"),
+        ("model.hiden_size=8", r"unknown key 'hiden_size'.*hidden_size"),
+        ("data.tokenizer=/nowhere", "no tokenizer.json"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(short, tmp_path, override, match):
+    with pytest.raises(RecipeError, match=match):
+        short(tmp_path / "run", override)
+
+
+def test_a_device_that_is_not_there_is_refused(puzzles, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("has a CUDA device")
+    with pytest.raises(RecipeError, match="no CUDA device"):
+        train(SMOKE, out=tmp_path, device="cuda", console=Console(quiet=True))
+
+
+# --- the model card
+# ------------------------------------------------------------------------------------------------
+def test_the_accuracy_table_goes_into_the_card(short, tmp_path):
+    card = short(tmp_path / "run").export / "README.md"
+    assert "Not measured yet." in card.read_text()
+    for table in ("| task | % |\n|---|---|\n| addition | 99 |", "| task | % |\n|---|---|\n| addition | 98 |"):
+        exporting.set_accuracy(card, table)
+        assert table in card.read_text()
+    assert "Not measured yet." not in card.read_text()
+    assert "addition | 99" not in card.read_text()
+    card.write_text("no marks")
+    with pytest.raises(ValueError, match="no accuracy section"):
+        exporting.set_accuracy(card, "x")
