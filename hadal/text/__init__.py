@@ -5,8 +5,9 @@ become one. Grammars for structured output are in `hadal.text.grammar`, which lo
 """
 
 from hadal.text.detokenizer import Detokenizer
+from hadal.text.messages import TemplateError
 from hadal.text.parsers import OutputParser, Piece, ReasoningParser, ToolCall, ToolParser, split_reasoning
-from hadal.text.templates import TEMPLATES, Template, TemplateError, template_for
+from hadal.text.templates import TEMPLATES, Template, template_for
 from hadal.text.tokenizer import Control, Tokenizer, TokenizerError
 
 __all__ = [

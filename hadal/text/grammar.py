@@ -38,6 +38,7 @@ _JSON_OPTIONS: Final[Any] = {
     "lenient": False,
 }
 _TOOL_NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+_FREE_TEXT: Final = "THOUGHT: /(.|\\n)*/\nSPACE: /\\n{0,2}/\n"
 _SEPARATORS: Final = {"v3": r'"\n"', "v3.1": ""}
 
 
@@ -119,7 +120,7 @@ class Grammar:
     ) -> None:
         if after_reasoning:
             close = _token(tokenizer, END_THINK)
-            top = f"start: THOUGHT {close} SPACE answer\nTHOUGHT: /(.|\\n)*/\nSPACE: /\\n{{0,2}}/\nanswer: {top}"
+            top = f"start: THOUGHT {close} SPACE answer\n{_FREE_TEXT}answer: {top}"
         else:
             top = f"start: {top}"
         grammar = json.dumps({"grammars": [{"name": "top", "lark_grammar": top}, *parts]})

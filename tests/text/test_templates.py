@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hadal.config import PRESETS
-from hadal.text import Control, Tokenizer
+from hadal.text import Control, TemplateError, Tokenizer
 from hadal.text.templates import (
     TEMPLATES,
-    TemplateError,
     ends_in_reasoning,
     template_for,
     template_options,
