@@ -1,4 +1,4 @@
-"""What all tests share: few threads, seeded and patient hypothesis, a home of their own, markers that skip by hardware."""
+"""What all tests share: few threads, patient hypothesis, caches of their own, markers by hardware."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _THREADS = str(max(1, min(4, _CORES // _WORKERS)))
 os.environ.setdefault("OMP_NUM_THREADS", _THREADS)
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# No test talks to the world: the hub, telemetry and update checks are off unless a test points them at 127.0.0.1.
+# No test talks to the world: telemetry is off, and a test that wants a hub points HF_ENDPOINT at 127.0.0.1.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
-# Nor does one read or write the user's own caches. Set here, since huggingface_hub reads these at its import; child
-# processes inherit them.
+# Nor does one read or write the user's own caches. Set here, since huggingface_hub reads these at its import;
+# child processes inherit them.
 _HOME = tempfile.mkdtemp(prefix="hadal-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ["XDG_CACHE_HOME"] = _HOME
@@ -35,7 +35,7 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile(
     "hadal",
     deadline=None,  # a busy neighbour on the machine is not a bug
-    derandomize=not os.environ.get("HADAL_TEST_RANDOM"),  # the same examples on every run, unless asked otherwise
+    derandomize=not os.environ.get("HADAL_TEST_RANDOM"),  # else the same examples on every run
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
     print_blob=True,
 )
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if wants_browser and find_chromium() is None:
         for item in wants_browser:
-            item.add_marker(pytest.mark.skip(reason="needs Chromium (apt install chromium, or HADAL_CHROMIUM)"))
+            item.add_marker(pytest.mark.skip(reason="needs Chromium (or HADAL_CHROMIUM)"))
 
 
 @pytest.fixture

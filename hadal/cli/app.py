@@ -1,0 +1,123 @@
+"""The `hadal` command: its verbs, in groups, with help that costs no heavy import.
+
+Each verb lies in a file of its own and imports the rooms that it uses when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from hadal import __version__
+from hadal.cli import (
+    bench,
+    chat,
+    complete,
+    convert,
+    doctor,
+    evaluate,
+    listing,
+    ps,
+    pull,
+    rm,
+    run,
+    serve,
+    show,
+    train,
+    version,
+)
+from hadal.cli.guard import guarded
+
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Talk": {"run": run.run, "chat": chat.chat, "complete": complete.complete},
+    "Serve": {"serve": serve.serve, "ps": ps.ps},
+    "Models": {
+        "show": show.show,
+        "pull": pull.pull,
+        "list": listing.list_models,
+        "rm": rm.rm,
+        "convert": convert.convert,
+    },
+    "Make and measure": {"train": train.train, "eval": evaluate.evaluate, "bench": bench.bench},
+    "This machine": {"doctor": doctor.doctor, "version": version.version},
+}
+
+EPILOG = """\b
+Start here:
+  hadal run                        chat with the small reasoning model on board
+  hadal run hadal-mini "12 + 35?"  one question, one answer
+  hadal serve                      OpenAI, DeepSeek and Ollama API, and a chat page
+  hadal show                       the models that Hadal knows, and which fit here
+  hadal VERB --help                what a verb does, with examples
+"""
+
+
+class Grouped(TyperGroup):
+    """Lists the verbs under their groups."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """One section a group, in the order of `GROUPS`."""
+        width = max(len(name) for verbs in GROUPS.values() for name in verbs)
+        limit = formatter.width - 6 - width
+        for group, verbs in GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in verbs]
+            rows = [(name.ljust(width), c.get_short_help_str(limit)) for name, c in commands if c is not None]
+            with formatter.section(group):
+                formatter.write_dl(rows)
+
+
+class Teaching(TyperCommand):
+    """Shows examples where they help most: before the flags."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Usage, what it does, examples, then arguments and flags."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        self.format_epilog(ctx, formatter)
+        self.format_options(ctx, formatter)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hadal {__version__}")
+        raise typer.Exit
+
+
+def build() -> typer.Typer:
+    """The application, with every verb guarded."""
+    app = typer.Typer(
+        name="hadal",
+        cls=Grouped,
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        epilog=EPILOG,
+    )
+
+    @app.callback()
+    def hadal(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        """Hadal: the DeepSeek-V3/R1 system in one package. Talk to models, serve them, look inside them."""
+
+    for verbs in GROUPS.values():
+        for name, verb in verbs.items():
+            help_text, _, examples = (verb.__doc__ or "").partition("Examples:")
+            epilog = "\b\nExamples:\n" + _indented(examples) if examples else None
+            app.command(name, cls=Teaching, help=help_text.strip(), epilog=epilog)(guarded(verb))
+    return app
+
+
+def _indented(examples: str) -> str:
+    lines = [line.strip() for line in examples.strip().splitlines() if line.strip()]
+    return "\n".join("  " + line for line in lines)
+
+
+app = build()

@@ -1,0 +1,118 @@
+"""Flags that several verbs share, each written once. Names are those that people know from other servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hadal.cli.terminal import CliError
+
+if TYPE_CHECKING:
+    from hadal.engine import SamplingParams
+
+MODEL_HELP = "A name from `hadal list` or `hadal show`, ORG/REPO on the hub, or a folder."
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights while running: auto, float32, bfloat16.")]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len", min=16, metavar="N", help="Longest prompt and answer together, in tokens."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Try even where the model does not seem to fit.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Download a missing model without asking.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="0 takes the likeliest token each time. Default: what the model asks for."),
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this total mass.")
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", min=0, help="Sample from the K likeliest tokens; 0 is off.")
+]
+MinP = Annotated[
+    float | None, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", min=1, metavar="N", help="Longest answer; default: to the context's end."),
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+Url = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="A running server (`hadal serve`) instead of loading the model here."),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        "--api-key", envvar="HADAL_API_KEY", metavar="KEY", help="The server's key.", show_envvar=True
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What the user asked of sampling; None leaves it to the model's own generation_config.json."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+
+    NUMBERS = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were made."""
+        return {name: getattr(self, name) for name in self.NUMBERS if getattr(self, name) is not None}
+
+    def with_setting(self, name: str, text: str) -> Sampling:
+        """A copy with `name` set from `text`; "default" unsets it. Refuses unknown names and values."""
+        import difflib
+
+        name = name.replace("-", "_")
+        if name not in self.NUMBERS:
+            close = difflib.get_close_matches(name, self.NUMBERS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(self.NUMBERS)}"
+            raise CliError(f"no setting {name!r}{hint}", 2)
+        whole = name in ("top_k", "max_tokens", "seed")
+        try:
+            value = None if text in ("default", "none", "") else int(text) if whole else float(text)
+        except ValueError:
+            kind = "a whole number" if whole else "a number"
+            raise CliError(f"{name} is {kind} or 'default', not {text!r}", 2) from None
+        changed = replace(self, **{name: value})  # type: ignore[arg-type]
+        changed.params({})  # refuses a value out of bounds
+        return changed
+
+    def params(self, defaults: dict[str, Any]) -> SamplingParams:
+        """For the engine: the user's settings over the model's. RequestError names a bad field."""
+        from hadal.engine import SamplingParams
+
+        return SamplingParams(**{**defaults, **self.given()})
+
+
+def model_defaults(folder: Path | None) -> dict[str, Any]:
+    """Sampling that a model asks for in its generation_config.json (R1: temperature 0.6, top-p 0.95)."""
+    import json
+
+    path = folder / "generation_config.json" if folder else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as fault:
+        raise CliError(f"{path} is not JSON ({fault}); download the model again or delete the file") from None
+    wanted = {name: found[name] for name in ("temperature", "top_p", "top_k") if found.get(name) is not None}
+    if found.get("do_sample") is False:
+        wanted["temperature"] = 0.0
+    return wanted

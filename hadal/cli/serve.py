@@ -1,0 +1,139 @@
+"""`hadal serve`: the HTTP server, with the chat page mounted where Gradio is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hadal.cli import options as o
+from hadal.cli.terminal import bar, note, say
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+LOOPBACK = "127.0.0.1"
+
+
+def serve(
+    model: o.Model = "hadal-mini",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; all but loopback need --api-key.")
+    ] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 11435,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar="HADAL_API_KEY",
+            metavar="KEY",
+            help="Ask for this key; may be given again. The variable keeps it out of the process list.",
+        ),
+    ] = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    max_model_len: o.MaxModelLen = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option("--max-num-seqs", min=1, metavar="N", help="Most sequences that run at once."),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="Share of the GPU's memory to use."),
+    ] = 0.9,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--served-model-name", metavar="NAME", help="A further name for the model; may be given again."
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-host", metavar="NAME", help="A further name that clients may call this machine."
+        ),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option("--allowed-origin", metavar="URL", help="A web page's origin that may call the API."),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", min=0, metavar="N", help="Sequences that may wait; more get 503.")
+    ] = 256,
+    allow_pull: Annotated[bool, typer.Option("--allow-pull", help="Let clients download models.")] = False,
+    allow_delete: Annotated[bool, typer.Option("--allow-delete", help="Let clients remove models.")] = False,
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the chat page.")] = False,
+    yes: o.Yes = False,
+    force: o.Force = False,
+) -> None:
+    """Serve a model: OpenAI, DeepSeek and Ollama API, chat page.
+
+    Prints the address of the page and of each API. Ctrl-C (or SIGTERM) lets running answers end; a second one
+    ends at once.
+
+    Examples:
+        hadal serve
+        hadal serve deepseek-r1-distill-qwen-7b --max-model-len 16384
+        HADAL_API_KEY=$(openssl rand -hex 16) hadal serve --host 0.0.0.0 --allowed-host llm.example.org
+        hadal serve --port 11434     # where Ollama's clients look
+    """
+    from hadal.cli.loading import engine_options, identify, introduce, prepare_model
+    from hadal.serve import Settings, run_server
+
+    settings = Settings(
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        allowed_hosts=tuple(allowed_host or ()),
+        allowed_origins=tuple(allowed_origin or ()),
+        served_names=tuple(served_model_name or ()),
+        max_queue=max_queue,
+        allow_pull=allow_pull,
+        allow_delete=allow_delete,
+    )
+    introduce(model, quiet=False)
+    prepare_model(model, device=device, dtype=dtype, yes=yes, force=force)
+    options = engine_options(
+        device=device,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
+    options["name"] = identify(model).name
+    _log_to_stderr()
+    with contextlib.ExitStack() as stack:
+        options["progress"] = stack.enter_context(bar(f"loading {model}"))
+
+        def prepare(app: FastAPI, url: str) -> None:
+            from hadal.cli.state import registered
+
+            if not no_ui:
+                _mount_page(app, url)
+            stack.enter_context(registered(url, str(options["name"])))
+
+        run_server(model, settings, engine_options=options, prepare=prepare, say=say)
+
+
+def _mount_page(app: FastAPI, url: str) -> None:
+    """Add the chat page, or say what is missing for it."""
+    if find_spec("gradio") is None:
+        note("No chat page: Gradio is not installed; `pip install 'hadal[ui]'` gives it.")
+        return
+    from hadal import ui
+
+    ui.mount(app, base_url=url)
+    say(f"Chat page:                   {url}/")
+
+
+def _log_to_stderr() -> None:
+    """The server's own log, one line a request, beside the addresses on stdout."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("hadal")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
