@@ -119,7 +119,7 @@ def make_tiny_tokenizer(folder: Path | str, vocab_size: int = 512, style: str = 
     the folder.
 
     style: "deepseek" (bos 0, eos 1, thinking, FIM and tool tokens), "qwen" or "llama" (the R1 distills'
-    tables). The corpus gives about 900 entries; with a larger `vocab_size` the tokenizer stays smaller than
+    tables). The corpus gives about 640 entries; with a larger `vocab_size` the tokenizer stays smaller than
     the model's table, as the published ones do.
     """
     first, last = STYLES[style]
