@@ -1,11 +1,12 @@
 """Download a model through `huggingface_hub`: checked before, resumed after a cut, verified after.
 
-Before: the architecture is one that we run, the files are safetensors, the disk has room. Meanwhile: a note in the
-cache keeps others from using it. After: size and hash of every file (SHA-256 of large ones, Git's SHA-1 of small
-ones) are compared with what the hub says; a wrong file is deleted, and the model does not count as there.
+Before: the architecture is one that we run, the files are safetensors, the disk has room. Meanwhile: a note
+in the cache keeps others from using it. After: size and hash of every file (SHA-256 of large ones, Git's
+SHA-1 of small ones) are compared with what the hub says; a wrong file is deleted, and the model does not
+count as there.
 
-HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning. The token goes to the endpoint's own
-origin and nowhere else, whatever it redirects to; plain HTTP is for loopback addresses only.
+HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE have their usual meaning. The token goes to the endpoint's
+own origin and nowhere else, whatever it redirects to; plain HTTP is for loopback addresses only.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from hadal.weights.manifest import blob_of
 Progress = Callable[[int, int], None]
 _VERIFIED = ".hadal-verified.json"
 _WANTED = re.compile(
-    r"(?:config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template)\.json"
-    r"|model\.safetensors\.index\.json|[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors|chat_template\.jinja"
+    r"(?:config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|chat_template\.json"
+    r"|model\.safetensors\.index\.json|model[A-Za-z0-9._-]*\.safetensors|chat_template\.jinja"
     r"|README\.md|LICENSE[A-Za-z0-9._-]*"
 )
 _SPARE_BYTES = 64 << 20
@@ -43,7 +45,7 @@ _WORKERS = 4
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a repository, as the hub describes it. `sha256` for large (LFS) files, `sha1` is Git's of the rest."""
+    """A file of a repository, as the hub describes it: `sha256` of large (LFS) files, Git's `sha1` else."""
 
     name: str
     size: int
@@ -73,9 +75,9 @@ def pull(
 ) -> Path:
     """Download a model and return its folder; at once when it is there and verified.
 
-    progress: called with (bytes here, bytes in all), from a thread of its own. Raises NotFoundError (no such
-    repository, with near names) and PullError (gated, offline, no space, wrong format or architecture, cut, wrong
-    bytes); after a PullError the same command goes on with the files that are whole.
+    progress: called with (bytes here, bytes in all), from a thread of its own. Raises NotFoundError (no
+    such repository, with near names) and PullError (gated, offline, no space, wrong format or architecture,
+    cut, wrong bytes); after a PullError the same command goes on with the files that are whole.
     """
     if hub.safe_model_name(name).lower() == hub.ON_BOARD:
         return hub.resolve(hub.ON_BOARD)
@@ -136,8 +138,8 @@ def check_space(remote: Remote, storage: Path) -> None:
     free = shutil.disk_usage(place).free
     if missing and missing + _SPARE_BYTES > free:
         raise PullError(
-            f"{remote.repo} needs {_gigabytes(missing)} more and {hub.cache_dir()} has {_gigabytes(free)} free; "
-            "free space there, or set HF_HOME to a folder on a larger disk"
+            f"{remote.repo} needs {_gigabytes(missing)} more and {hub.cache_dir()} has {_gigabytes(free)} "
+            "free; free space there, or set HF_HOME to a folder on a larger disk"
         )
 
 
@@ -339,8 +341,8 @@ def _is_loopback(host: str) -> bool:
 def _guard_token(endpoint: str) -> None:
     """Take the Authorization header off every request to another origin than the endpoint's.
 
-    huggingface_hub sends it to huggingface.co as well when a mirror redirects there. The hook sits in its shared
-    client, and is put in again when that was made anew.
+    huggingface_hub sends it to huggingface.co as well when a mirror redirects there. The hook sits in its
+    shared client, and is put in again when that was made anew.
     """
     from huggingface_hub import get_session
 
@@ -384,7 +386,8 @@ def _explain(error: Exception, name: str, repo: str, endpoint: str) -> PullError
 
     if isinstance(error, errors.GatedRepoError):
         return PullError(
-            f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN to a token of that account"
+            f"{repo} is gated: accept its terms at {endpoint}/{repo}, then set HF_TOKEN to a token of that "
+            "account"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return NotFoundError(f"{repo} has no such revision; leave it out for the newest")

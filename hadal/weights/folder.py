@@ -133,7 +133,8 @@ class _Work:
         self.files.release(stored, 0, stored.shape[0])
         if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
             raise WeightsError(
-                f"{stored.file}: {slot.name}{SCALE_SUFFIX} has NaN, infinite or negative scales; fetch the file again"
+                f"{stored.file}: {slot.name}{SCALE_SUFFIX} has NaN, infinite or negative scales; "
+                "fetch the file again"
             )
         self.counter.add(stored.nbytes)
         return scale
@@ -146,22 +147,22 @@ class _Work:
             part = target[start:stop]
             if not torch.equal(rows.to(part.device).to(part.dtype), part):
                 raise WeightsError(
-                    f"{stored.file}: {slot.name} differs from {slot.parameter}, which it must repeat; fetch the "
-                    f"file again{', or load with with_mtp=False' if not slot.optional else ''}"
+                    f"{stored.file}: {slot.name} differs from {slot.parameter}, which it must repeat; "
+                    f"fetch the file again{', or load with with_mtp=False' if not slot.optional else ''}"
                 )
             self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
 
 
 def place(state: dict[str, Tensor], slot: Slot) -> Tensor:
-    """The rows of a parameter that a slot names (a view). WeightsError when the parameter has another shape."""
+    """The rows of a parameter that a slot names (a view). WeightsError for a parameter of another shape."""
     parameter = state[slot.parameter]
     if slot.index is not None:
         parameter = parameter[slot.index]
     rows = parameter[slot.row : slot.row + slot.shape[0]]
     if tuple(rows.shape) != slot.shape:
         raise WeightsError(
-            f"parameter {slot.parameter} has shape {list(parameter.shape)}, {slot.name} {list(slot.shape)} does not "
-            f"fit at row {slot.row}; load the folder's own {CONFIG}"
+            f"parameter {slot.parameter} has shape {list(parameter.shape)}, {slot.name} "
+            f"{list(slot.shape)} does not fit at row {slot.row}; load the folder's own {CONFIG}"
         )
     return rows
 

@@ -1,8 +1,9 @@
 """The header of a safetensors file, read with every check that the format promises (no torch).
 
-A file is: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets: [begin, end]}}, data.
-Published libraries accept duplicate keys, and mapping a truncated file ends in a bus error; so the header is checked
-here before anything is mapped: sizes, dtypes, shapes, no gap, no overlap, no duplicate, a cap on the tensor count.
+A file is: 8 bytes little-endian length n, n bytes of JSON {name: {dtype, shape, data_offsets: [begin,
+end]}}, data. Published libraries accept duplicate keys, and mapping a truncated file ends in a bus error;
+so the header is checked here before anything is mapped: sizes, dtypes, shapes, no gap, no overlap, no
+duplicate, a cap on the tensor count.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Name → place of every tensor in a safetensors file. WeightsError names the file and what is wrong with it."""
+    """Name → place of every tensor in a file. WeightsError names the file and what is wrong with it."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -108,7 +109,8 @@ def _entry(path: Path, name: str, value: Any, start: int) -> Stored:
     needed = prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != needed:
         raise WeightsError(
-            f"{path.name}: {name} {dtype} {shape} needs {needed:,} bytes, its offsets give {end - begin:,}; {_REMEDY}"
+            f"{path.name}: {name} {dtype} {shape} needs {needed:,} bytes, its offsets give "
+            f"{end - begin:,}; {_REMEDY}"
         )
     return Stored(path, dtype, tuple(shape), start + begin, start + end)
 

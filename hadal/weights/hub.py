@@ -1,9 +1,10 @@
 """The models on this machine, by name: resolve, list, remove; `pull` fetches more.
 
-Names: `hadal-mini` (in the package), a preset (`deepseek-r1-distill-qwen-1.5b`), `org/repo` of the hub, or, from the
-command line only, a folder. Downloads live in the cache of `huggingface_hub` (HF_HOME, HF_HUB_CACHE), so that other
-programs share them; nothing in this file opens a socket. A download counts only when it is complete and verified:
-while one is under way a note lies in its cache folder, and `resolve` refuses it.
+Names: `hadal-mini` (in the package), a preset (`deepseek-r1-distill-qwen-1.5b`), `org/repo` of the hub, or,
+from the command line only, a folder. Downloads live in the cache of `huggingface_hub` (HF_HOME,
+HF_HUB_CACHE), so that other programs share them; nothing in this file opens a socket. A download counts
+only when it is complete and verified: while one is under way a note lies in its cache folder, and `resolve`
+refuses it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _WHERE = "`hadal show` lists the models that Hadal knows"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A complete model on this machine. `modified`: seconds since 1970; `digest`: SHA-256 over its file hashes."""
+    """A complete model here. `modified`: seconds since 1970; `digest`: SHA-256 over its file hashes."""
 
     name: str
     path: Path
@@ -60,7 +61,7 @@ def find_preset(name: str) -> Preset | None:
 
 
 def repo_of(name: str) -> str:
-    """`org/repo` on the hub of a preset or of a name that is one already. HubError or NotFoundError otherwise."""
+    """`org/repo` of a preset, or of a name that is one already; else HubError or NotFoundError."""
     name = safe_model_name(name)
     known = find_preset(name)
     if known is not None:
@@ -138,7 +139,7 @@ def _snapshot(storage: Path) -> Path:
 
 
 def incompleteness(storage: Path) -> str | None:
-    """Why a cached repository cannot be used yet, or None: a download under way, or files that are not there."""
+    """Why a cached repository cannot be used, or None: a download under way, files that are missing."""
     if not storage.is_dir():
         return "not downloaded"
     if (storage / PULLING).exists():
@@ -158,7 +159,7 @@ def incompleteness(storage: Path) -> str | None:
 
 # --- list and remove ---------------------------------------------------------------------------------------
 def list_models() -> list[ModelEntry]:
-    """Every complete model of a supported architecture on this machine, the one on board first, then the newest."""
+    """Every complete model that can run here: the one on board first, then the newest."""
     found = [entry for storage in _storages() if (entry := _cached_entry(storage)) is not None]
     found.sort(key=lambda e: -e.modified)
     if (_ASSETS / ON_BOARD / CONFIG).is_file():
@@ -200,8 +201,8 @@ def entry_of(name: str, folder: Path) -> ModelEntry:
 def digest(folder: Path) -> str:
     """SHA-256 over names and hashes of a folder's files: the same for the same model, wherever it lies.
 
-    Hashes come from the manifest, else from the names of the hub cache's blobs; small folders without either are
-    read; of large ones (over 64 MiB) the sizes stand in.
+    Hashes come from the manifest, else from the names of the hub cache's blobs; small folders without
+    either are read; of large ones (over 64 MiB) the sizes stand in.
     """
     total = hashlib.sha256()
     manifest = folder / MANIFEST
@@ -240,7 +241,7 @@ def remove(name: str) -> None:
 
 
 def _delete_revisions(storage: Path) -> None:
-    """Let huggingface_hub drop what it shares between repositories; what it leaves is removed by the caller."""
+    """Let huggingface_hub drop what repositories share; the caller removes what it leaves."""
     from huggingface_hub import scan_cache_dir
 
     cache = scan_cache_dir(cache_dir())

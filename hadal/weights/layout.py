@@ -1,7 +1,8 @@
-"""A published folder as data: its configuration, its shards, and every tensor checked against the model (no torch).
+"""A published folder as data: configuration, shards, every tensor checked against the model (no torch).
 
-`config.json`, then either `model.safetensors.index.json` with its shards or a single `model.safetensors`. Everything
-that can be known without reading the data is checked here, by name: missing, extra, misshapen, wrong dtype, doubled.
+`config.json`, then either `model.safetensors.index.json` with its shards or a single `model.safetensors`.
+Everything that can be known without reading the data is checked here, by name: missing, extra, misshapen,
+wrong dtype, doubled.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder whose tensors were checked: `stored` has exactly the names of `expected`, plus optional copies."""
+    """A checked folder: `stored` has exactly the names of `expected`, plus optional copies."""
 
     path: Path
     config: ModelConfig
@@ -144,10 +145,16 @@ def read_index(folder: Path) -> dict[str, str]:
 
 def _no_weights(folder: Path, present: list[str]) -> str:
     if present:
-        return f"{folder} has {len(present)} *.safetensors files ({present[0]}, …) but no {INDEX}; fetch the index"
+        return (
+            f"{folder} has {len(present)} *.safetensors files ({present[0]}, …) but no {INDEX}; "
+            "fetch the index"
+        )
     other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".pkl"))
     if other:
-        return f"{folder} holds {other[0]}, no *.safetensors; pickle and other formats are never read, convert it first"
+        return (
+            f"{folder} holds {other[0]}, no *.safetensors; pickle and other formats are never "
+            "read, convert it first"
+        )
     return f"{folder} has neither {SINGLE} nor {INDEX}; is the download complete?"
 
 
@@ -221,5 +228,6 @@ def _check_tensor(config: ModelConfig, name: str, wanted: Expected, stored: Stor
         if wanted.dtype == "float32":
             hint = "; rounded gate biases choose other experts, get them from the original folder"
         raise WeightsError(
-            f"{stored.file}: {name} has dtype {stored.dtype}, expected {' or '.join(_ALLOWED[wanted.dtype])}{hint}"
+            f"{stored.file}: {name} has dtype {stored.dtype}, expected "
+            f"{' or '.join(_ALLOWED[wanted.dtype])}{hint}"
         )

@@ -1,8 +1,8 @@
 """`manifest.json`: the size and SHA-256 of every file of a folder, written last.
 
-safetensors notices neither flipped bits nor a shard swapped for another of the same shape; a hash does. `save` and
-`convert` write a manifest; folders from the hub have none, but the hub's cache names each large file by its SHA-256
-(`blobs/<sha256>`), which serves as well.
+safetensors notices neither flipped bits nor a shard swapped for another of the same shape; a hash does.
+`save` and `convert` write a manifest; folders from the hub have none, but the hub's cache names each large
+file by its SHA-256 (`blobs/<sha256>`), which serves as well.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, FileHash] | None:
 
 
 def known_hashes(folder: Path) -> dict[str, FileHash]:
-    """The hashes that a folder's files should have: from its manifest, else from the hub cache's blob names."""
+    """The hashes that files should have: from the manifest, else from the hub cache's blob names."""
     manifest = read_manifest(folder)
     if manifest is not None:
         return manifest
@@ -85,7 +85,7 @@ def known_hashes(folder: Path) -> dict[str, FileHash]:
 
 
 def blob_of(path: Path) -> Path | None:
-    """The blob that a file of the hub's cache points to (one step: a blob may itself point into a shared store)."""
+    """The blob that a file of the hub's cache points to (one step: it may point into a shared store)."""
     if not path.is_symlink():
         return None
     blob = path.parent / path.readlink()
@@ -117,7 +117,8 @@ def verify_files(folder: Path, needed: list[str], progress: Progress | None = No
         actual = hash_file(folder / name, report)
         if actual != expected.sha256:
             raise WeightsError(
-                f"{folder / name} is corrupt: SHA-256 is {actual}, expected {expected.sha256}; fetch the file again"
+                f"{folder / name} is corrupt: SHA-256 is {actual}, expected {expected.sha256}; "
+                "fetch the file again"
             )
 
 
@@ -129,5 +130,6 @@ def check_sizes(folder: Path, hashes: Mapping[str, FileHash]) -> None:
             raise WeightsError(f"{path} is listed in {MANIFEST} but missing; fetch the file again")
         if path.stat().st_size != expected.size:
             raise WeightsError(
-                f"{path} has {path.stat().st_size:,} bytes, {MANIFEST} says {expected.size:,}; fetch the file again"
+                f"{path} has {path.stat().st_size:,} bytes, {MANIFEST} says {expected.size:,}; "
+                "fetch the file again"
             )

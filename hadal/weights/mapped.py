@@ -82,7 +82,7 @@ class Mapping:
             self._open(stored.file).madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def pieces(self, stored: Stored, multiple: int = 1) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, rows) in pieces of about 4 MiB, `multiple` rows at least; each is released after use."""
+        """(start, stop, rows) in pieces of about 4 MiB, at least `multiple` rows, released after use."""
         for start, stop in piece_ranges(stored, multiple):
             yield start, stop, self.rows(stored, start, stop)
             self.release(stored, start, stop)

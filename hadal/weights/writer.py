@@ -37,7 +37,7 @@ SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 RowReader = Callable[[Slot, int], Iterator[Tensor]]
-"""(slot, height) → the rows of a tensor from top to bottom, in pieces whose heights are multiples of `height`."""
+"""(slot, height) → the rows of a tensor, top to bottom, in pieces of a multiple of `height` rows."""
 
 
 @dataclass(frozen=True)
@@ -211,14 +211,14 @@ def _write_files(
 
 
 def _config_json(target: Target) -> dict[str, Any]:
-    """The published `config.json`, with the writer's metadata beside this code's own settings under "hadal"."""
+    """The published `config.json`; under "hadal" the writer's metadata beside our own settings."""
     config = target.config.to_hf() | {"torch_dtype": str(target.dtype).removeprefix("torch.")}
     ours = {**target.metadata, **config.get("hadal", {})}
     return config | ({"hadal": ours} if ours else {})
 
 
 def _header(names: list[str], expected: Mapping[str, Expected], target: Target) -> bytes:
-    """Length and JSON of a safetensors header, padded with spaces so that the data starts at a multiple of 8."""
+    """Length and JSON of a safetensors header, padded with spaces to a multiple of 8 bytes."""
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name in names:

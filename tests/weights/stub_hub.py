@@ -1,7 +1,8 @@
 """A hub on 127.0.0.1 that behaves like huggingface.co where downloads need it, and misbehaves on request.
 
-Model information with file metadata, the tree, HEAD and GET of files with Range, ETag, X-Repo-Commit and, for large
-files, a redirect with X-Linked-Etag/-Size to a second server on another port, as the hub redirects to its CDN.
+Model information with file metadata, the tree, HEAD and GET of files with Range, ETag, X-Repo-Commit and,
+for large files, a redirect with X-Linked-Etag/-Size to a second server on another port, as the hub
+redirects to its CDN.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Request:
 
 
 class StubHub:
-    """`with StubHub({...}) as hub: hub.url`. `cuts[file]`: byte counts after which its next downloads break off."""
+    """`with StubHub({...}) as hub: hub.url`. `cuts[file]`: byte counts after which its next downloads break
+    off.
+    """
 
     def __init__(self, repos: dict[str, Repo]) -> None:
         self.repos = repos

@@ -327,7 +327,7 @@ def test_folders_that_are_none(copy: Callable[[str], Path], tmp_path: Path) -> N
     with pytest.raises(WeightsError, match="is not a folder"):
         load(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(WeightsError, match="has no config.json"):
+    with pytest.raises(WeightsError, match=r"has no config\.json"):
         load(tmp_path / "empty")
     folder = copy("plain")
     single(folder).rename(folder / "pytorch_model.bin")
@@ -338,7 +338,7 @@ def test_folders_that_are_none(copy: Callable[[str], Path], tmp_path: Path) -> N
     with pytest.raises(WeightsError, match="fetch the index"):
         load(folder)
     (folder / "model-x.safetensors").unlink()
-    with pytest.raises(WeightsError, match="neither model.safetensors nor"):
+    with pytest.raises(WeightsError, match=r"neither model\.safetensors nor"):
         load(folder)
 
 
@@ -406,7 +406,9 @@ def test_a_write_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_originals_are_whole(originals: Path) -> None:
-    """The faults above come from the edits: untouched, every folder loads, and an edit of nothing changes nothing."""
+    """The faults above come from the edits: untouched, every folder loads, and an edit of nothing changes
+    nothing.
+    """
     for name in ("plain", "fp8", "sharded"):
         load(originals / name, verify="full")
     assert (

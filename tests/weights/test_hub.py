@@ -332,9 +332,11 @@ def test_resolving_opens_no_socket_even_online(stub: StubHub, tmp_path: Path) ->
 # --- names -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "name",
-    ["../../etc/passwd", "/etc/passwd", "..", "a/../b", "a/b/c", "", ".hidden", "a b", "a\x00b", "C:\\x", "a\nb",
-     "~/x", "org/", "/repo", "a..b", "x" * 300, "https://x/y", "hadal-mini:v2", "％"],
-)  # fmt: skip
+    [
+        *("../../etc/passwd", "/etc/passwd", "..", "a/../b", "a/b/c", "", ".hidden", "a b", "a\x00b"),
+        *("C:\\x", "a\nb", "~/x", "org/", "/repo", "a..b", "x" * 300, "https://x/y", "hadal-mini:v2", "％"),
+    ],
+)
 def test_unsafe_names(name: str) -> None:
     with pytest.raises(HubError, match="is not a model name"):
         hub.safe_model_name(name)
