@@ -1,0 +1,1 @@
+"""Planning: what fits where (pure arithmetic on configurations; no torch)."""
