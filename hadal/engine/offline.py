@@ -8,7 +8,7 @@ whoever asks next runs the step, and everyone gets their own updates.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 from hadal.engine.request import (
@@ -126,7 +126,7 @@ class OfflineApi:
         completion.content = "".join(piece.text for piece in pieces if piece.kind == "content")
         return completion
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Update]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Update, None, None]:
         """Updates of one prompt as they come. Closing the iterator, or leaving a loop over it, aborts the
         request."""
         return self._stream(self.prepare(self.encode(prompt), params))
@@ -138,7 +138,7 @@ class OfflineApi:
         *,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Iterator[Update]:
+    ) -> Generator[Update, None, None]:
         """`stream` for a conversation. The text begins where `template.starts_in_reasoning` says."""
         return self._stream(self.prepare(self.encode_chat(messages, thinking=thinking, tools=tools), params))
 
@@ -177,7 +177,7 @@ class OfflineApi:
                     self.abort(request.request_id)
         return updates
 
-    def _stream(self, request: Request) -> Iterator[Update]:
+    def _stream(self, request: Request) -> Generator[Update, None, None]:
         self._check_owner()
         ready: deque[Update] = deque()
         request.on_update = ready.append

@@ -1,0 +1,69 @@
+"""CUDA graphs: the ladder of sizes here, and on a GPU that replayed steps give what eager steps give."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from hadal.engine.graphs import graph_sizes
+from hadal.engine.request import SamplingParams
+from tests.engine.tiny import GQA, MLA, prompts
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+@pytest.mark.parametrize("seats", [1, 2, 3, 5, 8, 16, 37, 64, 100, 256, 300, 512, 1000, 2048])
+def test_sizes_climb_to_the_seats(seats: int) -> None:
+    sizes = graph_sizes(seats)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == seats and sizes[0] == 1
+    for low, high in itertools.pairwise(sizes):
+        assert high <= max(low * 2, low + 128), "padding at most doubles a small step"
+
+
+def test_sizes_are_the_usual_ones() -> None:
+    assert graph_sizes(128) == [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [MLA, GQA], ids=["mla", "gqa"])
+@pytest.mark.parametrize("at_start", [False, True])
+def test_graphs_change_nothing(config: object, at_start: bool) -> None:
+    from hadal.engine.engine import Engine
+    from hadal.model.transformer import Transformer
+
+    model = Transformer(config, dtype=torch.float32, device="cuda").init_weights(1).eval()  # type: ignore[arg-type]
+    options = {"max_num_seqs": 8, "page_size": 16, "cache_bytes": 2**22, "max_model_len": 256}
+    eager = Engine(model, cuda_graphs=False, **options)  # type: ignore[arg-type]
+    replayed = Engine(model, capture_at_start=at_start, **options)  # type: ignore[arg-type]
+    many = prompts(7)
+    expected = [done.token_ids for done in eager.generate(many, GREEDY)]
+    assert [done.token_ids for done in replayed.generate(many, GREEDY)] == expected
+    assert replayed.runner.graphs is not None and replayed.runner.graphs.broken is None
+    assert replayed.runner.graphs.captured
+    sampled = SamplingParams(temperature=1.0, top_p=0.9, seed=3, max_tokens=24, ignore_eos=True)
+    assert replayed.generate(many[0], sampled).token_ids == eager.generate(many[0], sampled).token_ids
+    replayed.check_integrity()
+
+
+@pytest.mark.gpu
+def test_sampling_on_the_gpu_equals_the_cpu() -> None:
+    from hadal.ops import sampling
+    from hadal.ops.sampling import Filters
+
+    logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    rows = range(40)
+    columns = (
+        [(0.0, 0.7, 1.0)[i % 3] for i in rows],
+        [(0, 20)[i % 2] for i in rows],
+        [(1.0, 0.9, 0.5)[i % 3] for i in rows],
+        [(0.0, 0.1)[i // 20] for i in rows],
+    )
+    seed, position = torch.arange(40), torch.arange(40) * 3
+    tokens = []
+    for device in ("cpu", "cuda"):
+        filters = Filters.build(*columns, device)
+        u = sampling.uniform(seed.to(device), position.to(device))
+        tokens.append(sampling.sample(logits.to(device), filters, u).tolist())
+    assert tokens[0] == tokens[1]
