@@ -14,21 +14,24 @@ if TYPE_CHECKING:
     from hadal.weights import hub, names
     from hadal.weights.conversion import convert
     from hadal.weights.folder import load
+    from hadal.weights.info import ModelInfo, inspect
     from hadal.weights.writer import save
 
 __all__ = [
     "HubError",
+    "ModelInfo",
     "NotFoundError",
     "PullError",
     "WeightsError",
     "convert",
     "hub",
+    "inspect",
     "load",
     "names",
     "save",
 ]
 
-_HOME = {"load": "folder", "save": "writer", "convert": "conversion"}
+_HOME = {"load": "folder", "save": "writer", "convert": "conversion", "inspect": "info", "ModelInfo": "info"}
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hadal.config import PRESETS, ConfigError, suggest
+from hadal.config import PRESETS, ConfigError, ModelConfig, suggest
 from hadal.weights import hub
 from hadal.weights.errors import NotFoundError, PullError
 from hadal.weights.layout import CONFIG, read_config
@@ -99,6 +99,22 @@ def pull(
     if progress is not None:
         progress(remote.nbytes, remote.nbytes)
     return folder
+
+
+def fetch_config(name: str, *, endpoint: str | None = None) -> ModelConfig:
+    """The configuration alone of a model on the hub. NotFoundError, PullError, or ConfigError."""
+    from huggingface_hub import hf_hub_download
+
+    repo = hub.repo_of(name)
+    if _offline():
+        raise PullError(
+            f"{name} is not here and HF_HUB_OFFLINE=1 forbids the network; unset it to look it up"
+        )
+    endpoint = _endpoint(endpoint)
+    with _explained(name, repo, endpoint):
+        _guard_token(endpoint)
+        path = hf_hub_download(repo, CONFIG, endpoint=endpoint, cache_dir=hub.cache_dir())
+    return read_config(Path(path).parent)
 
 
 def describe(repo: str, revision: str | None, endpoint: str) -> Remote:
