@@ -199,7 +199,9 @@ def _run(jobs: list[Job], progress: Callable[[int, int], None], count: int) -> d
         for process in processes:
             if process.poll() is None:
                 process.kill()
-            process.communicate()
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
     made = {}
     for number in range(count):
         entry = folder / f"{shard_name(jobs[0].split, number)}.shard.json"
@@ -214,8 +216,8 @@ def _wait(processes: list[subprocess.Popen[str]], tick: Callable[[], None]) -> N
         codes = [process.poll() for process in processes]
         for process, code in zip(processes, codes, strict=True):
             if code:
-                said = ((process.communicate()[1] or "").strip().splitlines() or ["no message"])[-1]
-                raise ShardError(f"a worker that writes puzzles ended with status {code}: {said}")
+                said = process.stderr.read().strip().splitlines() if process.stderr else []
+                raise ShardError(f"a worker that writes puzzles ended with status {code}: {said[-1:]}")
         tick()
         if all(code == 0 for code in codes):
             return

@@ -2,8 +2,8 @@
 
 Row r of epoch e is a pure function of (shards, context, seed, r, e), so a loader's whole state is one
 integer: the number of rows consumed. Documents are never torn: a row is filled with whole documents, and what
-is left at its end is padding (6% at 1024 tokens, 3% at 2048). Each document is a stretch of its own, so attention can
-be kept inside it (V3 packs pre-training without such masks and fine-tuning with them).
+is left at its end is padding (6% at 1024 tokens, 3% at 2048). Each document is a stretch of its own, so
+attention can be kept inside it (V3 packs pre-training without such masks and fine-tuning with them).
 
 Weights say how much a token counts when it is *predicted*: 1 for what the model is to write (after the last
 `<think>` and its line break), `prompt_weight` for the rest of the document, 0 for its first token and for
@@ -65,8 +65,8 @@ class PackedRows:
     """Rows from a folder of shards. `rows(start, count)` gives the same rows for the same numbers, always.
 
     Rows are numbered through all epochs: row n is row n mod `rows_per_epoch` of epoch n ÷ `rows_per_epoch`,
-    each epoch in an order of its own (`shuffle`). A document longer than a row keeps its first C tokens; `cut`
-    counts such documents.
+    each epoch in an order of its own (`shuffle`). A document longer than a row keeps its first C tokens;
+    `cut` counts such documents.
     """
 
     def __init__(

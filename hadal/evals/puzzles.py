@@ -1,8 +1,9 @@
 """Accuracy on number puzzles that were never trained on, by task and language, with 95% Wilson intervals.
 
-Problems are drawn from the held-out split of `hadal.data.puzzles`: distinct, the same number in each language,
-the same for the same seed. Decoding is greedy and nothing is retried; an answer counts if the verifier of its
-task accepts what follows `</think>`. A reasoning that does not end within `max_tokens` is a wrong answer.
+Problems are drawn from the held-out split of `hadal.data.puzzles`: distinct, the same number in each
+language, the same for the same seed. Decoding is greedy and nothing is retried; an answer counts if the
+verifier of its task accepts what follows `</think>`. A reasoning that does not end within `max_tokens` is a
+wrong answer.
 
 Wilson's interval for k of n (1927): (k + z²/2)/(n + z²) ± z/(n + z²) · √(k(n − k)/n + z²/4), z = 1.96.
 """
@@ -132,7 +133,8 @@ def evaluate(
     """Measure an engine, or any function from questions to completions (`reasoning</think>answer`).
 
     `count_tokens` gives lengths in tokens (an engine's tokenizer does; otherwise characters). `settings` is
-    added to those in the report: machine, dtype, digest of the weights. `progress(done, total)` after each batch.
+    added to those in the report: machine, dtype, digest of the weights. `progress(done, total)` is called
+    after each batch.
     """
     tasks = list(tasks)
     generate: Generate
@@ -270,8 +272,8 @@ def table(report: Report) -> str:
         interval = f"{100 * row['low']:.1f}–{100 * row['high']:.1f}%"
         languages = " | ".join(by.get(language, "–") for language in LANGUAGES)
         lines.append(
-            f"| {_TITLES.get(row['task'], row['task'])} | {row['correct']}/{row['total']} | {_share(row)} | {interval}"
-            f" | {languages} | {row['length']:.0f} |"
+            f"| {_TITLES.get(row['task'], row['task'])} | {row['correct']}/{row['total']} | {_share(row)}"
+            f" | {interval} | {languages} | {row['length']:.0f} |"
         )
     lines.append(f"| **Mean over tasks** | | **{100 * report['accuracy']:.1f}%** | | | | | |")
     return "\n".join(lines)
@@ -296,12 +298,16 @@ def accuracy_section(report: Report) -> str:
         [
             table(report),
             "",
-            f"{s['problems']:,} distinct problems that training never saw (held out by a hash of the problem, whatever"
-            f" its wording or language), seed {s['seed']}, {s['sampling']}, at most {s['max_tokens']} tokens{more}."
-            f" {unfinished} answers did not end in time and count as wrong. The wordings come from the same templates"
-            " as in training: other wordings will do worse.",
+            f"{s['problems']:,} distinct problems that training never saw (held out by a hash of the problem,"
+            f" whatever its wording or language), seed {s['seed']}, {s['sampling']}, at most"
+            f" {s['max_tokens']} tokens{more}. {unfinished} answers did not end in time and count as wrong."
+            " The wordings come from the same templates as in training: other wordings will do worse.",
         ]
     )
+
+
+def _kind(row: Row) -> str:
+    return "" if row["kind"] == "all" else f", kind `{row['kind']}`"
 
 
 def _weakest(report: Report) -> list[str]:
@@ -311,7 +317,7 @@ def _weakest(report: Report) -> list[str]:
     unique = {(row["task"], row["kind"]): row for row in rows}
     listed = sorted(unique.values(), key=lambda row: row["accuracy"])[:8]
     return [
-        f"- {_TITLES.get(row['task'], row['task'])}{'' if row['kind'] == 'all' else ', kind `' + row['kind'] + '`'}:"
+        f"- {_TITLES.get(row['task'], row['task'])}{_kind(row)}:"
         f" {_share(row)} ({row['correct']}/{row['total']})."
         for row in listed
     ]
@@ -325,11 +331,11 @@ CANNOT = """\
   Countdown with five or more numbers, and four-number solutions that do not split into two pairs.
 - Word problems, beyond a few fixed forms ("I have 12 apples and get 35 more").
 - Other languages than English, French and Portuguese.
-- It checks almost nothing: a wrong step is written with the same confidence as a right one. Do not rely on it."""
+- It checks almost nothing: a wrong step is written with the same confidence as a right one. Check it."""
 
 
 def model_card(report: Report, config: Any, recipe: Mapping[str, Any]) -> str:
-    """A model card as Markdown. `config` is the model's `ModelConfig`, `recipe` what reproduces the training."""
+    """A model card as Markdown. `config` is the model's `ModelConfig`; `recipe` reproduces the training."""
     n = config.parameters()
     moe = config.moe
     experts = f", {moe.n_routed_experts} routed experts, {moe.num_experts_per_tok} a token" if moe else ""
@@ -337,14 +343,14 @@ def model_card(report: Report, config: Any, recipe: Mapping[str, Any]) -> str:
     lines = [
         "# hadal-mini",
         "",
-        "A very small reasoning model of the DeepSeek-V3 architecture that solves number puzzles, asked in English,",
-        "French or Portuguese. It reasons between `<think>` and `</think>`, then answers in bold.",
+        "A very small reasoning model of the DeepSeek-V3 architecture that solves number puzzles, asked in",
+        "English, French or Portuguese. It reasons between `<think>` and `</think>`, then answers in bold.",
         "",
         f"- **Parameters:** {n.main:,}, of which {n.active:,} are active for a token; the MTP module has"
         f" {n.mtp_unique:,} more.",
         f"- **Shape:** `{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size},"
         f" {config.num_attention_heads} heads{experts}; vocabulary {config.vocab_size:,}.",
-        "- **Training data:** written by the seeded generators in `hadal/data/puzzles`; no text from anywhere else.",
+        "- **Training data:** written by the seeded generators in `hadal/data/puzzles`; no other text.",
         "- **Licence:** Apache-2.0.",
         "",
         "## Accuracy on unseen problems",

@@ -8,7 +8,7 @@ need from them; equal entries are the solution.
     24 ✓
 
 Three such tries settle it. For four numbers: what one pair makes, against what it needs from the other.
-Every solution drawn uses all numbers; a correct answer may use fewer.
+A list that holds the target itself is a solution too: numbers may be left out.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def _three(numbers: tuple[int, ...], target: int) -> tuple[list[str], str | None
     for i, j, k in PAIRS_OF_THREE:
         made, needed = makes(numbers[i], numbers[j]), needs(target, numbers[k])
         lines.append(f"{numbers[i]},{numbers[j]}: {' '.join(f'{how}={v}' for v, how in made.items())}")
+        if target in made:
+            return [*lines, f"{target} ✓"], made[target]
         lines.append(f"{numbers[k]}: {' '.join(f'{how}={v}' for v, (how, _) in needed.items())}")
         common = [v for v in needed if v in made]
         if common:
@@ -85,7 +87,11 @@ def _four(numbers: tuple[int, ...], target: int) -> tuple[list[str], str | None]
     for i, j, k, m in PAIRS_OF_FOUR:
         made, other = makes(numbers[i], numbers[j]), makes(numbers[k], numbers[m])
         lines.append(f"{numbers[i]},{numbers[j]}: {' '.join(f'{how}={v}' for v, how in made.items())}")
+        if target in made:
+            return [*lines, f"{target} ✓"], made[target]
         lines.append(f"{numbers[k]},{numbers[m]}: {' '.join(f'{how}={v}' for v, how in other.items())}")
+        if target in other:
+            return [*lines, f"{target} ✓"], other[target]
         for n, how in other.items():
             needed = needs(target, n)
             lines.append(f"{n}: {' '.join(f'{way}={v}' for v, (way, _) in needed.items())}")
@@ -107,7 +113,7 @@ def _bracketed(last: str, made: str, other: str, n: int) -> str:
 
 
 def draw_countdown(rng: random.Random) -> Problem:
-    """Numbers, then a target that the search can reach and that is none of the numbers."""
+    """Numbers, then a target that the search reaches (at times with two of them) and that is none of them."""
     count = 3 if rng.random() < 0.8 else 4
     top = pick(rng, ((10, 0.45), (25, 0.35), (50, 0.20)))
     while True:
@@ -115,7 +121,7 @@ def draw_countdown(rng: random.Random) -> Problem:
         pair = makes(numbers[0], numbers[1])
         rest = {numbers[2]: ""} if count == 3 else makes(numbers[2], numbers[3])
         targets = list(makes(rng.choice(list(pair)), rng.choice(list(rest))))
-        target = rng.choice(targets)
+        target = rng.choice(targets if rng.random() < 0.93 else list(pair))
         if 1 < target <= 150 and target not in numbers:
             break
     order = list(numbers)

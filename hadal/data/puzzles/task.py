@@ -18,7 +18,7 @@ LANGUAGES = ("en", "fr", "pt")
 HELD_OUT_MODULUS = 20  # one problem in twenty is never trained on
 ALWAYS_TRAIN = "core:"  # keys of the few fixed phrases ("hello") that have no held-out twin
 
-_BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
