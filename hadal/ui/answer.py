@@ -1,7 +1,8 @@
 """Running one answer: read the stream beside the page, show it at a steady pace, stop when asked.
 
-One task reads chunks and folds them into the turn as they come; the page is redrawn at most every `frame()` seconds, so
-that a fast model does not drown the browser. Stopping, leaving the page and errors all end in a finished turn.
+One task reads chunks and folds them into the turn as they come; the page is redrawn at most every `frame()`
+seconds, so that a fast model does not drown the browser. Stopping, leaving the page and errors all end in a
+finished turn.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Step = Literal["draw", "save", "end"]
 
 
 def frame(chars: int) -> float:
-    """Seconds between two drawings of a turn of so many characters: 0.05 at first, up to 0.5 for very long ones."""
+    """Seconds between two drawings of a turn of so many characters: 0.05 to 0.5 for very long ones."""
     return min(0.5, 0.05 + chars / 100_000)
 
 
@@ -86,7 +87,7 @@ async def _read(client: Client, conversation: Conversation, settings: Settings, 
 async def _watch(
     reader: asyncio.Task[None], stopper: asyncio.Task[bool], conversation: Conversation
 ) -> AsyncIterator[Step]:
-    """Yield "draw" when there is something new, "save" instead when it is time, until the answer ends or is stopped."""
+    """Yield "draw" when there is something new ("save" when it is time for that), until the end or a stop."""
     turn = conversation.turns[-1]
     yield "save"
     drawn, saved = 0, time.perf_counter()

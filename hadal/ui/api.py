@@ -1,11 +1,14 @@
 """The page's only way to a model: the public HTTP API, asked with httpx.
 
-`GET /v1/models`, `GET /health`, `POST /v1/chat/completions` with `stream: true` (server-sent events, one JSON chunk per
-`data:` line, `[DONE]` at the end). Every failure becomes a `ServerError` whose text a person can act on.
+`GET /v1/models`, `GET /health`, `POST /v1/chat/completions` with `stream: true` (server-sent events, one
+JSON chunk per `data:` line, `[DONE]` at the end). Every failure becomes a `ServerError` whose text a person
+can act on.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +22,10 @@ SILENCE_S = 600.0
 
 
 class ServerError(Exception):
-    """Something went wrong at the server or on the way; the text is for the page's reader. `status`: HTTP, or 0."""
+    """Something went wrong at the server or on the way, in words for the page's reader.
+
+    `status`: the HTTP status, 0 if there was none.
+    """
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
@@ -70,12 +76,16 @@ class Client:
     async def chat(self, body: Mapping[str, Any], key: str = "") -> AsyncIterator[dict[str, Any]]:
         """Stream the chunks of one answer. Leaving the iterator closes the connection, which stops the model.
 
-        Raises ServerError, also for an error event inside the stream and for a stream that ends without `[DONE]`.
+        Raises ServerError, also for an error event inside the stream and for a stream that ends without
+        `[DONE]`.
         """
         request = {**body, "stream": True, "stream_options": {"include_usage": True}}
         started = False
         try:
-            async with self._http(key) as http, http.stream("POST", "/v1/chat/completions", json=request) as response:
+            async with (
+                self._http(key) as http,
+                http.stream("POST", "/v1/chat/completions", json=request) as response,
+            ):
                 if response.status_code != 200:
                     raise _refusal(response.status_code, await response.aread(), response.headers)
                 async for line in response.aiter_lines():
@@ -92,8 +102,12 @@ class Client:
         except httpx.HTTPError as error:
             raise self._broken(error, started) from error
         except json.JSONDecodeError as error:
-            raise ServerError("The server sent something that is not JSON in the middle of the answer.") from error
-        raise ServerError("The server ended the answer early. It may have been stopped; press Retry to ask again.")
+            raise ServerError(
+                "The server sent something that is not JSON in the middle of the answer."
+            ) from error
+        raise ServerError(
+            "The server ended the answer early. It may have been stopped; press Retry to ask again."
+        )
 
     def _broken(self, error: httpx.HTTPError, started: bool) -> ServerError:
         if isinstance(error, httpx.TimeoutException) and not isinstance(error, httpx.ConnectTimeout):
@@ -101,8 +115,22 @@ class Client:
         if started:
             return ServerError("The connection to the server broke off in the middle of the answer.")
         return ServerError(
-            f"The server at {self.base_url} does not answer. Is it still running? Start it again with: hadal serve"
+            f"The server at {self.base_url} does not answer. Is it still running? "
+            "Start it again with: hadal serve"
         )
+
+
+def presented_key(authorization: str) -> str:
+    """The key of an Authorization header: a Bearer's token, a Basic one's password, or nothing."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).decode("utf-8").partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""
 
 
 def _model(entry: Mapping[str, Any]) -> Model:
@@ -130,8 +158,8 @@ def plain(status: int, error: object, retry_after: str = "") -> str:
     detail = f" The server says: {message}." if message else ""
     if code == "context_length_exceeded":
         return (
-            "This conversation has become longer than the model can read. Start a new one, or take back some turns."
-            + detail
+            "This conversation has become longer than the model can read. Start a new one, or take back "
+            "some turns." + detail
         )
     if status == 401:
         return "This server asks for an API key. Enter it under Settings, at API key."

@@ -1,37 +1,42 @@
 """The chat page: conversations on the left, settings on the right, the talk in the middle.
 
-The visitor's conversations and settings live in the browser (static/page.js); with each question the page sends the
-one that is open. Nothing of it stays on the server.
+The visitor's conversations and settings live in the browser (static/page.js); with each question the page
+sends the one that is open. Nothing of it stays on the server.
 """
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import astuple
-from typing import Any
+from dataclasses import astuple, replace
+from typing import Any, cast
 
 import gradio as gr
 
 from hadal.ui import models as about
 from hadal.ui.answer import Runs
-from hadal.ui.api import Client, Model, ServerError
+from hadal.ui.api import Client, ServerError, presented_key
 from hadal.ui.conversation import UNTITLED, Conversation, ConversationError, messages, title_of, turn_at
-from hadal.ui.settings import DEFAULTS, Settings
+from hadal.ui.settings import DEFAULTS, SettingsError, from_panel
 
-LATEX = [
+LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
     {"left": "\\[", "right": "\\]", "display": True},
     {"left": "\\(", "right": "\\)", "display": False},
 ]
-# Tags that no answer needs: they are shown as text. What remains is sanitised, and the page's policy (site.py) runs no
-# inline script and loads nothing from elsewhere.
+# Tags that no message needs: they are shown as text. What remains is sanitised, and the page's policy
+# (site.py) runs no inline script and loads nothing from elsewhere.
 INERT_TAGS = (
-    "script style link meta base iframe frame object embed applet form input textarea select option img picture source "
-    "video audio track canvas marquee dialog template noscript title think answer tool_call"
+    "script style link meta base iframe frame object embed applet form input textarea select option img "
+    "picture source video audio track canvas marquee dialog template noscript title think answer tool_call"
 ).split()
-WELCOME = '<div class="hadal-welcome"><h1>Hadal</h1><p>A DeepSeek model that shows its reasoning.</p></div>'
-# preprocess=False: values are checked here (read, Settings), not by Gradio, whose session forgets a model list at a restart.
+WELCOME = (
+    '<div class="hadal-welcome"><span class="hadal-mark"></span><h1>Hadal</h1>'
+    "<p>A DeepSeek model that shows its reasoning.</p></div>"
+)
+# preprocess=False: values are checked here (read, from_panel). Gradio would check them against a session that
+# forgets the list of models when the server restarts.
 HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 
 Update = tuple[Any, Any, Any]
@@ -60,13 +65,13 @@ class ChatPage:
         self.client = client
         self.runs = Runs()
         self.current = gr.BrowserState(None, storage_key="hadal.current", secret="not-a-secret")
-        with gr.Sidebar(position="left", width=280, elem_id="hadal-left"):
+        with gr.Sidebar(position="left", width=280, elem_id="hadal-left") as self.left:
             self._lay_out_list()
         with gr.Sidebar(position="right", width=320, open=False, elem_id="hadal-right"):
             self._lay_out_settings()
         with gr.Column(elem_id="hadal-main"):
             self._lay_out_talk()
-        self.settings = [
+        self.settings: list[Any] = [
             self.model,
             self.system,
             self.thinking,
@@ -86,7 +91,9 @@ class ChatPage:
     def _lay_out_list(self) -> None:
         gr.HTML('<div class="hadal-brand"><span class="hadal-mark"></span>Hadal</div>', padding=False)
         self.new = gr.Button("New conversation", elem_id="hadal-new", variant="secondary")
-        self.list = gr.Radio([], label="Conversations", elem_id="hadal-list", container=False, show_label=False)
+        self.list = gr.Radio(
+            [], label="Conversations", elem_id="hadal-list", container=False, show_label=False
+        )
         self.title = gr.Textbox(
             visible=False, label="New name", elem_id="hadal-title", max_length=80, submit_btn="Save"
         )
@@ -95,7 +102,7 @@ class ChatPage:
             self.export = gr.Button("Export", size="sm", elem_id="hadal-export")
             self.delete = gr.Button("Delete", size="sm", elem_id="hadal-delete")
         gr.HTML(
-            '<p class="hadal-small">Conversations are kept in this browser only.</p>',
+            '<p class="hadal-small">Kept in this browser only.</p>',
             padding=False,
         )
 
@@ -104,16 +111,23 @@ class ChatPage:
         self.system = gr.Textbox(
             label="System prompt", lines=3, max_lines=10, placeholder="None", elem_id="hadal-system"
         )
-        self.thinking = gr.Checkbox(DEFAULTS.thinking, label="Think before answering", elem_id="hadal-thinking")
+        self.thinking = gr.Checkbox(
+            DEFAULTS.thinking, label="Think before answering", elem_id="hadal-thinking"
+        )
         self.temperature = gr.Slider(
-            0, 2, DEFAULTS.temperature, step=0.05, label="Temperature", info="0 always takes the likeliest token"
+            0,
+            2,
+            DEFAULTS.temperature,
+            step=0.05,
+            label="Temperature",
+            info="0 always takes the likeliest token",
         )
         self.top_p = gr.Slider(0.01, 1, DEFAULTS.top_p, step=0.01, label="Top-p", info="1 is off")
         self.top_k = gr.Slider(0, 200, DEFAULTS.top_k, step=1, label="Top-k", info="0 is off")
-        self.max_tokens = gr.Number(
-            None, precision=0, minimum=1, label="Most tokens", placeholder="As many as the context holds"
+        self.max_tokens = gr.Textbox(
+            label="Most tokens", placeholder="As many as the context holds", max_lines=1
         )
-        self.seed = gr.Number(None, precision=0, minimum=0, label="Seed", placeholder="Random")
+        self.seed = gr.Textbox(label="Seed", placeholder="A new one each time", max_lines=1)
         self.reset = gr.Button("Back to defaults", size="sm")
         self.key = gr.Textbox(
             type="password",
@@ -169,10 +183,14 @@ class ChatPage:
 
     def _wire_start(self) -> None:
         """On load: the browser's memory first, then the conversation, then the server's models."""
-        site = gr.context.Context.root_block
+        site: Any = gr.context.Context.root_block
         facts = [self.model, self.note, self.chat, self.box, self.key]
         start = site.load(
-            None, self.settings, [self.current, *self.settings], js="(...v) => window.hadal.boot(v)", **HIDDEN
+            None,
+            self.settings,
+            [self.current, self.left, *self.settings],
+            js="(...v) => window.hadal.boot(v)",
+            **HIDDEN,
         )
         start.then(self.show, self.current, [self.chat], **HIDDEN).then(
             self.connect, [self.model, self.key], facts, **HIDDEN
@@ -182,9 +200,9 @@ class ChatPage:
         keep: dict[str, Any] = {"js": "(...v) => { window.hadal.keep(v); return []; }", **HIDDEN}
         gr.on([c.input for c in self.settings], None, self.settings, [], **keep)
         back = [c for c in self.settings if c not in (self.model, self.key)]
-        self.reset.click(lambda: astuple(DEFAULTS)[1:-1], None, back, **HIDDEN).then(
-            None, self.settings, [], **keep
-        )
+        self.reset.click(
+            lambda: [v if v is not None else "" for v in astuple(DEFAULTS)[1:-1]], None, back, **HIDDEN
+        ).then(None, self.settings, [], **keep)
 
     def _wire_talk(self) -> None:
         outputs = [self.chat, self.current, self.box]
@@ -212,7 +230,9 @@ class ChatPage:
         switch(self.new.click, "() => window.hadal.fresh()", None)
         switch(self.list.input, "(id) => window.hadal.open(id)", self.list)
         switch(self.delete.click, "(c) => window.hadal.remove(c)", self.current)
-        self.export.click(None, self.current, [], js="(c) => { window.hadal.download(c); return []; }", **HIDDEN)
+        self.export.click(
+            None, self.current, [], js="(c) => { window.hadal.download(c); return []; }", **HIDDEN
+        )
         self.rename.click(None, self.current, self.title, js="(c) => window.hadal.askTitle(c)", **HIDDEN)
         self.title.submit(
             None,
@@ -224,28 +244,23 @@ class ChatPage:
 
     # ── handlers ──
 
-    async def connect(self, chosen: str | None, key: str) -> tuple[Any, ...]:
+    async def connect(self, request: gr.Request, chosen: str | None, key: str | None) -> tuple[Any, ...]:
         """Ask the server for its models; say what the chosen one is."""
         try:
-            offered = await self.client.models(key)
+            offered = await self.client.models(_key(key, request))
         except ServerError as error:
-            alarm = gr.HTML(value=f'<span class="hadal-alarm">{error}</span>')
-            return gr.skip(), alarm, gr.skip(), gr.skip(), gr.Textbox(elem_classes=_alarm(error))
+            alarm = gr.HTML(value=f'<span class="hadal-alarm">{html.escape(str(error))}</span>')
+            wanted = ["hadal-wanted"] if error.status == 401 else []
+            return gr.skip(), alarm, gr.skip(), gr.skip(), gr.Textbox(elem_classes=wanted)
         ids = [model.id for model in offered]
         chosen = chosen if chosen in ids else next(iter(ids), None)
         return (
             gr.Dropdown(choices=ids, value=chosen),
-            gr.HTML(value=self._note(offered, chosen)),
+            gr.HTML(value=f"<span>{html.escape(about.note(offered, chosen))}</span>"),
             gr.Chatbot(examples=about.questions(chosen)),
             gr.Textbox(placeholder=about.prompt_hint(chosen)),
             gr.Textbox(elem_classes=[]),
         )
-
-    @staticmethod
-    def _note(offered: list[Model], chosen: str | None) -> str:
-        import html
-
-        return f"<span>{html.escape(about.note(offered, chosen))}</span>"
 
     def show(self, current: object) -> Any:
         """Draw the open conversation."""
@@ -282,7 +297,7 @@ class ChatPage:
     ) -> AsyncIterator[Update]:
         """Ask a changed question in place of an earlier one; what followed it is dropped."""
         conversation = read(current)
-        number = turn_at(conversation, int(data.index))
+        number = turn_at(conversation, cast(int, data.index))
         if number == 0 and conversation.title == title_of(conversation.turns[0].question):
             conversation.title = UNTITLED
         question = str(data.value).strip() or conversation.turns[number].question
@@ -293,11 +308,14 @@ class ChatPage:
     async def _ask(
         self, conversation: Conversation, question: str, values: tuple[Any, ...], request: gr.Request
     ) -> AsyncIterator[Update]:
+        try:
+            settings = from_panel(values)
+            settings = replace(settings, key=_key(settings.key, request))
+        except SettingsError as error:
+            raise gr.Error(str(error), title="Settings", print_exception=False) from error
         conversation.ask(question, time.time())
         busy: Any = gr.Textbox(value="", submit_btn=False, stop_btn=True)
-        async for step in self.runs.answer(
-            self.client, conversation, Settings(*values), str(request.session_hash)
-        ):
+        async for step in self.runs.answer(self.client, conversation, settings, str(request.session_hash)):
             if step == "end":
                 busy = gr.Textbox(submit_btn=True, stop_btn=False)
             kept = gr.skip() if step == "draw" else conversation.to_dict()
@@ -323,5 +341,6 @@ class ChatPage:
         return [], conversation.to_dict(), gr.skip()
 
 
-def _alarm(error: ServerError) -> list[str]:
-    return ["hadal-wanted"] if error.status == 401 else []
+def _key(typed: str | None, request: gr.Request) -> str:
+    """The visitor's key: typed into the panel, or else the one with which the browser opened this page."""
+    return (typed or "").strip() or presented_key(str(request.headers.get("authorization") or ""))

@@ -2,7 +2,8 @@
 
     conversation  = id, title, times, turns            (JSON, lives in the visitor's browser only)
     turn          = question → reasoning → answer, with the figures of that answer
-    stream chunks → `Fold` → turn → `messages()`       (Gradio's Chatbot format, reasoning as a foldable thought)
+    stream chunks → `Fold` → turn → `messages()`       (Gradio's Chatbot format, reasoning as a foldable
+    thought)
 
 Everything here is pure: no network, no Gradio, no clock of its own (times are arguments, in seconds).
 The wire format is DeepSeek's: `delta.reasoning_content` apart from `delta.content`
@@ -18,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from hadal.ui.markdown import inert
+
 Status = Literal["running", "done", "stopped", "failed"]
 STATUSES: tuple[Status, ...] = ("running", "done", "stopped", "failed")
 TITLE_CHARS = 48
@@ -30,7 +33,8 @@ class ConversationError(ValueError):
 
 @dataclass
 class Figures:
-    """What an answer cost and how fast it came. Times in seconds as seen by the page, the network included."""
+    """What an answer cost and how fast it came. Times in seconds as seen by the page, the network
+    included."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -149,7 +153,7 @@ def title_of(question: str) -> str:
     return cut.rstrip(",;:.") + "…"
 
 
-# ── stream → turn ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── stream → turn ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Fold:
@@ -224,25 +228,28 @@ def _count(usage: object, key: str) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-# ── turn → API ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── turn → API ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def api_messages(conversation: Conversation, system: str) -> list[dict[str, str]]:
     """The `messages` of the request: system prompt, answered turns, and the last question.
 
-    Earlier reasoning is left out, as DeepSeek's templates drop it anyway; a turn without an answer (failed, stopped
-    while thinking) is left out whole, so that the model never sees two questions in a row.
+    Earlier reasoning is left out, as DeepSeek's templates drop it anyway; a turn without an answer (failed,
+    stopped while thinking) is left out whole, so that the model never sees two questions in a row.
     """
     messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
     for turn in conversation.turns[:-1]:
         if turn.answer:
-            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+            messages += [
+                {"role": "user", "content": turn.question},
+                {"role": "assistant", "content": turn.answer},
+            ]
     if conversation.turns:
         messages.append({"role": "user", "content": conversation.turns[-1].question})
     return messages
 
 
-# ── turn → page ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── turn → page ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def messages(conversation: Conversation) -> list[dict[str, Any]]:
@@ -256,15 +263,19 @@ def turn_messages(turn: Turn) -> list[dict[str, Any]]:
     if turn.reasoning:
         thinking = turn.status == "running" and turn.thought_s is None
         metadata = {"title": thought_title(turn), "status": "pending" if thinking else "done"}
-        shown.append({"role": "assistant", "content": turn.reasoning.strip("\n"), "metadata": metadata})
+        shown.append(
+            {"role": "assistant", "content": inert(turn.reasoning.strip("\n")), "metadata": metadata}
+        )
     if turn.answer:
-        shown.append({"role": "assistant", "content": turn.answer})
+        shown.append({"role": "assistant", "content": inert(turn.answer)})
     if turn.error:
         note = f'<div class="hadal-error">{html.escape(" ".join(turn.error.split()))}</div>'
         shown.append({"role": "assistant", "content": note})
     line = figures_line(turn)
     if line:
-        shown.append({"role": "assistant", "content": f'<div class="hadal-figures">{html.escape(line)}</div>'})
+        shown.append(
+            {"role": "assistant", "content": f'<div class="hadal-figures">{html.escape(line)}</div>'}
+        )
     return shown
 
 
@@ -276,7 +287,9 @@ def thought_title(turn: Turn) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration for people: 0.04 s, 1.2 s, 15 s, 2 min 5 s."""
+    """A duration for people: 40 ms, 0.31 s, 1.2 s, 15 s, 2 min 5 s."""
+    if value < 0.0995:
+        return f"{value * 1000:.0f} ms"
     if value < 0.995:
         return f"{value:.2f} s"
     if value < 9.95:

@@ -1,4 +1,5 @@
-"""How the pages look: a calm, deep-sea theme on the fonts that the visitor's system has (nothing is fetched)."""
+"""How the pages look: a calm, deep-sea theme on the fonts that the visitor's system has (nothing is
+fetched)."""
 
 from __future__ import annotations
 
@@ -20,12 +21,16 @@ def theme() -> Any:
 
     shades = (50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 950)
     sea = gr.themes.Color(**{f"c{shade}": hue for shade, hue in zip(shades, SEA, strict=True)}, name="sea")
-    stone = gr.themes.Color(**{f"c{shade}": hue for shade, hue in zip(shades, STONE, strict=True)}, name="stone")
+    stone = gr.themes.Color(
+        **{f"c{shade}": hue for shade, hue in zip(shades, STONE, strict=True)}, name="stone"
+    )
     base = gr.themes.Base(
         primary_hue=sea, secondary_hue=sea, neutral_hue=stone, radius_size="lg", font=SANS, font_mono=MONO
     )
     return base.set(
         body_background_fill="#ffffff",
+        body_text_color="*neutral_800",
+        body_text_color_dark="*neutral_200",
         body_background_fill_dark="*neutral_950",
         background_fill_primary_dark="*neutral_900",
         background_fill_secondary_dark="*neutral_950",

@@ -1,17 +1,20 @@
 """What the page says about each model, and the questions that it offers to begin with.
 
-The server's own description (`description` in /v1/models) comes first; the model on board has one here, because
-people must know before they ask that it solves puzzles and nothing else.
+The server's own description (`description` in /v1/models) comes first; the model on board has one here,
+because people must know before they ask that it solves puzzles and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from hadal.ui.api import Model
 
 MINI = "hadal-mini"
-MINI_NOTE = "A very small model, trained on number puzzles only. It reasons in English, French and Portuguese."
+MINI_NOTE = (
+    "A very small model, trained on number puzzles only. It reasons in English, French and Portuguese."
+)
 OTHER_NOTE = "It can be wrong. Check what matters."
 
 PUZZLES = (
@@ -47,7 +50,7 @@ def note(models: Sequence[Model], chosen: str | None) -> str:
     return f"{text} Reads {model.context:,} tokens." if model.context else text
 
 
-def questions(model: str | None) -> list[dict[str, str]]:
+def questions(model: str | None) -> list[Any]:
     """Example questions in the form that `gr.Chatbot(examples=…)` takes."""
     chosen = PUZZLES if model is None or is_mini(model) else QUESTIONS
     return [{"text": text, "display_text": text} for text in chosen]

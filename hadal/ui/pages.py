@@ -1,7 +1,7 @@
 """The pages of the site: one entry here is one page, its route and its name in the navigation bar.
 
-A new page (a planner, a probe) is a module with a `build(client)` that lays out Gradio components, and one line in
-PAGES. The first page lives at `/`; the bar appears as soon as there are two.
+A new page (a planner, a probe) is a module with a `build(client)` that lays out Gradio components, and one
+line in PAGES. The first page lives at `/`; the bar appears as soon as there are two.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from hadal.ui.api import Client
 
 @dataclass(frozen=True)
 class Page:
-    """`path`: the route without slashes, empty for the first page. `build` runs inside an open `gr.Blocks`."""
+    """`path`: the route without slashes, empty for the first page. `build` runs inside an open
+    `gr.Blocks`."""
 
     name: str
     path: str
@@ -38,6 +39,8 @@ def build_site(client: Client, pages: Sequence[Page] = PAGES) -> Any:
     if not pages or pages[0].path:
         raise ValueError('the first page must have the path ""')
     with gr.Blocks(title="Hadal", analytics_enabled=False, fill_height=True, fill_width=True) as site:
+        if len(pages) > 1:
+            gr.Navbar(main_page_name=pages[0].name)
         pages[0].build(client)
     for page in pages[1:]:
         with site.route(page.name, page.path):

@@ -6,6 +6,7 @@ Defaults: DeepSeek's advice for R1 is temperature 0.6 and top-p 0.95 (https://gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +29,51 @@ class Settings:
 
 
 DEFAULTS = Settings()
+MAX_WHOLE = 2**31 - 1
+
+
+class SettingsError(ValueError):
+    """A value in the panel that cannot be sent; the message names it and what would do."""
+
+
+def from_panel(values: Sequence[Any]) -> Settings:
+    """The panel's raw values, in the order of Settings, as the browser sent them. Raises SettingsError."""
+    model, system, thinking, temperature, top_p, top_k, max_tokens, seed, key = values
+    return Settings(
+        model=str(model) if model else None,
+        system=str(system or ""),
+        thinking=bool(thinking),
+        temperature=_number("Temperature", temperature, 0.0, 2.0),
+        top_p=_number("Top-p", top_p, 0.01, 1.0),
+        top_k=int(_number("Top-k", top_k, 0, 200)),
+        max_tokens=_whole("Most tokens", max_tokens, 1),
+        seed=_whole("Seed", seed, 0),
+        key=str(key or "").strip(),
+    )
+
+
+def _number(name: str, value: object, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise SettingsError(
+            f"{name} is {value!r}: it must be a number from {least:g} to {most:g}. See Settings."
+        )
+    return float(value)
+
+
+def _whole(name: str, value: object, least: int) -> int | None:
+    text = "" if value is None else str(value).strip()
+    if not text:
+        return None
+    if not text.isascii() or not text.isdigit() or not least <= int(text[:20]) <= MAX_WHOLE:
+        raise SettingsError(
+            f"{name} is {text[:20]!r}: it must be empty or a whole number from {least}. See Settings."
+        )
+    return int(text)
 
 
 def request_body(conversation: Conversation, settings: Settings) -> dict[str, Any]:
-    """The JSON body of /v1/chat/completions for the conversation's last question, without the streaming fields."""
+    """The JSON body of /v1/chat/completions for the conversation's last question, without the streaming
+    fields."""
     body: dict[str, Any] = {
         "model": settings.model or "",
         "messages": api_messages(conversation, settings.system),
@@ -40,9 +82,9 @@ def request_body(conversation: Conversation, settings: Settings) -> dict[str, An
         "thinking": {"type": "enabled" if settings.thinking else "disabled"},
     }
     if settings.top_k:
-        body["top_k"] = int(settings.top_k)
-    if settings.max_tokens:
-        body["max_tokens"] = int(settings.max_tokens)
+        body["top_k"] = settings.top_k
+    if settings.max_tokens is not None:
+        body["max_tokens"] = settings.max_tokens
     if settings.seed is not None:
-        body["seed"] = int(settings.seed)
+        body["seed"] = settings.seed
     return body

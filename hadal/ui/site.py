@@ -1,10 +1,12 @@
-"""Puts the pages at `/` of a server: which requests are the page's, which rules its HTML obeys, when it is built.
+"""Puts the pages at `/` of a server: which requests are theirs, what rules their HTML obeys.
 
-- Only paths that the page needs are its own. Everything else, `/` for clients that do not ask for HTML included, goes on
-  to the server's routes. Gradio's other doors (upload, file, proxy, component server …) are never opened.
-- HTML carries a Content-Security-Policy: scripts from this server or by hash only, so neither an injected tag nor an
-  `onerror=` can run; images, fonts and connections from this server only. ('unsafe-eval' is there because Gradio's
-  event listeners compile their own `js=` strings; it lets running scripts evaluate, not foreign ones start.)
+- Only paths that the page needs are its own. Everything else, `/` for clients that do not ask for HTML
+  included, goes on to the server's routes. Gradio's other doors (upload, file, proxy, component server …)
+  are never opened.
+- HTML carries a Content-Security-Policy: scripts from this server or by hash only, so neither an injected
+  tag nor an `onerror=` can run; images, fonts and connections from this server only. ('unsafe-eval' is there
+  because Gradio's event listeners compile their own `js=` strings; it lets running scripts evaluate, not
+  foreign ones start.)
 - Gradio takes seconds and over 100 MB to import: that happens in a thread beside the running server.
 """
 
@@ -35,9 +37,9 @@ log = logging.getLogger("hadal.ui")
 OWN = "/_hadal/"
 PREFIXES = (OWN, "/assets/", "/static/", "/gradio_api/heartbeat/")
 PATHS = frozenset(
-    "/config /theme.css /manifest.json /favicon.ico /gradio_api/theme.css /gradio_api/info /gradio_api/app_id "
-    "/gradio_api/startup-events /gradio_api/queue/join /gradio_api/queue/data /gradio_api/reset "
-    "/gradio_api/cancel".split()
+    "/config /theme.css /manifest.json /favicon.ico /gradio_api/theme.css /gradio_api/info "
+    "/gradio_api/app_id /gradio_api/startup-events /gradio_api/queue/join /gradio_api/queue/data "
+    "/gradio_api/reset /gradio_api/cancel".split()
 )
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-eval' {hashes}; style-src 'self' 'unsafe-inline'; "
@@ -56,14 +58,14 @@ class UiError(RuntimeError):
 
 
 def mount(app: fastapi.FastAPI, *, base_url: str, pages: Sequence[Page] = PAGES) -> fastapi.FastAPI:
-    """Add the pages to `app` and return it. They talk to `base_url` ("http://127.0.0.1:11435") as any client would.
+    """Add the pages to `app` and return it. They talk to `base_url` ("http://127.0.0.1:11435") as any client
+    would.
 
-    The pages know no key. Where the server wants one, the visitor's own is used: the one the browser sent to open the
-    page (Basic or Bearer), or the one typed into the settings panel.
+    The pages know no key. Where the server wants one, the visitor's own is used: the one the browser sent to
+    open the page (Basic or Bearer), or the one typed into the settings panel.
 
-    `app.state.on_drain` gains a function that ends the page's open streams; call it when the server stops taking
-    requests, since a browser's heartbeat would otherwise keep its connection for ever.
-    Raises UiError if Gradio is not installed.
+    `app.state.on_drain` gains a function that ends the page's open streams; call it when the server stops
+    taking requests, since an open stream keeps its connection. Raises UiError if Gradio is not installed.
     """
     if importlib.util.find_spec("gradio") is None:
         raise UiError("the page needs Gradio; install it with: pip install 'hadal[ui]'")
@@ -127,7 +129,7 @@ class Site:
         return path in PATHS or path.startswith(PREFIXES)
 
     async def warm(self) -> None:
-        """Build now, so that the first visitor does not wait. A failure is logged; visitors then see it too."""
+        """Build now, so that the first visitor does not wait. A failure is logged and seen by visitors."""
         try:
             await self._app()
         except Exception:
@@ -188,8 +190,8 @@ def _build(client: Client, pages: Sequence[Page]) -> tuple[fastapi.FastAPI, Any]
         enable_monitoring=False,
         app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
     )
-    gradio_app = next(route.app for route in inner.router.routes if hasattr(getattr(route, "app", None), "blocks"))
-    return inner, gradio_app
+    apps = (getattr(route, "app", None) for route in inner.router.routes)
+    return inner, next(app for app in apps if hasattr(app, "get_blocks"))
 
 
 def _header(scope: Scope, name: bytes) -> str:
@@ -252,11 +254,12 @@ async def _html(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
 
 
 def dress(page: str) -> tuple[str, str]:
-    """Gradio's HTML page → (the page with our title, script and style in front; its Content-Security-Policy)."""
+    """Gradio's HTML → (the page with our title, script and style in front, its Content-Security-Policy)."""
     page = _CARD.sub("", page)
     head = (
         "<title>Hadal</title>"
-        f'<meta name="color-scheme" content="light dark"><link rel="icon" href="{OWN}favicon.svg" type="image/svg+xml">'
+        '<meta name="color-scheme" content="light dark">'
+        f'<link rel="icon" href="{OWN}favicon.svg" type="image/svg+xml">'
         f'<link rel="stylesheet" href="{OWN}page.css"><script src="{OWN}page.js"></script>'
     )
     page = page.replace("<head>", "<head>" + head, 1)

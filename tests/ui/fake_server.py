@@ -1,9 +1,11 @@
 """A small OpenAI/DeepSeek-compatible server whose model says what the question tells it to.
 
-    "slow"     many pieces with pauses (to be stopped)         "html"    hostile HTML and remote images
-    "math"     Markdown, a code block, LaTeX                   "busy"    503, queue full
-    "long"     400 context_length_exceeded                     "cut"     ends without [DONE]
-    "die"      an error event in the middle                    otherwise: a worked addition, and how often it was asked
+    "slow"  many pieces with pauses, to be stopped    "html"  hostile HTML and remote images
+    "math"  Markdown, a code block, LaTeX             "busy"  503, queue full
+    "long"  400 context_length_exceeded               "cut"   ends without [DONE]
+    "die"   an error event in the middle
+
+Anything else is answered by a worked addition of its numbers, and how often the server was asked.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ HOSTILE = (
     '<iframe srcdoc="<script>parent.hacked = 6</script>"></iframe>\n\n'
     '<div style="position:fixed;inset:0;background:url(http://images.example/bg.png);z-index:99999">cover</div>\n\n'
     '<form action="http://images.example/"><input name="key"></form>\n\n'
-    "<math><mtext><table><mglyph><style><img src=x onerror=window.hacked=7></style></mglyph></table></mtext></math>"
+    "<math><mtext><table><mglyph><style><img src=x onerror=window.hacked=7></style></mglyph></table></mtext>"
+    "</math>"
     "\n\n`<b>code stays</b>` and the end."
 )
 MATH = (
@@ -75,7 +78,10 @@ class Fake:
         refused = self._refused(request)
         if refused:
             return refused
-        entries = [{"id": self.model, "object": "model", "max_model_len": 2048}, {"id": "other", "object": "model"}]
+        entries = [
+            {"id": self.model, "object": "model", "max_model_len": 2048},
+            {"id": "other", "object": "model"},
+        ]
         return {"object": "list", "data": entries}
 
     async def chat(self, request: Request) -> Response:
@@ -86,7 +92,9 @@ class Fake:
         self.requests.append(body)
         question = body["messages"][-1]["content"]
         if "busy" in question:
-            return _error(503, "the queue is full: 256 sequences run or wait", "overloaded", {"retry-after": "7"})
+            return _error(
+                503, "the queue is full: 256 sequences run or wait", "overloaded", {"retry-after": "7"}
+            )
         if "long" in question:
             return _error(400, "9000 tokens asked, the context holds 2048", "context_length_exceeded")
         return StreamingResponse(self._stream(body, question), media_type="text/event-stream")
@@ -126,9 +134,16 @@ class Fake:
 
 def _event(body: dict[str, Any], delta: dict[str, str], finish: str | None = None) -> str:
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
-    chunk = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "model": body["model"], "choices": [choice]}
+    chunk = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "model": body["model"],
+        "choices": [choice],
+    }
     return f"data: {json.dumps(chunk)}\n\n"
 
 
 def _error(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": {"message": message, "type": "x", "param": None, "code": code}}, status, headers)
+    return JSONResponse(
+        {"error": {"message": message, "type": "x", "param": None, "code": code}}, status, headers
+    )

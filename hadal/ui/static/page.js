@@ -61,8 +61,26 @@ window.hadal = (() => {
     const id = sessionStorage.getItem("hadal.open");
     const chat = (id && fetchJson(localStorage, PREFIX + id)) || all()[0] || empty();
     sessionStorage.setItem("hadal.open", chat.id);
-    return [chat, ...settings];
+    document.body.classList.add("hadal-ready");
+    name("#hadal-left", "Conversations");
+    name("#hadal-right", "Settings");
+    return [chat, update({ open: !narrow() }), ...settings];
   }
+
+  const narrow = () => window.matchMedia("(max-width: 768px)").matches;
+  function name(panel, text) {
+    const button = document.querySelector(`${panel} .toggle-button`);
+    if (button) button.title = button.ariaLabel = text;
+  }
+
+  /* On a phone an open panel covers the talk; a tap beside it, or choosing a conversation, closes it. */
+  function closePanels(event) {
+    if (!narrow()) return;
+    const chosen = event.target.closest("#hadal-list label, #hadal-new");
+    if (!chosen && event.target.closest(".sidebar")) return;
+    for (const button of document.querySelectorAll(".sidebar.open .toggle-button")) button.click();
+  }
+  document.addEventListener("click", closePanels);
 
   const keep = (values) => put(SETTINGS, values);
 
@@ -115,8 +133,8 @@ window.hadal = (() => {
 
   /* The chat's copy button takes the thought and the figures along; people want the answer. */
   function copyAnswer(event) {
-    const button = event.target.closest("#hadal-chat .message-buttons-left button");
-    if (!button || !navigator.clipboard || !/copy/i.test(button.title + button.ariaLabel)) return;
+    const button = event.target.closest("#hadal-chat .message-buttons-left button:first-of-type");
+    if (!button || !navigator.clipboard) return;
     const panels = [...document.querySelectorAll("#hadal-chat .message-buttons-left")];
     const chat = fetchJson(localStorage, PREFIX + sessionStorage.getItem("hadal.open"));
     const turn = chat && chat.turns[panels.indexOf(button.closest(".message-buttons-left"))];

@@ -1,0 +1,74 @@
+"""A live fake server with the pages on it, shared by this room's tests (building takes seconds)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+import hadal.ui
+from tests.ui.fake_server import Fake
+from tests.ui.live import listener, serving
+
+
+class Sockets:
+    """Every address that this process connects to or looks up, while `on` (audit hooks stay)."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.seen: set[str] = set()
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event == "socket.connect" and isinstance(args[1], tuple):
+            self.seen.add(str(args[1][0]))
+        if event == "socket.getaddrinfo" and args[0] is not None:
+            self.seen.add(args[0].decode() if isinstance(args[0], bytes) else str(args[0]))
+
+    def foreign(self) -> set[str]:
+        """Addresses that are not this machine."""
+        return {
+            address for address in self.seen if address not in ("127.0.0.1", "::1", "localhost", "0.0.0.0")
+        }
+
+
+@dataclass
+class Live:
+    """A running fake server with the pages."""
+
+    url: str
+    fake: Fake
+    sockets: Sockets = field(repr=False)
+
+
+@pytest.fixture(scope="session")
+def sockets() -> Sockets:
+    return Sockets()
+
+
+@pytest.fixture(scope="session")
+def live(sockets: Sockets) -> Iterator[Live]:
+    """The fake with pages, without a key. Its whole life is watched for foreign connections."""
+    sockets.on = True
+    fake = Fake()
+    sock = listener()
+    app = hadal.ui.mount(fake.app, base_url=f"http://127.0.0.1:{sock.getsockname()[1]}")
+    with serving(app, sock) as url:
+        yield Live(url, fake, sockets)
+    sockets.on = False
+    assert sockets.foreign() == set(), "the page or Gradio spoke to the outside"
+
+
+@pytest.fixture(scope="session")
+def live_with_key(sockets: Sockets) -> Iterator[Live]:
+    """The same behind an API key; the page itself is open, as on a server that lists its paths as public."""
+    fake = Fake(key="correct-horse")
+    sock = listener()
+    app = hadal.ui.mount(fake.app, base_url=f"http://127.0.0.1:{sock.getsockname()[1]}")
+    with serving(app, sock) as url:
+        yield Live(url, fake, sockets)

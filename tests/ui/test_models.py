@@ -1,0 +1,22 @@
+"""What the page says about models."""
+
+from __future__ import annotations
+
+from hadal.ui import models
+from hadal.ui.api import Model
+
+
+def test_the_model_on_board_is_called_what_it_is() -> None:
+    note = models.note([Model("hadal-mini", 2048)], "hadal-mini")
+    assert "number puzzles only" in note and "2,048 tokens" in note
+    assert models.prompt_hint("hadal-mini:latest") == "Ask a number puzzle…"
+    texts = " ".join(q["text"] for q in models.questions("hadal-mini"))
+    assert "What is" in texts and "Combien" in texts and "Coloque" in texts
+
+
+def test_other_models_speak_for_themselves() -> None:
+    distill = Model("distill", None, "Qwen2.5-Math-1.5B fine-tuned on R1's outputs; not R1")
+    assert models.note([distill], "distill") == "Qwen2.5-Math-1.5B fine-tuned on R1's outputs; not R1."
+    assert models.note([Model("x")], "x") == "It can be wrong. Check what matters."
+    assert models.note([], "x") == ""
+    assert models.questions("x") != models.questions("hadal-mini")
