@@ -28,7 +28,7 @@ from hadal.weights.errors import WeightsError
 from hadal.weights.folder import place
 from hadal.weights.header import DTYPE_BYTES
 from hadal.weights.layout import CONFIG, INDEX, SINGLE
-from hadal.weights.manifest import MANIFEST, FileHash, Progress, hash_file, write_manifest
+from hadal.weights.manifest import FileHash, Progress, hash_file, write_manifest
 from hadal.weights.mapped import PIECE_BYTES
 from hadal.weights.names import SCALE_SUFFIX, Expected, Slot, expected_tensors
 
@@ -299,9 +299,8 @@ def _write_json(path: Path, value: Any) -> FileHash:
 
 def _publish(building: Path, folder: Path) -> None:
     """Sync a finished folder and rename it into place; an old one is moved aside first, and removed after."""
-    for name in (MANIFEST, CONFIG, INDEX):
-        if (building / name).exists():
-            _sync(building / name)
+    for path in building.iterdir():
+        _sync(path)
     _sync(building)
     building.chmod(0o755)
     if not folder.exists():
