@@ -73,9 +73,9 @@ class _Talk:
             seen: set[int] = set()
             async with aclosing(call.merged(jobs)) as updates:
                 async for job, update in updates:
-                    data = (
-                        b"" if job.index in seen else self._chunk(job, {"role": "assistant", "content": ""})
-                    )
+                    self._count(job, update)
+                    first = job.index not in seen
+                    data = self._chunk(job, {"role": "assistant", "content": ""}) if first else b""
                     seen.add(job.index)
                     data += self._progress(job, update)
                     if data:
@@ -129,7 +129,6 @@ class _Talk:
 
     def _progress(self, job: Job, update: Update) -> bytes:
         """The events of one update; empty when its text is still held back."""
-        self._count(job, update)
         answer = self.answers[job.index]
         deltas = [answer.push(update)]
         if update.finish_reason is not None:

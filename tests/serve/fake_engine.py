@@ -43,7 +43,7 @@ class FakeStats:
 class FakeEngine:
     """The attributes that the server reads of an Engine."""
 
-    def __init__(self, name: str = "fake", template: str = "deepseek-r1", max_model_len: int = 512) -> None:
+    def __init__(self, name: str = "fake", template: str = "deepseek-r1", max_model_len: int = 2048) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="hadal-fake-"))
         make_tiny_tokenizer(self.folder, VOCAB)
         self.tokenizer = Tokenizer.load(self.folder)
@@ -111,6 +111,7 @@ class FakeAsyncEngine:
         limit = resolve_max_tokens(len(ids), params.max_tokens, self.engine.max_model_len)
         self.seen.append((ids, params, cache_salt))
         self.active += 1
+        self.engine.counts.running = self.active
         done = False
         try:
             async for update in self._run(ids, params, limit, deadline):
@@ -119,6 +120,7 @@ class FakeAsyncEngine:
                 yield update
         finally:
             self.active -= 1
+            self.engine.counts.running = self.active
             self.finished += done
             self.aborted += not done
 
