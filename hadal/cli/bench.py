@@ -1,8 +1,9 @@
 """`hadal bench`: latency and throughput of a model here, beside the ceiling that this machine sets.
 
-Decode: a step reads the weights that it touches once and every sequence's cache; the ceiling is batch ×
-measured bandwidth / those bytes. Prefill: the ceiling is the measured rate of matrix products / FLOP per token.
-Every run uses new random prompts, so that no prefix is found in the cache; of the repeats the fastest counts.
+Decode: a step reads the weights that it touches once, and every sequence's cache; the ceiling is batch ×
+measured bandwidth / those bytes. Prefill: the ceiling is the measured rate of matrix products / FLOP per
+token. Every run uses new random prompts, so that no prefix is found in the cache; of the repeats the fastest
+counts.
 """
 
 from __future__ import annotations

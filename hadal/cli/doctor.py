@@ -21,8 +21,8 @@ def doctor(
 ) -> None:
     """Say what this machine has, and which fast paths it takes.
 
-    For each operation: the path taken here, and why. Paste it into a bug report: it holds no keys, and of your
-    files only where the cache is.
+    For each operation: the path taken here, and why. Paste it into a bug report: it holds no
+    keys, and of your files only where the cache is.
 
     Examples:
         hadal doctor

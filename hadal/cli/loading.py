@@ -8,69 +8,41 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from hadal.cli.terminal import BOLD, CliError, bar, human_bytes, human_count, is_terminal, note, paint
-from hadal.config import PRESETS, ModelConfig, Preset
+from hadal.cli.terminal import BOLD, CliError, bar, human_bytes, human_count, is_terminal, paint
+from hadal.config import PRESETS, ModelConfig
 
 if TYPE_CHECKING:
     from hadal.engine import Engine
     from hadal.weights.hub import ModelEntry
+    from hadal.weights.info import ModelInfo
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What a name stands for."""
-
-    name: str
-    config: ModelConfig
-    title: str
-    preset: Preset | None
-    folder: Path | None
-
-    @property
-    def context(self) -> int:
-        """Tokens that the authors state, which may be fewer than the position table's."""
-        return self.preset.context if self.preset else self.config.max_position_embeddings
+def name_of(info: ModelInfo) -> str:
+    """What to call a model: its preset's or repository's name, or its folder's last part."""
+    if info.preset is None and info.folder is not None and info.name.startswith((".", "/", "~")):
+        return info.folder.resolve().name
+    return info.name
 
 
-def identify(name: str) -> Identity:
-    """A preset, a downloaded model or a folder; else `NotFoundError` or `ConfigError` with what to do."""
-    from hadal.weights import NotFoundError, hub
-
-    known = hub.find_preset(name)
-    try:
-        folder: Path | None = hub.resolve(name)
-    except NotFoundError:
-        if known is None:
-            raise
-        folder = None
-    if known is not None and (folder is None or known.repo_id is not None):
-        return Identity(known.name, known.config, known.title, known, folder)
-    from hadal.weights.layout import read_config
-
-    assert folder is not None
-    config = read_config(folder)
-    shown = known.name if known else folder.name
-    return Identity(shown, config, known.title if known else _title(shown, config), known, folder)
-
-
-def _title(name: str, config: ModelConfig) -> str:
-    """What a folder holds, by its configuration alone: the shape of a released model, or one of its own."""
-    total = human_count(config.parameters().main)
-    alike = [p.name for p in PRESETS.values() if p.config.to_hf() == config.to_hf()]
-    if not alike:
-        return f"{name}: a {config.model_type} model with {total} parameters"
-    return f"{name}: the shape of {alike[0]} ({total} parameters); the name alone does not say whose weights"
+def title_of(info: ModelInfo) -> str:
+    """What a model truly is, in one line."""
+    if info.preset is not None:
+        return info.title
+    size = human_count(info.parameters_total)
+    return f"{name_of(info)}: a {info.config.model_type} model with {size} parameters"
 
 
 def introduce(model: str, *, quiet: bool, always: bool = False) -> None:
     """Say in one line, on stderr, what the model truly is; not for the model on board unless `always`."""
     if quiet or (model == "hadal-mini" and not always):
         return
-    print(paint(identify(model).title, BOLD, sys.stderr), file=sys.stderr, flush=True)
+    from hadal.weights.info import inspect
+
+    print(paint(title_of(inspect(model)), BOLD, sys.stderr), file=sys.stderr, flush=True)
 
 
 def installed(name: str) -> ModelEntry | None:
@@ -88,6 +60,49 @@ def installed_names() -> set[str]:
 
     entries = {entry.name.lower() for entry in hub.list_models()}
     return {p.name for p in PRESETS.values() if {p.name, str(p.repo_id).lower()} & entries}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a model runs here; `reason` says why, and what would where it does not."""
+
+    runs: bool
+    reason: str
+
+
+def judge(config: ModelConfig, *, device: str = "auto", dtype: str = "auto") -> Verdict:
+    """Whether a model of this configuration runs on this machine now, by arithmetic alone.
+
+    The engine holds weights in BF16 or FP32, without the MTP module, on the first GPU if there is one.
+    """
+    from hadal.cli import machine
+    from hadal.plan.fit import fit
+
+    if config.dsa is not None:
+        return Verdict(
+            False, "sparse attention (V3.2) is not implemented; deepseek-v3.1-terminus is its base"
+        )
+    gpus = [] if device == "cpu" else machine.gpus()
+    index = int(device.partition(":")[2]) if device.startswith("cuda:") and device[5:].isdigit() else 0
+    vram = gpus[index].free if index < len(gpus) else 0
+    kind: Literal["bf16", "fp32"] = "fp32" if dtype == "float32" else "bf16"
+    found = fit(config, kind, machine.memory().available, vram, with_mtp=False)
+    if found.ok and found.device == "cpu" and vram:
+        return Verdict(
+            False,
+            f"it is too large for the GPU ({human_bytes(vram)} free); with --device cpu it {found.message}",
+        )
+    return Verdict(found.ok, found.message)
+
+
+def check_fit(model: str, *, device: str = "auto", dtype: str = "auto") -> None:
+    """Refuse what cannot run here, before anything is downloaded or read; says what would fit."""
+    from hadal.weights.info import inspect
+
+    info = inspect(model)
+    verdict = judge(info.config, device=device, dtype=dtype)
+    if not verdict.runs:
+        raise CliError(f"{name_of(info)} {verdict.reason}; --force tries all the same")
 
 
 def engine_options(
@@ -116,19 +131,20 @@ def prepare_model(model: str, *, device: str, dtype: str, yes: bool = False, for
     try:
         return Path(hub.resolve(model))
     except NotFoundError:
-        known = hub.find_preset(model)
-        if known is None or known.repo_id is None or not _may_download(known, yes):
-            raise
+        if not _may_download(model, yes):
+            raise  # it names the command that downloads
     from hadal.cli.pull import download
 
     return download(model, quiet=False)
 
 
-def _may_download(known: Preset, yes: bool) -> bool:
-    if yes:
-        return True
-    size = known.config.weight_bytes("fp8" if known.config.fp8 else "bf16")
-    return is_terminal(sys.stdin) and typer.confirm(f"Download {known.name} ({human_bytes(size)})?")
+def _may_download(model: str, yes: bool) -> bool:
+    """Whether the user wants the download: said so before, or says so now on a terminal."""
+    if yes or not is_terminal(sys.stdin):
+        return yes
+    from hadal.weights.info import inspect
+
+    return typer.confirm(f"Download {model} ({human_bytes(inspect(model).size_bytes)})?")
 
 
 def load_engine(
@@ -145,12 +161,13 @@ def load_engine(
     """The engine of a model, with a bar if loading takes more than two seconds."""
     prepare_model(model, device=device, dtype=dtype, yes=yes, force=force)
     from hadal.engine import Engine
+    from hadal.weights.info import inspect
 
     options = engine_options(
         device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs
     )
     with bar(f"loading {model}", quiet=quiet) as update:
-        return Engine.load(model, **options, name=identify(model).name, progress=update)
+        return Engine.load(model, **options, name=name_of(inspect(model)), progress=update)
 
 
 def random_engine(
@@ -162,13 +179,16 @@ def random_engine(
     from hadal.engine import Engine
     from hadal.engine.loading import check_weights_fit, pick_device, pick_dtype
     from hadal.model.transformer import Transformer
+    from hadal.weights import hub
+    from hadal.weights.layout import read_config
 
-    identity = identify(model)
-    config = replace(identity.config, num_nextn_predict_layers=0)
+    known = hub.find_preset(model)
+    config = known.config if known else read_config(hub.resolve(model))
+    config = replace(config, num_nextn_predict_layers=0)
     where = pick_device(device)
     kind = pick_dtype(config, where, dtype)
     if not force:
         check_weights_fit(config, where, kind)
     network = Transformer(config, dtype=kind, device=where).init_weights(0)
-    name = f"{identity.name} (random weights)"
+    name = f"{known.name if known else Path(model).resolve().name} (random weights)"
     return Engine(network, name=name, max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=0)

@@ -81,8 +81,9 @@ def serve(
         HADAL_API_KEY=$(openssl rand -hex 16) hadal serve --host 0.0.0.0 --allowed-host llm.example.org
         hadal serve --port 11434     # where Ollama's clients look
     """
-    from hadal.cli.loading import engine_options, identify, introduce, prepare_model
+    from hadal.cli.loading import engine_options, introduce, name_of, prepare_model
     from hadal.serve import Settings, run_server
+    from hadal.weights.info import inspect
 
     settings = Settings(
         host=host,
@@ -104,7 +105,7 @@ def serve(
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
     )
-    options["name"] = identify(model).name
+    options["name"] = name_of(inspect(model))
     _log_to_stderr()
     with contextlib.ExitStack() as stack:
         options["progress"] = stack.enter_context(bar(f"loading {model}"))

@@ -11,7 +11,7 @@ from hadal.cli.terminal import BOLD, fields, human_bytes, human_count, note, pai
 from hadal.config import PRESETS, Gqa, Mla, ModelConfig
 
 if TYPE_CHECKING:
-    from hadal.cli.loading import Identity
+    from hadal.weights.info import ModelInfo
 
 
 def show(
@@ -36,30 +36,28 @@ def show(
     if model is None:
         _show_all(json)
         return
-    from hadal.cli.loading import identify
+    from hadal.weights.info import inspect
 
-    identity = identify(model)
-    facts = describe(identity)
+    facts = describe(inspect(model))
     if json:
         print_json(facts)
     else:
-        _print(identity, facts)
+        _print(facts)
 
 
-def describe(identity: Identity) -> dict[str, Any]:
+def describe(info: ModelInfo) -> dict[str, Any]:
     """All that is known of a model, as data. Sizes in bytes."""
-    from hadal.cli.loading import fit_here
+    from hadal.cli.loading import judge, name_of, title_of
 
-    config, count = identity.config, identity.config.parameters()
-    known = identity.preset
-    verdict = fit_here(config)
+    config, count, known = info.config, info.config.parameters(), info.preset
+    verdict = judge(config)
     return {
-        "name": identity.name,
-        "title": identity.title,
-        "is_distill": known.is_distill if known else None,
-        "base": known.base if known else None,
+        "name": name_of(info),
+        "title": title_of(info),
+        "is_distill": info.is_distill,
+        "base": info.base,
         "repo_id": known.repo_id if known else None,
-        "folder": str(identity.folder) if identity.folder else None,
+        "folder": str(info.folder) if info.folder else None,
         "template": known.template if known else None,
         "architecture": architecture(config),
         "model_type": config.model_type,
@@ -70,15 +68,18 @@ def describe(identity: Identity) -> dict[str, Any]:
             "mtp": count.mtp_unique,
         },
         "layers": config.num_hidden_layers,
-        "context": identity.context,
+        "context": info.context,
         "vocabulary": config.vocab_size,
-        "kv_bytes_per_token": int(config.kv_bytes_per_token()),
-        "kv_bytes_at_full_context": int(config.kv_bytes_per_token() * identity.context),
+        "kv_bytes_per_token": info.kv_bytes_per_token,
+        "kv_bytes_at_full_context": info.kv_bytes_per_token * info.context,
+        "stored_as": info.dtype,
+        "stored_bytes": info.size_bytes,
         "weight_bytes": {
             "bf16": config.weight_bytes("bf16", mtp=False),
             "fp8": config.weight_bytes("fp8", mtp=False) if config.fp8 else None,
         },
-        "fits": {"here": verdict.fits, "why": verdict.reason},
+        "runs_here": verdict.runs,
+        "why": verdict.reason,
     }
 
 
@@ -107,16 +108,15 @@ def _gqa(a: Gqa, heads: int) -> str:
     return f"GQA ({heads} heads of {a.head_dim} on {a.num_key_value_heads} key-value heads)"
 
 
-def _print(identity: Identity, facts: dict[str, Any]) -> None:
+def _print(facts: dict[str, Any]) -> None:
     count, sizes = facts["parameters"], facts["weight_bytes"]
-    active = f", {human_count(count['active'])} active a token" if identity.config.moe else ""
+    active = f", {human_count(count['active'])} active a token" if count["active"] < count["total"] else ""
     mtp = f", and {human_count(count['mtp'])} of MTP" if count["mtp"] else ""
-    stored = [f"{human_bytes(sizes['bf16'])} in BF16"]
-    stored += [f"{human_bytes(sizes['fp8'])} in FP8 blocks"] if sizes["fp8"] else []
-    cache = (
-        f"{facts['kv_bytes_per_token']:,} B a token in BF16, {human_bytes(facts['kv_bytes_at_full_context'])}"
-    )
-    say(paint(identity.title, BOLD))
+    sums = [f"{human_bytes(sizes['bf16'])} in BF16"]
+    sums += [f"{human_bytes(sizes['fp8'])} in FP8 blocks"] if sizes["fp8"] else []
+    full = f"{human_bytes(facts['kv_bytes_at_full_context'])} at full context"
+    where = facts["folder"] or "not on this machine"
+    say(paint(facts["title"], BOLD))
     fields(
         [
             ("base", facts["base"]),
@@ -124,12 +124,13 @@ def _print(identity: Identity, facts: dict[str, Any]) -> None:
             ("architecture", facts["architecture"]),
             ("layers", facts["layers"]),
             ("context", f"{facts['context']:,} tokens"),
-            ("weights", ", ".join(stored)),
-            ("cache", f"{cache} at full context"),
+            ("weights", f"{', '.join(sums)} (without MTP)" if count["mtp"] else ", ".join(sums)),
+            ("cache", f"{facts['kv_bytes_per_token']:,} B a token in BF16, {full}"),
             ("template", facts["template"]),
+            ("stored", f"{human_bytes(facts['stored_bytes'])} in {facts['stored_as']}"),
             ("on the hub", facts["repo_id"]),
-            ("folder", facts["folder"] or "not downloaded"),
-            ("fits here", ("yes: " if facts["fits"]["here"] else "no: ") + facts["fits"]["why"]),
+            ("folder", where),
+            ("runs here", ("yes: " if facts["runs_here"] else "no: ") + facts["why"].removeprefix("fits: ")),
         ]
     )
     if facts["is_distill"]:
@@ -137,39 +138,28 @@ def _print(identity: Identity, facts: dict[str, Any]) -> None:
 
 
 def _show_all(json: bool) -> None:
-    from hadal.cli.loading import Identity, installed_names
+    from hadal.cli.loading import installed_names
+    from hadal.weights.info import inspect
 
     here = installed_names()
-    found = [describe(Identity(p.name, p.config, p.title, p, None)) for p in PRESETS.values()]
-    for facts in found:
-        facts["installed"] = facts["name"] in here
+    found = [describe(inspect(name)) for name in PRESETS]
     if json:
-        print_json(found)
+        print_json([{**facts, "installed": facts["name"] in here} for facts in found])
         return
     rows = [
         (
             f["name"],
             human_count(f["parameters"]["total"]),
             human_count(f["parameters"]["active"]),
-            human_bytes(f["weight_bytes"]["fp8"] or f["weight_bytes"]["bf16"]),
+            human_bytes(f["stored_bytes"]),
             f"{f['kv_bytes_per_token']:,}",
             f"{f['context']:,}",
-            "yes" if f["installed"] else "",
-            "yes" if f["fits"]["here"] else "no",
+            "yes" if f["name"] in here else "",
+            "yes" if f["runs_here"] else "no",
             f["base"] or "",
         )
         for f in found
     ]
-    header = (
-        "MODEL",
-        "TOTAL",
-        "ACTIVE",
-        "WEIGHTS",
-        "KV B/TOKEN",
-        "CONTEXT",
-        "HERE",
-        "FITS",
-        "A DISTILL INTO",
-    )
+    header = ("MODEL", "TOTAL", "ACTIVE", "STORED", "KV B/TOKEN", "CONTEXT", "HERE", "RUNS", "A DISTILL INTO")
     table(header, rows, right=(1, 2, 3, 4, 5))
     note("`hadal show MODEL` says more; `hadal pull MODEL` downloads it; `hadal run MODEL` talks to it.")

@@ -52,8 +52,6 @@ def train(
             }
         )
         return
-    say(
-        f"{outcome.reason} at step {outcome.step} after {human_count(outcome.tokens)} tokens: {outcome.export}"
-    )
+    say(f"{outcome.reason} at step {outcome.step}, {human_count(outcome.tokens)} tokens: {outcome.export}")
     if not outcome.finished:
         say(f"`hadal train {recipe} --resume` goes on.")

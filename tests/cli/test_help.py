@@ -1,4 +1,4 @@
-"""Help is instant, loads no tensor library, teaches by examples; misuse is one line and says what was meant."""
+"""Help is instant, loads no tensor library, teaches by examples; misuse is one line with what was meant."""
 
 from __future__ import annotations
 

@@ -69,7 +69,10 @@ class Api(BaseHTTPRequestHandler):
         self._delta({"content": "forty"})
         while self.server.slow:
             time.sleep(0.05)
-            self._delta({"content": " more"})
+            try:
+                self._delta({"content": " more"})
+            except OSError:
+                return  # the client hung up, as it should on Ctrl-C
         self._delta({"content": "-seven"}, "stop")
         self._event({"choices": [], "usage": USAGE})
         self.wfile.write(b"data: [DONE]\n\n")
@@ -160,7 +163,7 @@ def test_ctrl_c_stops_a_piped_answer_with_130(api: Any) -> None:
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=20)
     assert child.returncode == 130
-    assert out.startswith("\nforty")
+    assert out.endswith(" more\n")
     assert "stopped" in err
     assert "Traceback" not in err
 
