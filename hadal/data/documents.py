@@ -95,6 +95,7 @@ class Job:
     split: str
     seed: int
     documents: int  # of the whole set
+    per_shard: int
     shards: tuple[int, ...]
 
 
@@ -104,8 +105,8 @@ def shard_name(split: str, number: int) -> str:
 
 def write_puzzle_shard(job: Job, number: int) -> ShardFile:
     """Write shard `number` of a job."""
-    first = number * SHARD_DOCUMENTS
-    last = min(job.documents, first + SHARD_DOCUMENTS)
+    first = number * job.per_shard
+    last = min(job.documents, first + job.per_shard)
     texts = (render(conversation(i, job.seed, job.split)) for i in range(first, last))
     return write_shard(
         Path(job.folder), shard_name(job.split, number), Encoder(Path(job.tokenizer)).documents(texts)
@@ -156,7 +157,7 @@ def write_puzzles(
     documents = int(str(made_by["documents"]))
     count = -(-documents // SHARD_DOCUMENTS)
     workers = min(workers or os.cpu_count() or 1, count)
-    base = Job(str(folder), str(tokenizer.resolve()), split, seed, documents, ())
+    base = Job(str(folder), str(tokenizer.resolve()), split, seed, documents, SHARD_DOCUMENTS, ())
     jobs = [Job(**{**asdict(base), "shards": tuple(range(w, count, workers))}) for w in range(workers)]
     shards = _run(jobs, progress or (lambda done, of: None), count)
     manifest = Manifest(tuple(shards[number] for number in range(count)), made_by)

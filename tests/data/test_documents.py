@@ -66,7 +66,8 @@ def test_the_quick_encoder_equals_the_tokenizer(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_workers_write_the_same_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "documents_for", lambda *_: documents.SHARD_DOCUMENTS + 10)
+    monkeypatch.setattr(documents, "SHARD_DOCUMENTS", 100)
+    monkeypatch.setattr(documents, "documents_for", lambda *_: 110)
     seen: list[tuple[int, int]] = []
     alone = write_puzzles(tmp_path / "a", ON_BOARD, tokens=1, seed=3, workers=1)
     many = write_puzzles(
@@ -80,7 +81,8 @@ def test_workers_write_the_same_as_one_process(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_failing_worker_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "documents_for", lambda *_: 2 * documents.SHARD_DOCUMENTS)
+    monkeypatch.setattr(documents, "SHARD_DOCUMENTS", 100)
+    monkeypatch.setattr(documents, "documents_for", lambda *_: 200)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / f"{documents.shard_name('train', 0)}.bin.partial").mkdir()
     with pytest.raises(ShardError, match=r"worker .* ended with status 1: .*Error"):

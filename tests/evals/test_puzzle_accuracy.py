@@ -146,7 +146,8 @@ def _config() -> ModelConfig:
     return ModelConfig(
         model_type="deepseek_v3", vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, rope=Rope(), num_nextn_predict_layers=1, rms_norm_eps=1e-6,
-        attention=Mla(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16),
+        attention=Mla(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+                      v_head_dim=16),
         moe=Moe(n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=32,
                 first_k_dense_replace=1, n_group=1, topk_group=1, routed_scaling_factor=1.0,
                 topk_method="noaux_tc"),

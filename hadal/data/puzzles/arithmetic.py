@@ -5,7 +5,16 @@ from __future__ import annotations
 import random
 
 from hadal.data.puzzles.columns import add, divide, multiply, subtract
-from hadal.data.puzzles.phrases.arithmetic import ADD, DIVIDE, MULTIPLY, SUBTRACT, THINGS
+from hadal.data.puzzles.phrases.arithmetic import (
+    ADD,
+    DIVIDE,
+    MULTIPLY,
+    NUMBER_WORDS,
+    SPOKEN,
+    SPOKEN_SIGN,
+    SUBTRACT,
+    THINGS,
+)
 from hadal.data.puzzles.phrases.common import EXPRESSION
 from hadal.data.puzzles.task import Problem, Solution, pick, size
 from hadal.data.puzzles.wording import phrase, slips, written
@@ -112,6 +121,13 @@ _WORDED = {"addition": ADD, "subtraction": SUBTRACT, "multiplication": MULTIPLY,
 
 def ask_binary(problem: Problem, language: str, rng: random.Random) -> str:
     a, b = problem.args
+    if max(a, b) <= 20 and rng.random() < 0.12:
+        words = NUMBER_WORDS[language]
+        sign = SPOKEN_SIGN[language][problem.task]
+        text = phrase(rng, SPOKEN[language], a=words[a], b=words[b], op=sign)
+        return (
+            text.lower() if rng.random() < 0.5 else text[0].upper() + text[1:]
+        )  # a slip may change a number
     if rng.random() < 0.65:
         text = phrase(rng, EXPRESSION[language], e=written(rng, [str(a), _SIGN[problem.task], str(b)]))
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 
 from hadal.data.puzzles.phrases.chat import (
+    AROUND,
     FILL,
     GREETING,
     HOW_ARE_YOU,
@@ -65,8 +66,39 @@ def _problem(kind: str, language: str, text: str, key: str) -> Problem:
     return Problem("chat", kind, (language, text), key, 0, (kind,))
 
 
+_VOWELS, _CONSONANTS = "aaeeiioou", "bcdfglmnprsttvz"
+
+
+def _nonsense(rng: random.Random) -> str:
+    """A word that nobody knows."""
+    syllables = (rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 3)))
+    return "".join(syllables) + rng.choice(("", "", "n", "r", "s", "l", "t"))
+
+
 def off_topic(rng: random.Random, language: str) -> str:
-    """A question about anything else: a template filled with names and things."""
+    """A question about anything else; at times with unknown words in it, or of nothing else.
+
+    The phrases are few and the world is large: what is not a puzzle must be declined whatever its words.
+    """
+    draw = rng.random()
+    if draw < 0.08:
+        words = [_nonsense(rng) for _ in range(rng.randint(1, 7))]
+        return " ".join(words) + rng.choice(("", "", "?", ".", "!"))
+    text = _filled(rng, language)
+    if draw < 0.30:
+        share = rng.choice((0.15, 0.3, 0.5))
+        text = " ".join(
+            _nonsense(rng) if w.isalpha() and rng.random() < share else w for w in text.split(" ")
+        )
+    elif draw < 0.35:
+        words = text.split(" ") + _filled(rng, language).split(" ")
+        rng.shuffle(words)
+        text = " ".join(words[: rng.randint(2, 12)])
+    return text
+
+
+def _filled(rng: random.Random, language: str) -> str:
+    """A template with names and things in its slots."""
     templates = OFF_TOPIC[language]
     options = readings(templates[int(rng.random() * len(templates))])
     text = options[int(rng.random() * len(options))]
@@ -205,31 +237,10 @@ def check_chat(problem: Problem, language: str, answer: str) -> bool:
     return bold_value(answer) is None and all(word in said for word in _MUST_SAY[problem.kind][language])
 
 
-_AROUND: dict[str, Templates] = {
-    "en": (
-        "{e}",
-        "{e}",
-        "What is {e}[?|]",
-        "[Calculate|Compute] {e}",
-        "{e}[=| =|?| = ?]",
-        "How much is {e}?",
-    ),
-    "fr": (
-        "{e}",
-        "{e}",
-        "Combien [font|fait] {e}[ ?|?|]",
-        "Calcule {e}",
-        "{e}[=| =| ?| = ?]",
-        "Que vaut {e} ?",
-    ),
-    "pt": ("{e}", "{e}", "Quanto [é|dá] {e}[?|]", "Calcule {e}", "{e}[=| =|?| = ?]", "Quanto vale {e}?"),
-}
-
-
 def ask_chat(problem: Problem, language: str, rng: random.Random) -> str:
     text: str = problem.args[1]
     if problem.kind in ("zero", "too-long"):
-        text = phrase(rng, _AROUND[language], e=text)
+        text = phrase(rng, AROUND[language], e=text)
     if problem.kind in ("greeting", "thanks"):
         draw = rng.random()
         return text.lower() if draw < 0.3 else text + "!" if draw < 0.4 and text[-1].isalpha() else text

@@ -10,7 +10,15 @@ from __future__ import annotations
 import random
 
 from hadal.data.puzzles.columns import digits_until_different
-from hadal.data.puzzles.phrases.compare import EXTREME, IS_LARGER, LARGER, SMALLER, SORT_DOWN, SORT_UP
+from hadal.data.puzzles.phrases.compare import (
+    EXTREME,
+    IS_LARGER,
+    LARGER,
+    SMALLER,
+    SORT_DOWN,
+    SORT_UP,
+    SUPERLATIVE,
+)
 from hadal.data.puzzles.task import Problem, Solution, pick, size
 from hadal.data.puzzles.wording import listed, phrase, slips
 
@@ -194,16 +202,10 @@ def solve_extreme(problem: Problem, language: str) -> Solution:
     return Solution("\n".join(lines), _EXTREME_ANSWER[problem.kind][language].format(v=problem.gold[0]))
 
 
-_SUPERLATIVE: dict[str, dict[str, tuple[str, ...]]] = {
-    "largest": {"en": ("largest", "biggest", "greatest", "highest"), "fr": ("plus grand",), "pt": ("maior",)},
-    "smallest": {"en": ("smallest", "lowest"), "fr": ("plus petit",), "pt": ("menor",)},
-}
-
-
 def ask_extreme(problem: Problem, language: str, rng: random.Random) -> str:
     n = listed(rng, [str(n) for n in problem.args], language)
     return slips(
-        rng, phrase(rng, EXTREME[language], s=rng.choice(_SUPERLATIVE[problem.kind][language]), n=n), language
+        rng, phrase(rng, EXTREME[language], s=rng.choice(SUPERLATIVE[language][problem.kind]), n=n), language
     )
 
 

@@ -50,6 +50,7 @@ from hadal.data.puzzles.digits import (
     solve_divisibility,
 )
 from hadal.data.puzzles.equations import ask_equation, draw_equation, solve_equation
+from hadal.data.puzzles.language import is_recognisable
 from hadal.data.puzzles.phrases.common import BEFORE
 from hadal.data.puzzles.sequences import ask_sequence, draw_sequence, solve_sequence
 from hadal.data.puzzles.task import (
@@ -115,20 +116,29 @@ def _check_split(split: str) -> bool:
     return split == "held-out"
 
 
-def _one(rng: random.Random, name: str, held_out: bool, language: str | None) -> Sample:
-    """Draw until the problem belongs to the split, then word it and solve it."""
+def _one(
+    rng: random.Random, name: str, held_out: bool, language: str | None, otherwise: str = "en"
+) -> Sample:
+    """Draw until the problem belongs to the split, then word it and solve it.
+
+    With a `language`, until the wording gives that language away; without one, a wording in no language of
+    its own is answered in the language `otherwise`.
+    """
     chosen = TASKS[name]
-    problem = chosen.draw(rng)
-    while is_held_out(problem.key) != held_out or (
-        language and name == "chat" and chat_language(problem) != language
-    ):
+    while True:
         problem = chosen.draw(rng)
-    if name == "chat":
-        language = chat_language(problem)
-    language = language or LANGUAGES[int(rng.random() * 3)]
-    prompt = chosen.ask(problem, language, rng)
-    solution = chosen.solve(problem, language)
-    return Sample(problem, language, prompt, solution.think, solution.answer)
+        if is_held_out(problem.key) != held_out:
+            continue
+        asked_in = chat_language(problem) if name == "chat" else language or LANGUAGES[int(rng.random() * 3)]
+        if language and asked_in != language:
+            continue
+        prompt = chosen.ask(problem, asked_in, rng)
+        if not is_recognisable(prompt, asked_in):
+            if language and language != otherwise:
+                continue
+            asked_in = otherwise
+        solution = chosen.solve(problem, asked_in)
+        return Sample(problem, asked_in, prompt, solution.think, solution.answer)
 
 
 def sample(
@@ -234,7 +244,7 @@ def _follow_up(rng: random.Random, turns: list[Sample], held_out: bool) -> Sampl
     """Another question, mostly in the same language and often of the same task, at times with `And now, `."""
     language = turns[-1].language if rng.random() < 0.85 else None
     name = turns[-1].task if rng.random() < 0.35 else _draw_name(rng)
-    made = _one(rng, name, held_out, language)
+    made = _one(rng, name, held_out, language, turns[-1].language)
     if made.task == "chat" or rng.random() > 0.15:
         return made
     prompt = phrase(rng, BEFORE[made.language][2:3]) + made.prompt

@@ -103,6 +103,9 @@ def _typo(rng: random.Random, text: str) -> str:
     return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
 
 
+AND = {"en": "and", "fr": "et", "pt": "e"}
+
+
 def listed(rng: random.Random, items: list[str], language: str) -> str:
     """A list as people type it: `3, 1, 2`, `3 1 2`, `[3, 1, 2]`, `3, 1 and 2`."""
     draw = rng.random()
@@ -116,5 +119,4 @@ def listed(rng: random.Random, items: list[str], language: str) -> str:
         return ",".join(items)
     if draw < 0.8:
         return "; ".join(items)
-    last = {"en": " and ", "fr": " et ", "pt": " e "}[language]
-    return ", ".join(items[:-1]) + last + items[-1]
+    return f"{', '.join(items[:-1])} {AND[language]} {items[-1]}"

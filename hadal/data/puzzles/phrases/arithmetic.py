@@ -168,3 +168,41 @@ THINGS = {
         "lenços",
     ),
 }
+
+# Numbers in words, from 0; only questions with two such small numbers use them.
+NUMBER_WORDS = {
+    "en": tuple(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+        " seventeen eighteen nineteen twenty".split()
+    ),
+    "fr": tuple(
+        "zéro un deux trois quatre cinq six sept huit neuf dix onze douze treize quatorze quinze seize"
+        " dix-sept dix-huit dix-neuf vingt".split()
+    ),
+    "pt": tuple(
+        "zero um dois três quatro cinco seis sete oito nove dez onze doze treze catorze quinze dezesseis"
+        " dezessete dezoito dezenove vinte".split()
+    ),
+}
+SPOKEN: dict[str, Templates] = {
+    "en": (
+        "{a} {op} {b}[?|]",
+        "[What is|What's|How much is|what is] {a} {op} {b}[?|]",
+        "{a} {op} {b} [equals|is][?|]",
+    ),
+    "fr": (
+        "{a} {op} {b}[ ?|?|]",
+        "[Combien font|Combien fait|Ça fait combien] {a} {op} {b}[ ?|?|]",
+        "Que font {a} {op} {b} ?",
+    ),
+    "pt": (
+        "{a} {op} {b}[?|]",
+        "[Quanto é|Quanto dá|Quanto são] {a} {op} {b}[?|]",
+        "{a} {op} {b} [é quanto|dá quanto][?|]",
+    ),
+}
+SPOKEN_SIGN = {
+    "en": {"addition": "plus", "subtraction": "minus", "multiplication": "times", "division": "divided by"},
+    "fr": {"addition": "plus", "subtraction": "moins", "multiplication": "fois", "division": "divisé par"},
+    "pt": {"addition": "mais", "subtraction": "menos", "multiplication": "vezes", "division": "dividido por"},
+}

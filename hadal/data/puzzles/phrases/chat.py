@@ -364,3 +364,24 @@ OFF_TOPIC: dict[str, Templates] = {
         "[{thing} {thing}|{thing} em {city}|{topic} e {topic}|{person} {city}|um {thing}|{city}|{thing}|{topic}|{person}][?|.|]",
     ),
 }
+
+# Around a division by zero, or numbers that are too long.
+AROUND: dict[str, Templates] = {
+    "en": (
+        "{e}",
+        "{e}",
+        "What is {e}[?|]",
+        "[Calculate|Compute] {e}",
+        "{e}[=| =|?| = ?]",
+        "How much is {e}?",
+    ),
+    "fr": (
+        "{e}",
+        "{e}",
+        "Combien [font|fait] {e}[ ?|?|]",
+        "Calcule {e}",
+        "{e}[=| =| ?| = ?]",
+        "Que vaut {e} ?",
+    ),
+    "pt": ("{e}", "{e}", "Quanto [é|dá] {e}[?|]", "Calcule {e}", "{e}[=| =|?| = ?]", "Quanto vale {e}?"),
+}

@@ -241,3 +241,8 @@ SORT_DOWN: dict[str, Templates] = {
         "[Escreva|Liste] {n} do maior ao menor[.|]",
     ),
 }
+SUPERLATIVE: dict[str, dict[str, tuple[str, ...]]] = {
+    "en": {"largest": ("largest", "biggest", "greatest", "highest"), "smallest": ("smallest", "lowest")},
+    "fr": {"largest": ("plus grand",), "smallest": ("plus petit",)},
+    "pt": {"largest": ("maior",), "smallest": ("menor",)},
+}
