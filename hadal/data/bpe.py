@@ -6,7 +6,7 @@ a space before a digit belongs to the word or sign on its left (`5+8=13 → 3` h
 digit looks the same wherever it stands. All 256 bytes are in the vocabulary: any text round-trips.
 
 Training text is a fixed, seeded set of puzzles, so the same seed and generators give the same file, byte for
-byte. The file in the package is an input of hadal-mini's recipe: it stays as it is when the generators change.
+byte. The file in the package is an input of the recipe: it stays as it is when the generators change.
 """
 
 from __future__ import annotations
