@@ -27,6 +27,8 @@ import torch
 from rich.console import Console
 
 from hadal.config import ConfigError, ModelConfig
+from hadal.model.layers import Ffn
+from hadal.model.moe import Experts
 from hadal.model.transformer import Transformer
 from hadal.train import recipe as recipes
 from hadal.train import state
@@ -146,6 +148,21 @@ def model_config(recipe: Recipe, sources: Sources) -> ModelConfig:
     return config
 
 
+def _compile(model: Transformer) -> None:
+    """Compile the parts of a block that see tensors of fixed shapes only: routed experts and feed-forward
+    networks.
+
+    Attention stays as it is: it takes the lengths of documents, which differ in every batch.
+    """
+    if model.device.type != "cuda":
+        raise RecipeError(
+            "train.compile is true; it is for a GPU (on a CPU, experts take data-dependent shapes)"
+        )
+    for module in model.modules():
+        if isinstance(module, (Experts, Ffn)):
+            module.compile(dynamic=False)
+
+
 class Run:
     """One call of `train`: everything that lives from its start to its end."""
 
@@ -181,8 +198,7 @@ class Run:
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         model = model.to(self.device, _DTYPES[dtype if train.dtype == "auto" else train.dtype])
         if train.compile:
-            for block in [*model.layers, *(module.block for module in model.mtp)]:
-                block.compile()
+            _compile(model)
         return model
 
     def _trainer(self) -> Trainer:

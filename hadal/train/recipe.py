@@ -70,7 +70,7 @@ class TrainRecipe:
     micro_batch_tokens: int = 0  # in one forward pass; 0: the whole batch at once
     dtype: str = "auto"  # "auto": bfloat16 on a GPU, float32 on a CPU
     init_std: float = 0.006
-    compile: bool = False
+    compile: bool = False  # fuse experts and feed-forward networks with torch.compile (GPU)
     z_loss: float = 0.0
     max_minutes: float = 0.0  # save and stop after so long; 0: no limit. `--resume` goes on
 

@@ -233,12 +233,12 @@ def test_a_checkpoint_of_a_model_with_other_gates_is_refused():
 
 
 def test_the_loss_falls_and_statistics_are_those_of_each_step():
-    trainer = tiny.trainer(rate=1e-2)
-    stats = [s for _ in range(60) for s in trainer.step()]
-    assert [s.step for s in stats] == list(range(1, 61))
-    assert stats[-1].tokens == 60 * 4 * tiny.CONTEXT
+    trainer = tiny.trainer(rate=1e-2, plain=True)
+    stats = [s for _ in range(40) for s in trainer.step()]
+    assert [s.step for s in stats] == list(range(1, 41))
+    assert stats[-1].tokens == 40 * 4 * tiny.CONTEXT
     assert stats[0].loss == pytest.approx(math.log(tiny.VOCAB), abs=0.3)
-    assert sum(s.loss for s in stats[-5:]) / 5 < 2.5 < stats[0].loss
+    assert sum(s.loss for s in stats[-5:]) / 5 < 3.0 < stats[0].loss
     assert sum(s.mtp_loss for s in stats[-5:]) / 5 < stats[0].mtp_loss - 1
     load = torch.tensor(trainer.take_load())
     assert load.shape == (3, 8)
@@ -261,9 +261,9 @@ def test_the_bias_alone_balances_a_collapsed_model():
     for bias in correction_biases(network):
         bias.zero_()
         bias[:3] = 0.5  # three of eight experts take everything
-    trainer = tiny.trainer(network, rows=16, micro_rows=16, alpha=0.0, rate=1e-4, speed=0.01)
+    trainer = tiny.trainer(network, rows=16, micro_rows=16, plain=True, alpha=0.0, rate=1e-4, speed=0.02)
     first = trainer.step()[0]
-    for _ in range(80):
+    for _ in range(45):
         trainer.step()
     trainer.take_load()
     for _ in range(10):
