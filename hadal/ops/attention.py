@@ -111,4 +111,7 @@ def _varlen(
 @functools.lru_cache(maxsize=64)
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Offsets 0, l₀, l₀ + l₁, … as int32; the same for every layer of a step, so kept."""
-    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    start = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    if device.type == "cuda":  # from pinned memory: the host does not wait for the device
+        start = start.pin_memory()
+    return start.to(device, non_blocking=True)

@@ -24,7 +24,7 @@ from hadal.train.optimizer import AdamW
 from hadal.train.schedules import Knobs, Schedule
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a statistic over all ranks. The one place where a step hears of other devices."""
+"""Sums a tensor over all ranks, in place, and returns it. The one place where a step hears of other devices."""
 
 
 def alone(value: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ def _die_at(monkeypatch, step):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_killed_run_resumes_bit_for_bit(short, tmp_path, monkeypatch, dtype):
-    """Six steps at once against a kill in the fifth step and a resumption from the checkpoint of the third."""
+    """Six steps at once against a kill in the fifth step and a resumption from the third's checkpoint."""
     setting = [f"train.dtype={dtype}", "checkpoint.every_steps=3"]
     short(tmp_path / "whole", *setting)
     revive = _die_at(monkeypatch, 4)
