@@ -24,7 +24,7 @@ from hadal.train.optimizer import AdamW
 from hadal.train.schedules import Knobs, Schedule
 
 Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks, in place, and returns it. The one place where a step hears of other devices."""
+"""Sums a tensor over all ranks, in place, and returns it: the one place where a step hears of others."""
 
 
 def alone(value: Tensor) -> Tensor:
