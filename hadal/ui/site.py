@@ -17,6 +17,7 @@ import base64
 import contextlib
 import hashlib
 import importlib.util
+import ipaddress
 import logging
 import os
 import re
@@ -146,7 +147,7 @@ class Site:
             await _html(app, scope, receive, send)
         elif path.startswith("/assets/"):  # their names carry a hash of what is in them
             kept = {"cache-control": "public, max-age=31536000, immutable"}
-            await app(scope, receive, _with_headers(send, kept))
+            await app(_uncompressed_at_home(scope), receive, _with_headers(send, kept))
         else:
             await app(scope, _bounded(receive), send)
 
@@ -198,6 +199,25 @@ def _header(scope: Scope, name: bytes) -> str:
     return ",".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
+def _uncompressed(scope: Scope) -> Scope:
+    """The request as if its client took no compressed answer."""
+    return {**scope, "headers": [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]}
+
+
+def _uncompressed_at_home(scope: Scope) -> Scope:
+    """Where no network is crossed, compression only takes time from the cores that the model runs on."""
+    client = scope.get("client")
+    return _uncompressed(scope) if client and is_loopback_address(client[0]) else scope
+
+
+def is_loopback_address(address: str) -> bool:
+    """True for 127.0.0.0/8 and ::1."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
 def _with_headers(send: Send, extra: dict[str, str]) -> Send:
     """`send` that adds or replaces headers of a 200 answer."""
 
@@ -227,7 +247,6 @@ def _bounded(receive: Receive) -> Receive:
 
 async def _html(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     """Pass a page through `dress`: Gradio's HTML with our head and its policy."""
-    headers = [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]
     start: Message = {}
     body = bytearray()
 
@@ -237,7 +256,7 @@ async def _html(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> Non
         else:
             body.extend(message.get("body", b""))
 
-    await app({**scope, "headers": headers}, receive, collect)
+    await app(_uncompressed(scope), receive, collect)
     content, policy = dress(body.decode("utf-8"))
     data = content.encode("utf-8")
     drop = (b"content-length", b"content-security-policy")
