@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hadal.engine.request import Completion, PoolingParams, RequestError, SamplingParams, TokenLogprob, Update
+from hadal.engine.request import (
+    Completion,
+    EngineError,
+    PoolingParams,
+    RequestError,
+    SamplingParams,
+    TokenLogprob,
+    Update,
+)
 
 if TYPE_CHECKING:
     from hadal.engine.async_engine import AsyncEngine
@@ -17,6 +25,7 @@ __all__ = [
     "AsyncEngine",
     "Completion",
     "Engine",
+    "EngineError",
     "PoolingParams",
     "RequestError",
     "SamplingParams",

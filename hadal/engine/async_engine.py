@@ -23,10 +23,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from hadal.engine.engine import Engine
-from hadal.engine.memory import EngineError
 from hadal.engine.request import (
     Completion,
+    EngineError,
     Pooling,
     PoolingParams,
     Request,
@@ -240,6 +242,8 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
+            if self.engine.device.type == "cuda":
+                torch.cuda.set_device(self.engine.device)  # the current device belongs to the thread
             while self._serve_commands():
                 if self.engine.has_work():
                     self.engine.step()

@@ -4,8 +4,7 @@
     print(engine.chat([{"role": "user", "content": "12 + 35?"}], SamplingParams(temperature=0)).text)
 
 Everything runs in the caller's thread; `AsyncEngine` gives it a thread of its own. A fault in a step ends
-the requests of that step with finish_reason "error" and frees their pages; the others, and the engine, go
-on.
+its requests with finish_reason "error" and frees their pages; the others, and the engine, go on.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hadal.engine.blocks import PageAllocator
-from hadal.engine.memory import EngineError, fit_cache, release
-from hadal.engine.memory import cache_budget as measure_cache_budget
+from hadal.engine.memory import cache_budget, fit_cache, release
 from hadal.engine.offline import OfflineApi
 from hadal.engine.output import advance, ended
 from hadal.engine.request import (
+    EngineError,
     FinishReason,
     PoolingParams,
     Request,
@@ -110,13 +109,15 @@ class Engine(OfflineApi):
     ) -> None:
         """Raises EngineError when the cache cannot hold one context."""
         on_gpu = model.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(model.device)  # kernels and streams of our own go to the current device
         seats = max_num_seqs or (64 if on_gpu else 16)
         budget = max_num_batched_tokens or max(8192 if on_gpu else 1024, seats)
         if max_model_len is not None and not 2 <= max_model_len <= model.max_positions:
             raise EngineError(f"max_model_len must be from 2 to {model.max_positions}, not {max_model_len}")
-        wanted = max_model_len
+        longest = model.max_positions
         if cache_bytes is None:
-            cache_bytes, longest = measure_cache_budget(
+            cache_bytes, longest = cache_budget(
                 model,
                 max_num_seqs=seats,
                 num_tokens=budget,
@@ -124,12 +125,12 @@ class Engine(OfflineApi):
                 page_size=page_size,
                 utilization=gpu_memory_utilization,
             )
-            wanted = wanted if longest == model.config.max_position_embeddings else longest
         num_pages, self.max_model_len = fit_cache(
             model.config,
             cache_bytes,
             max_num_seqs=seats,
-            max_model_len=wanted,
+            max_model_len=max_model_len,
+            longest=longest,
             page_size=page_size,
             dtype=model.dtype,
         )
@@ -198,8 +199,7 @@ class Engine(OfflineApi):
         )
 
     def _commit(self, plan: Schedule, output: StepOutput, sampled: Sampled) -> list[tuple[Request, Update]]:
-        """Book a step: tokens into their requests, full pages into the prefix cache, finished requests
-        out."""
+        """Book a step: tokens to their requests, full pages to the prefix cache, finished requests out."""
         now = time.monotonic()
         for request, entries in output.prompt_logprobs:
             request.prompt_logprobs += entries
@@ -358,13 +358,11 @@ class Engine(OfflineApi):
         return request.request_id
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams | None = None, **options: Any) -> str:
-        """`prepare` and `enqueue`; the options are those of `prepare`. `step()` or `on_update` tell what
-        follows."""
+        """`prepare` (its options) and `enqueue`; `step()` and `on_update` tell what follows."""
         return self.enqueue(self.prepare(prompt_ids, params, **options))
 
     def abort(self, request_id: str) -> bool:
-        """Stop a request and free its pages now; its last update has finish_reason "abort". False: not
-        known."""
+        """Stop a request and free its pages now; its last update says "abort". False: not known."""
         request = self._requests.get(request_id)
         if request is None:
             return False

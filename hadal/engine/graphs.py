@@ -1,10 +1,9 @@
-"""Decode steps as CUDA graphs: static shapes for a few batch sizes, one memory pool, captured on first use
-or at start.
+"""Decode steps as CUDA graphs: static shapes for a few batch sizes, captured on first use or at start.
 
 A step of n sequences with one token each is padded to the next size; a padding row computes token 0 on the
 scratch page (page 0), which nobody reads. The graph covers embedding to last block and leaves hidden
 states; head and sampling follow outside, on the n real rows. Inputs are two static buffers, filled by one
-copy each, and the block table on the device.
+copy each, and the block table on the device. All graphs share one memory pool.
 """
 
 from __future__ import annotations
@@ -114,6 +113,7 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads (a server's) may use the GPU meanwhile: that must not spoil the recording.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden_BD = self._forward(size)
         self._graphs[size] = (graph, hidden_BD)

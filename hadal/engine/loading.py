@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hadal.config import ModelConfig
-from hadal.engine.memory import EngineError, available_memory, gib
+from hadal.engine.memory import available_memory, gib
+from hadal.engine.request import EngineError
 from hadal.text.messages import TemplateError
 from hadal.text.templates import template_for
 from hadal.text.tokenizer import Tokenizer
@@ -25,8 +26,7 @@ _FP32_SHARE = 0.5  # on CPU, FP32 while the weights take at most this share of t
 
 
 def pick_device(device: str | torch.device = "auto") -> torch.device:
-    """The first GPU if there is one ("auto"), or what is named. Raises EngineError for one that is not
-    there."""
+    """The first GPU if there is one ("auto"), or what is named. EngineError for one that is not there."""
     if isinstance(device, str) and device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,8 +1,10 @@
 """How much memory there is, and how many cache pages fit in it.
 
-CPU   cache = min(half of the memory that is free now, what max_num_seqs sequences of max_model_len tokens
-need) GPU   cache = min(utilization · total − everybody's use − the peak of a step, the same need) The peak
-of a step is measured: one chunk of the whole token budget at the end of the longest context.
+    CPU   cache = min(half of the memory that is free now, need)
+    GPU   cache = min(utilization · total − everybody's use − the peak of a step, need)
+
+The need is max_num_seqs sequences of max_model_len tokens. The peak of a step is measured: one chunk of the
+whole token budget at the end of the longest context.
 """
 
 from __future__ import annotations
@@ -14,15 +16,12 @@ import psutil
 import torch
 
 from hadal.config import ModelConfig
+from hadal.engine.request import EngineError
 from hadal.model.context import Cache, Context
 from hadal.model.transformer import Transformer
 
 CPU_CACHE_SHARE = 0.5
 _SAMPLING_COPIES = 5  # tensors of [sequences, vocabulary] in FP32 that sampling may hold at once
-
-
-class EngineError(RuntimeError):
-    """The engine cannot start or go on; the message says why and what to change."""
 
 
 def gib(number: float) -> str:
@@ -98,7 +97,7 @@ def cache_budget(
     Without a wish for max_model_len, a context whose attention alone exhausts the GPU is halved until it
     does not.
     """
-    length = max_model_len or model.config.max_position_embeddings
+    length = max_model_len or model.max_positions
     if model.device.type != "cuda":
         return int(available_memory() * CPU_CACHE_SHARE), length
     while True:
@@ -125,16 +124,17 @@ def fit_cache(
     *,
     max_num_seqs: int,
     max_model_len: int | None,
+    longest: int,
     page_size: int,
     dtype: torch.dtype,
 ) -> tuple[int, int]:
     """(pages, max_model_len) for a cache of at most `budget` bytes.
 
-    Without a wish for max_model_len it is the model's own, cut to what the budget holds. Raises EngineError
+    Without a wish for max_model_len it is `longest`, cut to what the budget holds. Raises EngineError
     when the wish, or not even 128 tokens, fits.
     """
     page_bytes = Cache.bytes_per_page(config, page_size, dtype)
-    wanted = max_model_len or config.max_position_embeddings
+    wanted = max_model_len or longest
     affordable = budget // page_bytes - 1  # one page is scratch
     room = affordable * page_size
     if room < (wanted if max_model_len else min(wanted, 128)):

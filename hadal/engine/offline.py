@@ -1,5 +1,4 @@
-"""The engine for a script: whole completions, iterators of updates, chats and embeddings, in the caller's
-thread.
+"""The engine for a script: completions, iterators of updates, chats, embeddings, in the caller's thread.
 
 Each call queues its requests and runs `step()` until they are done. Several iterators may be open at once:
 whoever asks next runs the step, and everyone gets their own updates.

@@ -36,6 +36,10 @@ class RequestError(ValueError):
         self.code = code
 
 
+class EngineError(RuntimeError):
+    """The engine cannot start or go on; the message says why and what to change."""
+
+
 class Matcher(Protocol):
     """The state of one constrained generation: which tokens may come next (see hadal.text.grammar)."""
 
@@ -441,6 +445,7 @@ def resolve_max_tokens(prompt_len: int, max_tokens: int | None, limit: int) -> i
 
 __all__ = [
     "Completion",
+    "EngineError",
     "FinishReason",
     "Matcher",
     "PoolingParams",

@@ -1,5 +1,4 @@
-"""One rank's view of the model and its cache: from the plan of a step to logits. All tensors of a step live
-here.
+"""One rank's view of the model and its cache: from the plan of a step, through its tensors, to logits.
 
 A plan becomes one flat stream: token ids, positions, the cache slot of each token (page · page_size +
 offset), and per sequence its pages and visible length. The pages of a running sequence sit in one row of a
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,6 +26,8 @@ from hadal.engine.scheduler import Schedule, ScheduledSequence
 from hadal.model.context import Cache, Context
 from hadal.model.transformer import Transformer
 from hadal.ops import sampling
+
+Array = npt.NDArray[np.int64]
 
 _LOGIT_ELEMENTS = 2**24  # at most so many logits at once for prompt log-probabilities (64 MiB)
 
@@ -74,6 +76,7 @@ class Runner:
         self._owner: list[list[int] | None] = [None] * max_num_seqs  # whose pages a row holds
         self._filled = [0] * max_num_seqs
         self._device_table = self._host_table.to(self.device) if on_gpu else self._host_table
+        self._copied = torch.cuda.Event() if on_gpu else None  # the host buffers have been read
         self.graphs: DecodeGraphs | None = None
         if on_gpu and cuda_graphs:
             self.graphs = DecodeGraphs(model, cache, self._device_table, max_num_seqs)
@@ -87,16 +90,27 @@ class Runner:
         """Compute a plan: the keys of all its tokens are in the cache afterwards. The GPU may still be at
         work."""
         sequences = plan.sequences
+        if self._copied is not None:
+            self._copied.synchronize()  # a step that samples nothing does not wait for the GPU by itself
         self._update_table(sequences)
-        if self.graphs is not None and self._plain_decode(plan):
-            size = self.graphs.size_for(len(sequences))
-            if size is not None:
-                self._fill_decodes(sequences, size)
-                hidden_TD = self.graphs.run(size, self._host_long[: 3 * size], self._host_int[: 2 * size])
-                return self._sampled([s.request for s in sequences], hidden_TD[: len(sequences)])
-        context, token_T = self._context(plan)
-        hidden_TD = self.model(token_T, context)
-        return self._output(plan, context, hidden_TD)
+        plain = self._plain_decode(plan)
+        size = self.graphs.size_for(len(sequences)) if plain and self.graphs is not None else None
+        if size is not None and self.graphs is not None:
+            self._fill_padded(sequences, size)
+            hidden_TD = self.graphs.run(size, self._host_long[: 3 * size], self._host_int[: 2 * size])
+            hidden_TD = hidden_TD[: len(sequences)]
+            self._record_copies()
+        else:
+            context, token_T = self._context(plan)
+            self._record_copies()
+            hidden_TD = self.model(token_T, context)
+            if not plain:
+                return self._output(plan, context, hidden_TD)
+        return StepOutput([s.request for s in sequences], self.model.logits(hidden_TD))
+
+    def _record_copies(self) -> None:
+        if self._copied is not None:
+            self._copied.record()
 
     @staticmethod
     def _plain_decode(plan: Schedule) -> bool:
@@ -124,64 +138,67 @@ class Runner:
                     row, end = self._host_table[slot], len(pages)
                     self._device_table[slot, filled:end].copy_(row[filled:end], non_blocking=True)
 
-    def _fill_decodes(self, sequences: list[ScheduledSequence], size: int) -> None:
-        """Inputs of single-token sequences into the host buffers, padded to `size` rows.
+    def _fill_singles(
+        self, sequences: list[ScheduledSequence], token: Array, position: Array, slot: Array
+    ) -> None:
+        """Inputs of sequences with one token each."""
+        n, size = len(sequences), self.page_size
+        starts = [s.start for s in sequences]
+        token[:n] = [s.request.token_ids[start] for s, start in zip(sequences, starts, strict=True)]
+        position[:n] = starts
+        slot[:n] = [s.pages[at // size] * size + at % size for s, at in zip(sequences, starts, strict=True)]
 
-        Padding rows are token 0 at position 0, written to and read from the scratch page.
-        """
+    def _fill_padded(self, sequences: list[ScheduledSequence], size: int) -> None:
+        """A step of single tokens into the host buffers, padded to `size` rows: token 0 at position 0,
+        written to and read from the scratch page."""
         n = len(sequences)
         token, position, slot = self._long[: 3 * size].reshape(3, size)
         length, row = self._int[: 2 * size].reshape(2, size)
-        token[:n] = [s.request.token_ids[s.start] for s in sequences]
-        position[:n] = [s.start for s in sequences]
+        token[n:] = position[n:] = slot[n:] = 0
+        self._fill_singles(sequences, token, position, slot)
         row[:n] = [s.request.slot for s in sequences]
-        if n < size:
-            token[n:] = position[n:] = slot[n:] = 0
-            row[n:] = self.max_num_seqs
-            length[n:] = 1
-        np.add(position[:n], 1, out=length[:n], casting="unsafe")
-        place = position[:n]
-        slot[:n] = self._table[row[:n], place // self.page_size] * self.page_size + place % self.page_size
+        row[n:] = self.max_num_seqs
+        np.add(position, 1, out=length, casting="unsafe")
 
     def _context(self, plan: Schedule) -> tuple[Context, Tensor]:
-        """Inputs of any plan."""
+        """Inputs of any plan: single tokens first, then chunks."""
         sequences, T, S, d = plan.sequences, plan.num_tokens, len(plan.sequences), plan.num_decodes
         token, position, slot = self._long[: 3 * T].reshape(3, T)
-        length, row = self._int[: 2 * S].reshape(2, S)
-        size = self.page_size
-        token[:d] = [s.request.token_ids[s.start] for s in sequences[:d]]
-        position[:d] = [s.start for s in sequences[:d]]
-        row[:] = [s.request.slot for s in sequences]
-        slot[:d] = self._table[row[:d], position[:d] // size] * size + position[:d] % size
+        self._fill_singles(sequences[:d], token, position, slot)
         cu_seqlens = list(range(d + 1))
         for s in sequences[d:]:
-            begin = cu_seqlens[-1]
-            end = begin + s.num_tokens
+            begin, end = cu_seqlens[-1], cu_seqlens[-1] + s.num_tokens
             cu_seqlens.append(end)
             ids = s.request.token_ids[s.start : s.start + s.num_tokens]
             token[begin:end] = ids + s.request.draft_ids[: s.num_drafts] if s.num_drafts else ids
             place = np.arange(s.start, s.start + s.num_tokens)
             position[begin:end] = place
-            slot[begin:end] = self._table[s.request.slot, place // size] * size + place % size
+            page = self._table[s.request.slot, place // self.page_size]
+            slot[begin:end] = page * self.page_size + place % self.page_size
         lengths = [s.start + s.num_tokens for s in sequences]
-        length[:] = lengths
-        token_T, position_T, slot_T = self._to_device(self._host_long[: 3 * T]).view(3, T)
-        length_S, row_S = self._to_device(self._host_int[: 2 * S]).view(2, S)
-        pages = -(-max(lengths) // size)
+        rows = [s.request.slot for s in sequences]
+        self._int[:S] = lengths
+        long = self._to_device(self._host_long[: 3 * T])
         context = Context(
-            position_T=position_T,
+            position_T=long[T : 2 * T],
             cu_seqlens=cu_seqlens,
             cache=self.cache,
-            slot_T=slot_T,
-            block_table_SP=self._device_table[:, :pages].index_select(0, row_S),
-            context_len_S=length_S,
+            slot_T=long[2 * T :],
+            block_table_SP=self._block_table(rows, -(-max(lengths) // self.page_size)),
+            context_len_S=self._to_device(self._host_int[:S]),
             context_lens=lengths,
             num_decodes=d,
             capture_layers=frozenset(
                 self._layer(s.request) for s in sequences if s.request.pooling is not None
             ),
         )
-        return context, token_T
+        return context, long[:T]
+
+    def _block_table(self, rows: list[int], pages: int) -> Tensor:
+        """[S, P]: the first `pages` entries of these rows of the table."""
+        if self.device.type == "cpu":
+            return torch.from_numpy(self._table[rows, :pages])
+        return self._device_table[:, :pages].index_select(0, self._index(rows))
 
     def _to_device(self, host: Tensor) -> Tensor:
         return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
@@ -212,12 +229,8 @@ class Runner:
             return rest
         if len(rows) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD[self._index(rows)]
-        output = self._sampled(requests, hidden_TD)
-        output.prompt_logprobs, output.embeddings = rest.prompt_logprobs, rest.embeddings
-        return output
-
-    def _sampled(self, requests: list[Request], hidden_BD: Tensor) -> StepOutput:
-        return StepOutput(requests, self.model.logits(hidden_BD))
+        rest.requests, rest.logits_BV = requests, self.model.logits(hidden_TD)
+        return rest
 
     def _prompt_logprobs(self, s: ScheduledSequence, hidden_nD: Tensor) -> list[TokenLogprob | None]:
         """Log-probabilities of the prompt's tokens that this chunk predicts and that are not known yet: row

@@ -1,5 +1,4 @@
-"""The step from logits to tokens for a batch of requests: settings as tensors, kept while the batch stays
-the same.
+"""From logits to tokens for a batch of requests: settings as tensors, kept while the batch is the same.
 
 What changes from step to step (the uniform numbers, counts of penalised tokens, grammar masks, the
 min_tokens ban) is small; all else is built once for a composition of the batch. The mathematics is in
@@ -150,9 +149,14 @@ class Sampler:
             slots = self._tensor(self._count_slots(batch), torch.int64)
             assert self._count_SV is not None and self._in_prompt_SV is not None
             rows = self._tensor(batch.penalized, torch.int64)
-            x_BV[rows] = sampling.penalize(
-                x_BV[rows], self._count_SV[slots], self._in_prompt_SV[slots], *batch.penalties
+            everyone = len(batch.penalized) == len(batch.requests)
+            changed = sampling.penalize(
+                x_BV if everyone else x_BV.index_select(0, rows),
+                self._count_SV.index_select(0, slots),
+                self._in_prompt_SV.index_select(0, slots),
+                *batch.penalties,
             )
+            x_BV.index_copy_(0, rows, changed)
         if batch.bias is not None:
             row, token, value = batch.bias
             x_BV.index_put_((row, token), value.to(x_BV.dtype), accumulate=True)
@@ -230,7 +234,7 @@ class Sampler:
     def _logprobs(self, raw_BV: Tensor, token_B: Tensor, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
         if len(batch.logprob_rows) < len(batch.requests):
             rows = self._tensor(batch.logprob_rows, torch.int64)
-            raw_BV, token_B = raw_BV[rows], token_B[rows]
+            raw_BV, token_B = raw_BV.index_select(0, rows), token_B.index_select(0, rows)
         return sampling.logprobs(raw_BV, token_B, batch.top_n)
 
     def _entries(

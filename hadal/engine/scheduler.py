@@ -1,23 +1,20 @@
-"""Who computes what in the next step: continuous batching over a paged cache, under a token budget. No
-tensors.
+"""Who computes what in the next step: continuous batching under a token budget, over a paged cache.
 
 One step is one flat stream. Sequences that decode come first (one token each, or one and its drafts), then
 chunks of prompts, as far as the budget goes. The order is total: (priority, order of arrival); it never
 changes, so the first request always gets what it needs, and everyone finishes:
 
-    decode     needs a page now and then. With none free, the *last* request in the order is preempted: its
-    pages
-               are freed, its tokens kept, and it waits at its old place to be computed again (recompute; the
-               output does not change, since sampling depends on seed and position alone).
-    admission  a request starts when the pages of all its known tokens are free, so a prompt never stalls
-    half-way.
-               A request that could never fit is refused by `add`.
-    prefix     pages found by hash are shared and skipped, but the last token is always computed. A request
-    whose
-               next page is just being computed by another waits for it rather than compute it again.
+    decode     A sequence needs a page now and then. With none free, the *last* request in the order is
+               preempted: its pages are freed, its tokens kept, and it waits at its old place to be computed
+               again (the output does not change: sampling depends on seed and position alone).
+    admission  A request starts when the pages of all its known tokens are free, so that a prompt never stalls
+               half-way. A request that could never fit is refused by `add`.
+    prefix     Pages found by hash are shared and skipped, but the last token is always computed. A request
+               whose next page is just being computed by another waits for it rather than compute it again.
 
 `schedule` makes the plan and counts it as computed; `commit` follows the step and publishes its full pages.
 The two are apart so that a plan can be made while the step before is still running, or be sent elsewhere.
+No tensors here.
 """
 
 from __future__ import annotations

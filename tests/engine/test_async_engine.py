@@ -12,8 +12,14 @@ import pytest
 import torch
 
 from hadal.engine.async_engine import AsyncEngine, QueueFullError, _Box
-from hadal.engine.memory import EngineError
-from hadal.engine.request import RequestError, SamplingParams, TokenLogprob, Update, merge_updates
+from hadal.engine.request import (
+    EngineError,
+    RequestError,
+    SamplingParams,
+    TokenLogprob,
+    Update,
+    merge_updates,
+)
 from tests.engine.tiny import prompts, tiny_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)

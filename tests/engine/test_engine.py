@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from hadal.engine.engine import Engine
-from hadal.engine.memory import EngineError
-from hadal.engine.request import Completion, RequestError, SamplingParams, Update
+from hadal.engine.request import Completion, EngineError, RequestError, SamplingParams, Update
 from hadal.model.context import Context
 from tests.engine.tiny import VOCAB, prompts, tiny_engine, tiny_model, tiny_tokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -103,16 +104,17 @@ def _mass_at_the_edge(logits: list[float], row: dict[str, float]) -> float:
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 2**32), st.integers(1, 400), st.floats(0.01, 1.0))
-def test_bisection_cuts_where_the_sort_cuts(seed: int, V: int, top_p: float) -> None:
+@given(st.integers(0, 2**32), st.integers(1, 400), st.floats(0.01, 1.0), st.sampled_from([0.1, 3.0, 12.0]))
+def test_bisection_cuts_where_the_sort_cuts(seed: int, V: int, top_p: float, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    p = (torch.randn(3, V, generator=generator) * 3).softmax(-1)
-    wanted = torch.full((3,), top_p)
-    sort = p >= sampling.top_p_cut(p, wanted.tolist(), wanted)
-    bisect = p >= sampling.top_p_cut_bisect(p, wanted)
-    for a, b, row in zip(sort, bisect, p, strict=True):
-        if not torch.equal(a, b):  # only where the mass meets top_p within rounding
-            smaller = min(row[a].double().sum().item(), row[b].double().sum().item())
+    p = (torch.randn(3, V, generator=generator) * scale).softmax(-1)
+    bisect = p >= sampling.top_p_cut(p, torch.full((3,), top_p))
+    for row, kept in zip(p, bisect, strict=True):
+        by_sort = torch.from_numpy(
+            (row / row.max()).numpy() >= sampling._top_p_cut_row((row / row.max()).numpy(), top_p)
+        )
+        if top_p < 1 and not torch.equal(kept, by_sort):  # only where the mass meets top_p within rounding
+            smaller = min(row[kept].double().sum().item(), row[by_sort].double().sum().item())
             assert smaller == pytest.approx(top_p, abs=1e-6)
 
 
@@ -124,14 +126,18 @@ def test_ties_at_the_cut_are_kept() -> None:
 
 
 @pytest.mark.parametrize("V", [1, 127, 128, 129, 1000])
-def test_choose_is_the_inverse_cdf(V: int) -> None:
+@pytest.mark.parametrize("form", ["tensor", "numpy"])
+def test_choose_is_the_inverse_cdf(V: int, form: str) -> None:
     generator = torch.Generator().manual_seed(V)
     weight = torch.rand(200, V, generator=generator)
     weight[torch.rand(200, V, generator=generator) < 0.5] = 0.0
     weight[:, V // 2] += 0.01
     u = torch.rand(200, generator=generator, dtype=torch.float64)
     u[:3] = torch.tensor([0.0, 1.0 - 2.0**-53, 0.5], dtype=torch.float64)
-    token = sampling.choose(weight, u)
+    if form == "tensor":
+        token = sampling.choose(weight, u)
+    else:
+        token = torch.from_numpy(sampling._choose_cpu(weight.numpy(), u.numpy()))
     cdf = weight.double().cumsum(-1)
     cdf /= cdf[:, -1:]
     for row in range(200):
@@ -140,16 +146,19 @@ def test_choose_is_the_inverse_cdf(V: int) -> None:
         assert (cdf[row, t - 1] if t else 0.0) - 1e-12 <= u[row] <= cdf[row, t] + 1e-12
 
 
-# --- the whole ---
+# --- the whole, by the path of the CPU and by the path of the GPU ---
+
+both = pytest.mark.parametrize("sample", [sampling.sample, sampling.sample_tensors], ids=["cpu", "tensors"])
 
 
-def test_tokens_equal_the_transcription() -> None:
+@both
+def test_tokens_equal_the_transcription(sample: Any) -> None:
     rng = random.Random(5)
     V, B = 300, 64
     logits = torch.randn(B, V, generator=torch.Generator().manual_seed(0)) * 2
     rows = [draw_settings(rng) for _ in range(B)]
     u = [sampling.uniform_reference(rng.randrange(2**40), i) for i in range(B)]
-    token = sampling.sample(logits, filters_of(rows), torch.tensor(u, dtype=torch.float64))
+    token = sample(logits, filters_of(rows), torch.tensor(u, dtype=torch.float64))
     expected = [
         expected_token(sampling.probabilities_reference(l_V, **row), v)  # type: ignore[arg-type]
         for l_V, row, v in zip(logits.tolist(), rows, u, strict=True)
@@ -165,12 +174,13 @@ def test_tokens_equal_the_transcription() -> None:
         {"temperature": 1.3, "top_k": 12, "top_p": 0.95, "min_p": 0.05},
     ],
 )
-def test_chi_square(row: dict[str, float]) -> None:
+@both
+def test_chi_square(row: dict[str, float], sample: Any) -> None:
     n = 20_000
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3)) * 1.5
     p = torch.tensor(sampling.probabilities_reference(logits[0].tolist(), **row), dtype=torch.float64)  # type: ignore[arg-type]
     u = sampling.uniform(torch.full((n,), 77), torch.arange(n))
-    token = sampling.sample(logits.expand(n, -1), filters_of([row] * n), u)
+    token = sample(logits.expand(n, -1), filters_of([row] * n), u)
     observed = torch.bincount(token, minlength=40).double()
     assert (observed[p == 0] == 0).all()
     kept = p > 0
@@ -179,45 +189,49 @@ def test_chi_square(row: dict[str, float]) -> None:
     assert chi2 < degrees + 5 * math.sqrt(2 * degrees)
 
 
-def test_a_row_does_not_see_its_batch() -> None:
+@both
+def test_a_row_does_not_see_its_batch(sample: Any) -> None:
     rng = random.Random(1)
     logits = torch.randn(9, 1000, generator=torch.Generator().manual_seed(1)) * 3
     rows = [draw_settings(rng) for _ in range(9)]
     u = torch.rand(9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    whole = sampling.sample(logits, filters_of(rows), u)
+    whole = sample(logits, filters_of(rows), u)
     for i in range(9):
-        assert sampling.sample(logits[i : i + 1], filters_of(rows[i : i + 1]), u[i : i + 1]) == whole[i]
+        assert sample(logits[i : i + 1], filters_of(rows[i : i + 1]), u[i : i + 1]) == whole[i]
     order = torch.randperm(9, generator=torch.Generator().manual_seed(3))
-    shuffled = sampling.sample(logits[order], filters_of([rows[i] for i in order]), u[order])
+    shuffled = sample(logits[order], filters_of([rows[i] for i in order]), u[order])
     assert torch.equal(shuffled, whole[order])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, "all -inf"])
-def test_a_row_without_finite_logits_fails_alone(temperature: float, bad: float | str) -> None:
+@both
+def test_a_row_without_finite_logits_fails_alone(temperature: float, bad: float | str, sample: Any) -> None:
     logits = torch.zeros(3, 50)
     if isinstance(bad, str):
         logits[1] = -math.inf
     else:
         logits[1, 7] = bad
     row = {"temperature": temperature, "top_k": 3, "top_p": 0.9, "min_p": 0.1}
-    token = sampling.sample(logits, filters_of([row] * 3), torch.full((3,), 0.5, dtype=torch.float64))
+    token = sample(logits, filters_of([row] * 3), torch.full((3,), 0.5, dtype=torch.float64))
     assert token[1] == FAILED and (token[[0, 2]] >= 0).all()
 
 
-def test_greedy_takes_the_first_of_equals_in_a_padded_table() -> None:
+@both
+def test_greedy_takes_the_first_of_equals_in_a_padded_table(sample: Any) -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, 9.0], [5.0, 2.0, 2.0, 9.0]])[
         :, :3
     ]  # a view without the last column
-    assert sampling.sample(
+    assert sample(
         logits, filters_of([{"temperature": 0.0, "top_k": 0, "top_p": 1, "min_p": 0}] * 2), None
     ).tolist() == [1, 0]
 
 
-def test_mixed_greedy_and_drawn_rows() -> None:
+@both
+def test_mixed_greedy_and_drawn_rows(sample: Any) -> None:
     logits = torch.randn(6, 90, generator=torch.Generator().manual_seed(8))
     rows = [{"temperature": t, "top_k": 0, "top_p": 1.0, "min_p": 0.0} for t in (0.0, 1.0) * 3]
-    token = sampling.sample(logits, filters_of(rows), torch.full((6,), 0.999, dtype=torch.float64))
+    token = sample(logits, filters_of(rows), torch.full((6,), 0.999, dtype=torch.float64))
     assert torch.equal(token[::2], logits[::2].argmax(-1))
     assert not torch.equal(token[1::2], logits[1::2].argmax(-1))
 
