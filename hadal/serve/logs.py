@@ -7,6 +7,7 @@ escapes arrive as `\\r`, `\\n`, `\\x1b`.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,23 +34,28 @@ class AccessLog:
             return
         start = time.monotonic()
         status = 0
-        notes: dict[str, object] = {}
+        notes: dict[str, object] = {"id": secrets.token_hex(6)}
         scope.setdefault("state", {})["notes"] = notes
+        mark = (b"x-request-id", str(notes["id"]).encode())
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", ()), mark]
             await send(message)
 
         try:
             await self.app(scope, receive, watched)
         finally:
             client = scope.get("client") or ("-", 0)
+            # What a page loads to draw itself is noted as quiet: a visit is then one line, not eighty.
+            level = logging.DEBUG if notes.pop("quiet", False) and 0 < status < 400 else logging.INFO
             extra = "".join(f" {key}={escaped(str(value), 80)}" for key, value in notes.items())
             milliseconds = (time.monotonic() - start) * 1000
             # 499: nginx's word for a client that left before the answer began.
-            logger.info(
+            logger.log(
+                level,
                 "%s %s %d %.0fms %s%s",
                 escaped(scope["method"], 20),
                 escaped(scope["path"]),

@@ -9,6 +9,7 @@ last request has left, and is loaded again by the next one.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from hadal.serve.fields import Fields, shown
 from hadal.serve.prompts import Encoder
 from hadal.serve.settings import Settings
 
+logger = logging.getLogger("hadal.serve")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
 
 
@@ -118,7 +120,11 @@ class Served:
             if self.backend is None:
                 assert self.load is not None  # healthy() said so
                 start = time.monotonic()
-                self.backend = await asyncio.to_thread(self.load)
+                try:
+                    self.backend = await asyncio.to_thread(self.load)
+                except (RuntimeError, OSError, ValueError) as error:
+                    logger.error("the model %s could not be loaded again", self.name, exc_info=error)
+                    raise ApiError(503, f"{self.name} could not be loaded again: {error}") from None
                 self.load_seconds = time.monotonic() - start
             self.unload_wanted = False
             return self.backend

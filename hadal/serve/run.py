@@ -11,7 +11,7 @@ import errno
 import logging
 import signal
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,6 +38,7 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: App) -> None:
         super().__init__(config)
         self.hadal = app
+        self.on_drain: Sequence[Callable[[], None]] = ()
         self._drain: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -56,6 +57,8 @@ class DrainingServer(uvicorn.Server):
     def begin_drain(self) -> None:
         """Refuse new work, and leave when the old is done. Also called from signal handlers."""
         self.hadal.drain()
+        for end_streams in self.on_drain:
+            end_streams()
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -117,7 +120,10 @@ def server_for(app: FastAPI) -> DrainingServer:
         timeout_graceful_shutdown=5,
         backlog=2048,
     )
-    return DrainingServer(config, state)
+    server = DrainingServer(config, state)
+    # What mounted pages want to do then: an open stream of theirs would hold its connection.
+    server.on_drain = getattr(app.state, "on_drain", ())
+    return server
 
 
 def base_url(settings: Settings, sock: socket.socket) -> str:
@@ -193,7 +199,8 @@ def _engines(
 
     def load() -> Backend:
         engine = Engine.load(model, **options)
+        options.pop("progress", None)  # a bar is for the start only
         return AsyncEngine(engine, max_queue=4 * settings.max_queue, watchdog_seconds=settings.stall_timeout)
 
-    engine = load()
-    return engine, {str(engine.engine.name): load}
+    backend = load()
+    return backend, {str(backend.engine.name): load}
