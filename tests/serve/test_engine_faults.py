@@ -90,11 +90,12 @@ def test_34_engine_killed(live: tuple[LiveServer, AsyncEngine], monkeypatch: pyt
         with httpx.stream(
             "POST", f"{server.url}/v1/completions", json={**BODY, "stream": True}, trust_env=False
         ) as response:
-            ended.extend(line for line in response.iter_lines() if line)
+            for line in response.iter_lines():
+                ended.extend([line] if line else [])
 
     thread = threading.Thread(target=listen)
     thread.start()
-    until(lambda: engine.engine.stats().running == 1)
+    until(lambda: len(ended) > 2)
 
     def dies() -> None:
         raise SystemError("killed")
