@@ -1,8 +1,8 @@
 """From logits to tokens: penalties, bans, temperature, top-k, top-p, min-p, and one draw by inverse CDF.
 
 For one row of logits l, in this order:
-    repetition r   l_t ← l_t / r if l_t > 0 else l_t · r, for t in prompt or output    (CTRL, arXiv:1909.05858)
-    frequency f,   l_t ← l_t − f · count_t − p · [count_t > 0], counted in the output  (OpenAI API reference)
+    repetition r   l_t ← l_t / r if l_t > 0 else l_t · r, for t in prompt or output   (CTRL, arXiv:1909.05858)
+    frequency f,   l_t ← l_t − f · count_t − p · [count_t > 0], counted in the output (OpenAI API reference)
     presence p
     bias, bans     l_t ← l_t + b_t;  l_t ← −∞ where not allowed
     temperature T  l ← l / T;  at T = 0 the most likely token, and nothing below applies

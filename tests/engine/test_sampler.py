@@ -163,3 +163,19 @@ def test_everything_banned_is_an_error_of_that_row() -> None:
         and "not finite" in sampled.errors[0]
         and list(sampled.errors) == [0]
     )
+
+
+def test_tokens_that_came_another_way_are_counted() -> None:
+    """Speculation appends several tokens at once: the counts must follow the request, not the sampler's own
+    draws."""
+    sampler = Sampler(VOCAB, 2, CPU)
+    request = make(SamplingParams(temperature=0, frequency_penalty=2.0), 0, [1])
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 7], logits[0, 8] = 3.0, 2.0
+    request.token_ids.append(sampler.sample(logits.clone(), [request]).tokens[0])
+    assert request.output_ids == [7]
+    request.token_ids += [8, 8]
+    assert reference_token(logits[0], request) == 7
+    assert sampler.sample(logits.clone(), [request]).tokens == [7]
+    request.token_ids += [7, 7]
+    assert sampler.sample(logits.clone(), [request]).tokens == [reference_token(logits[0], request)] == [0]
