@@ -43,10 +43,10 @@ def note(models: Sequence[Model], chosen: str | None) -> str:
     model = next((m for m in models if m.id == chosen), None)
     if model is None:
         return ""
-    if model.description:
-        text = model.description.rstrip(".") + "."
+    if is_mini(model.id):
+        text = MINI_NOTE
     else:
-        text = MINI_NOTE if is_mini(model.id) else OTHER_NOTE
+        text = f"{model.description.rstrip('.')}. {OTHER_NOTE}" if model.description else OTHER_NOTE
     return f"{text} Reads {model.context:,} tokens." if model.context else text
 
 

@@ -49,6 +49,8 @@ POLICY = (
     "frame-ancestors 'none'"
 )
 MAX_REQUEST_BYTES = 8 << 20
+GRADIO_TICK_S = 0.2
+"""The background loops of Gradio's queue look more often than this whether they are closed."""
 
 _INLINE_SCRIPT = re.compile(r"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL)
 _CARD = re.compile(r'\s*<meta\s+(?:property="og:|name="twitter:)[^>]*>')
@@ -104,6 +106,9 @@ class SiteRoute(BaseRoute):
         raise NoMatchFound(name, path_params)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        notes = scope.get("state", {}).get("notes")
+        if isinstance(notes, dict) and not self.site.is_page(scope["path"]):
+            notes["quiet"] = True  # the server's log need not name what a page loads
         await self.site(scope, receive, send)
 
 
@@ -128,6 +133,10 @@ class Site:
         if path in self._routes:
             return scope["method"] in ("GET", "HEAD") and "text/html" in _header(scope, b"accept")
         return path in PATHS or path.startswith(PREFIXES)
+
+    def is_page(self, path: str) -> bool:
+        """True for the address of a page, false for what it loads."""
+        return path in self._routes
 
     async def warm(self) -> None:
         """Build now, so that the first visitor does not wait. A failure is logged and seen by visitors."""
@@ -167,6 +176,9 @@ class Site:
     async def close(self) -> None:
         """Undo what building began."""
         self.end_streams()
+        if self._gradio is not None:
+            self._gradio.get_blocks().close(verbose=False)
+            await asyncio.sleep(GRADIO_TICK_S)
         await self._stack.aclose()
 
 

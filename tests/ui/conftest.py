@@ -51,6 +51,20 @@ def sockets() -> Sockets:
     return Sockets()
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium. Not for the session: Playwright keeps an event loop running meanwhile."""
+    from playwright.sync_api import sync_playwright
+
+    from tests.conftest import find_chromium
+    from tests.ui.visits import ARGS
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=find_chromium(), args=ARGS)
+        yield chromium
+        chromium.close()
+
+
 @pytest.fixture(scope="session")
 def live(sockets: Sockets) -> Iterator[Live]:
     """The fake with pages, without a key. Its whole life is watched for foreign connections."""

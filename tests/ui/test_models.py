@@ -7,7 +7,7 @@ from hadal.ui.api import Model
 
 
 def test_the_model_on_board_is_called_what_it_is() -> None:
-    note = models.note([Model("hadal-mini", 2048)], "hadal-mini")
+    note = models.note([Model("hadal-mini", 2048, "hadal-mini: deepseek_v3")], "hadal-mini")
     assert "number puzzles only" in note and "2,048 tokens" in note
     assert models.prompt_hint("hadal-mini:latest") == "Ask a number puzzle…"
     texts = " ".join(q["text"] for q in models.questions("hadal-mini"))
@@ -16,7 +16,9 @@ def test_the_model_on_board_is_called_what_it_is() -> None:
 
 def test_other_models_speak_for_themselves() -> None:
     distill = Model("distill", None, "Qwen2.5-Math-1.5B fine-tuned on R1's outputs; not R1")
-    assert models.note([distill], "distill") == "Qwen2.5-Math-1.5B fine-tuned on R1's outputs; not R1."
+    assert models.note([distill], "distill") == (
+        "Qwen2.5-Math-1.5B fine-tuned on R1's outputs; not R1. It can be wrong. Check what matters."
+    )
     assert models.note([Model("x")], "x") == "It can be wrong. Check what matters."
     assert models.note([], "x") == ""
     assert models.questions("x") != models.questions("hadal-mini")
