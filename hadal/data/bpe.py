@@ -130,7 +130,8 @@ def build_mini_tokenizer(folder: Path | str, seed: int = 0, vocabulary: int = VO
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "eos_token": EOS,
-        "model_max_length": 4096,
+        "model_max_length": 2048,
+        "hadal_template": "hadal-mini",
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }

@@ -15,6 +15,7 @@ from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Linear, RMSNorm
 from hadal.ops.attention import attention
+from hadal.ops.linear import per_head
 from hadal.ops.paged import gather_pages, mla_decode
 from hadal.ops.rope import rotate_interleaved
 
@@ -111,7 +112,7 @@ class MlaAttention(nn.Module):
         assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None
         d, n = ctx.num_decodes, self.a.qk_nope_head_dim
         w_HwL = self.kv_b_proj.weight.view(self.heads, n + self.a.v_head_dim, self.a.kv_lora_rank)
-        q_SHL = torch.bmm(q_nope_SHn.transpose(0, 1), w_HwL[:, :n]).transpose(0, 1)
+        q_SHL = per_head(q_nope_SHn, w_HwL[:, :n], across=True)
         z_SHL = mla_decode(
             torch.cat([q_SHL, q_rope_SHR], -1),
             ctx.cache.layers[self.layer],
@@ -120,4 +121,4 @@ class MlaAttention(nn.Module):
             self.a.kv_lora_rank,
             self.scale,
         )
-        return torch.bmm(z_SHL.transpose(0, 1), w_HwL[:, n:].transpose(1, 2)).transpose(0, 1).flatten(1)
+        return per_head(z_SHL, w_HwL[:, n:], across=False).flatten(1)

@@ -108,6 +108,7 @@ def _function(name: str, dtype: torch.dtype) -> Any:
         "rms_norm": [p] * 5 + [i] * 3 + [f],
         "rotate": [p] * 3 + [i] * 5 + [ctypes.c_int],
         "gate": [p] * 5 + [i] * 6 + [ctypes.c_int] * 3 + [f],
+        "per_head": [p] * 3 + [i] * 7 + [ctypes.c_int],
         "decode": [p] * 5 + [i] * 9 + [f],
     }[name]
     return function
@@ -198,6 +199,19 @@ def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tu
         moe.routed_scaling_factor if scaled else 1.0,
     )  # fmt: skip
     return expert, weight
+
+
+def per_head(x_SHI: Tensor, weight: Tensor, across: bool) -> Tensor:
+    """Each head's rows times its own matrix: weight [H, I, O] if `across`, else [H, O, I]; [S, H, O]."""
+    if x_SHI.stride(2) != 1:
+        x_SHI = x_SHI.contiguous()
+    (S, H, I), O = x_SHI.shape, weight.shape[2 if across else 1]
+    out = x_SHI.new_empty((S, H, O))
+    _function("per_head", x_SHI.dtype)(
+        x_SHI.data_ptr(), weight.data_ptr(), out.data_ptr(), S, H, I, O, x_SHI.stride(0), x_SHI.stride(1),
+        weight.stride(0), int(across),
+    )  # fmt: skip
+    return out
 
 
 def mla_decode(

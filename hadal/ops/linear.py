@@ -29,3 +29,14 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
             bias = None if bias_O is None else bias_O.float()
             return torch.nn.functional.linear(x_TI.float(), weight_OI.float(), bias).to(x_TI.dtype)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+
+
+def per_head(x_SHI: Tensor, weight: Tensor, across: bool) -> Tensor:
+    """Each head's rows times its own matrix [H, I, O] (`across`) or [H, O, I]: absorption of MLA's projections.
+
+    The matrix's inner two dimensions must be contiguous. Returns [S, H, O].
+    """
+    if use_cpu_kernels(x_SHI, weight) and x_SHI.shape[0] <= SMALL_M:
+        return cpu.per_head(x_SHI, weight, across)
+    matrix = weight if across else weight.transpose(1, 2)
+    return torch.bmm(x_SHI.transpose(0, 1), matrix).transpose(0, 1)

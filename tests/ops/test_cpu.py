@@ -65,6 +65,15 @@ def test_norm_swiglu_rotation(dtype):
         close(cpu.rotate(q[:, 1], rotation, interleaved), want.detach()[:, 1], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequences", [1, 9])
+def test_per_head(sequences, dtype):
+    x, w = draw(sequences, 3, 20, dtype=dtype)[..., :17], draw(3, 40, 17, dtype=dtype)[:, :33]
+    close(cpu.per_head(x, w, False), torch.einsum("shi,hoi->sho", x.double(), w.double()), dtype)
+    w = draw(3, 20, 37, dtype=dtype)[:, :17]
+    close(cpu.per_head(x, w, True), torch.einsum("shi,hio->sho", x.double(), w.double()), dtype)
+
+
 @pytest.mark.parametrize("moe", GATES, ids=lambda m: f"{m.topk_method}-{m.n_routed_experts}")
 def test_gate(moe: Moe):
     x, weight = draw(9, 33), draw(moe.n_routed_experts, 33, scale=0.3)

@@ -15,7 +15,10 @@
 namespace {
 
 constexpr int LANES = 16;
-constexpr int64_t PARALLEL_BYTES = 96 * 1024;  // weight bytes below which waking other threads costs more
+// Work is counted in weight bytes, times a quarter of the rows once they are several. Below this, one thread: waking
+// the others costs microseconds on an idle machine and milliseconds on a busy one.
+constexpr int64_t PARALLEL_WORK = 3 << 19;
+inline bool worth_sharing(int64_t bytes, int64_t rows) { return bytes * std::max<int64_t>(1, rows / 4) > PARALLEL_WORK; }
 typedef float vf __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
 typedef uint32_t vu __attribute__((vector_size(64)));
@@ -149,7 +152,7 @@ void linear(const T* x, const T* w, const T* bias, T* out, int64_t rows, int64_t
   std::vector<const float*> at;
   rows_of(x, rows, n, x_stride, keep, at);
   int64_t blocks = (outs + 3) / 4;
-#pragma omp parallel if (outs * n * int64_t(sizeof(T)) * (rows > 8 ? 2 : 1) > PARALLEL_BYTES)
+#pragma omp parallel if (worth_sharing(outs * n * int64_t(sizeof(T)), rows))
   {
     std::vector<float> scratch;
 #pragma omp for schedule(static)
@@ -157,6 +160,37 @@ void linear(const T* x, const T* w, const T* bias, T* out, int64_t rows, int64_t
       product(w, n, b * 4, std::min(outs, b * 4 + 4), at.data(), rows, n, scratch, [&](int64_t o, int64_t t, float v) {
         narrow(bias ? v + widen(bias[o]) : v, out + t * outs + o);
       });
+  }
+}
+
+// Every head's own matrix. across: out[s,h,o] = Σ_i x[s,h,i]·w[h,i,o]; else out[s,h,o] = Σ_i x[s,h,i]·w[h,o,i].
+template <class T>
+void per_head(const T* x, const T* w, T* out, int64_t S, int64_t H, int64_t I, int64_t O, int64_t x_s, int64_t x_h,
+              int64_t w_h, bool across) {
+#pragma omp parallel if (worth_sharing(H * I * O * int64_t(sizeof(T)), S))
+  {
+    std::vector<float> keep, scratch, acc;
+    std::vector<const float*> at;
+#pragma omp for schedule(static)
+    for (int64_t h = 0; h < H; ++h) {
+      const T* mine = w + h * w_h;
+      rows_of(x + h * x_h, S, I, x_s, keep, at);
+      if (!across) {
+        product(mine, I, 0, O, at.data(), S, I, scratch,
+                [&](int64_t o, int64_t s, float v) { narrow(v, out + (s * H + h) * O + o); });
+        continue;
+      }
+      for (int64_t s = 0; s < S; ++s) {
+        acc.assign(O, 0.0f);
+        for (int64_t i = 0; i < I; ++i) {
+          float v = at[s][i];
+          int64_t o = 0;
+          for (; o + LANES <= O; o += LANES) store(&acc[o], load(&acc[o]) + v * load(mine + i * O + o));
+          for (; o < O; ++o) acc[o] += v * widen(mine[i * O + o]);
+        }
+        for (int64_t o = 0; o < O; ++o) narrow(acc[o], out + (s * H + h) * O + o);
+      }
+    }
   }
 }
 
@@ -179,7 +213,7 @@ void experts(const T* x, const int64_t* expert, const float* weight, const T* ga
   for (size_t u = 0; u < used.size(); ++u)
     for (int64_t p : pairs[used[u]]) { inputs[u].push_back(at[p / K]); middles[u].push_back(&hidden[p * I]); }
   int64_t i_blocks = (I + 3) / 4, d_blocks = (D + 3) / 4, n_used = int64_t(used.size());
-#pragma omp parallel if (n_used * 3 * D * I * int64_t(sizeof(T)) > PARALLEL_BYTES)
+#pragma omp parallel if (worth_sharing(n_used * 3 * D * I * int64_t(sizeof(T)), T_ * K / n_used))
   {
     std::vector<float> scratch, up;
 #pragma omp for schedule(static)
@@ -319,7 +353,7 @@ void decode(const T* q, const T* cache, const int32_t* table, const int32_t* con
   for (int64_t s = 0; s < S; ++s) longest = std::max<int64_t>(longest, context[s]);
   int64_t step = groups > 1 ? per : std::max<int64_t>(1, std::min<int64_t>(4, per));  // heads that share one pass over keys
   int64_t head_jobs = H / step + (H % step ? 1 : 0);
-#pragma omp parallel if (S * longest * H * width > 131072)
+#pragma omp parallel if (S * longest * H * width > 1048576)
   {
     std::vector<float> wide, score, acc;
 #pragma omp for schedule(dynamic)
@@ -383,3 +417,5 @@ BOTH(decode, (void* q, void* c, int32_t* table, int32_t* len, void* out, int64_t
               int64_t entry, int64_t vo, int64_t page, int64_t ts, float scale),
      decode<T>(P(q), P(c), table, len, P(out), s, h, g, w, vw, entry, vo, page, ts, scale),
      decode<T>(P(q), P(c), table, len, P(out), s, h, g, w, vw, entry, vo, page, ts, scale))
+BOTH(per_head, (void* x, void* w, void* out, int64_t s, int64_t h, int64_t i, int64_t o, int64_t xs, int64_t xh, int64_t wh, int across),
+     per_head<T>(P(x), P(w), P(out), s, h, i, o, xs, xh, wh, across), per_head<T>(P(x), P(w), P(out), s, h, i, o, xs, xh, wh, across))
