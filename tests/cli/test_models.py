@@ -45,6 +45,15 @@ def test_run_as_json_is_reproducible_by_seed(tiny_folder: Path, capsys: Capture)
     assert float(str(first["memory_bandwidth_share"])) > 0
 
 
+def test_the_model_on_board_answers_the_first_question(capsys: Capture) -> None:
+    shown = hadal(capsys, "run", "hadal-mini", "What is 12 + 35?", "--json")
+    assert shown.status == 0, shown.err
+    found = json.loads(shown.out)
+    assert "47" in found["content"]
+    assert "2+5=7" in found["reasoning"]
+    assert found["finish_reason"] == "stop"
+
+
 def test_the_model_s_own_sampling_is_the_default(tiny_folder: Path) -> None:
     from hadal.cli.options import Sampling, model_defaults
 
