@@ -124,13 +124,13 @@ def _llama(hidden: int, layers: int, heads: int, inter: int) -> ModelConfig:
 
 MINI = ModelConfig(
     model_type="deepseek_v3",
-    vocab_size=2048,
+    vocab_size=1024,
     hidden_size=256,
-    intermediate_size=1024,
-    num_hidden_layers=7,
+    intermediate_size=768,
+    num_hidden_layers=8,
     num_attention_heads=8,
-    attention=Mla(128, 64, 32, 32, 32),
-    moe=Moe(16, 1, 4, 128, 1, 1, "sigmoid", "noaux_tc", 4, 2, True, 2.5),
+    attention=Mla(128, 128, 32, 32, 32),
+    moe=Moe(16, 1, 4, 96, 1, 1, "sigmoid", "noaux_tc", 1, 1, True, 2.0),
     num_nextn_predict_layers=1,
     fp8=Fp8(),
     max_position_embeddings=2048,

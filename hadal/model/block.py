@@ -28,4 +28,4 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
         attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)
         x_TD, normed_TD = self.post_attention_layernorm.after_add(x_TD, attended_TD)
-        return x_TD + (self.mlp(normed_TD, ctx) if self.is_moe else self.mlp(normed_TD))
+        return self.mlp(normed_TD, x_TD, ctx) if self.is_moe else x_TD + self.mlp(normed_TD)

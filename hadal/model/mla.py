@@ -16,6 +16,7 @@ from hadal.model.context import Context
 from hadal.model.layers import Linear, RMSNorm
 from hadal.ops.attention import attention
 from hadal.ops.linear import per_head
+from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages, mla_decode
 from hadal.ops.rope import rotate_interleaved
 
@@ -45,18 +46,18 @@ class MlaAttention(nn.Module):
         """Attention output [T, D] of normed hidden states."""
         assert ctx.rotation_T2r is not None
         q_nope_THn, q_rope_THR = self._queries(x_TD)
-        latent_TL, k_rope_TR = self.kv_a_proj_with_mqa(x_TD).split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
-        latent_TL = self.kv_a_layernorm(latent_TL)
-        q_rope_THR = rotate_interleaved(q_rope_THR, ctx.rotation_T2r)
-        k_rope_TR = rotate_interleaved(k_rope_TR, ctx.rotation_T2r)
+        kv_TC = self.kv_a_proj_with_mqa(x_TD)
+        norm = self.kv_a_layernorm
         if ctx.cache is None:
-            lengths = ctx.lengths()
-            out = self._expanded(q_nope_THn, q_rope_THR, latent_TL, k_rope_TR, lengths, lengths)
+            entry_TC, lengths = latent_entry(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r), ctx.lengths()
+            q_rope_THR = rotate_interleaved(q_rope_THR, ctx.rotation_T2r)
+            out = self._expanded(q_nope_THn, q_rope_THR, entry_TC, lengths, lengths)
         else:
             assert ctx.slot_T is not None
-            ctx.cache.write(self.layer, ctx.slot_T, torch.cat([latent_TL, k_rope_TR], -1))
-            out = self._cached(q_nope_THn, q_rope_THR, latent_TL, k_rope_TR, ctx)
-        return self.o_proj(out)  # type: ignore[no-any-return]
+            pages = ctx.cache.layers[self.layer]
+            entry_TC = write_latent(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, pages, ctx.slot_T)
+            out = self._cached(q_nope_THn, q_rope_THR, entry_TC, ctx)
+        return self.o_proj(out)
 
     def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         q = self.q_proj(x_TD) if self.a.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
@@ -67,54 +68,51 @@ class MlaAttention(nn.Module):
         self,
         q_nope_THn: Tensor,
         q_rope_THR: Tensor,
-        latent_NL: Tensor,
-        k_rope_NR: Tensor,
+        entry_NC: Tensor,
         q_len: list[int],
         k_len: list[int],
     ) -> Tensor:
         """Keys and values of every head from the latent, then ordinary causal attention; [T, H·v]."""
+        latent_NL, k_rope_NR = entry_NC.split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
         kv_NHw = self.kv_b_proj(latent_NL).unflatten(-1, (self.heads, -1))
         k_nope_NHn, v_NHv = kv_NHw.split([self.a.qk_nope_head_dim, self.a.v_head_dim], -1)
         k = torch.cat([k_nope_NHn, k_rope_NR.unsqueeze(1).expand(-1, self.heads, -1)], -1)
         q = torch.cat([q_nope_THn, q_rope_THR], -1)
         return attention(q, k, v_NHv, q_len, k_len, self.scale).flatten(1)
 
-    def _cached(
-        self, q_nope_THn: Tensor, q_rope_THR: Tensor, latent_TL: Tensor, k_rope_TR: Tensor, ctx: Context
-    ) -> Tensor:
+    def _cached(self, q_nope_THn: Tensor, q_rope_THR: Tensor, entry_TC: Tensor, ctx: Context) -> Tensor:
         """Decodes through the absorbed form, prefill chunks through the expanded one."""
+        assert ctx.rotation_T2r is not None
         d, T = ctx.num_decodes, ctx.num_tokens
         parts = []
         if d:
             parts.append(self._absorbed(q_nope_THn[:d], q_rope_THR[:d], ctx))
         if d < T:
             q_len, k_len = ctx.lengths(d), list(ctx.context_lens[d:])
-            if q_len == k_len:  # nothing cached before: the stream itself holds all keys
-                latent, rope = latent_TL[d:], k_rope_TR[d:]
-            else:
-                latent, rope = self._prefix(ctx, d)
-            parts.append(self._expanded(q_nope_THn[d:], q_rope_THR[d:], latent, rope, q_len, k_len))
+            # with nothing cached before, the stream itself holds all keys
+            entry_NC = entry_TC[d:] if q_len == k_len else self._visible_entries(ctx, d)
+            q_rope = rotate_interleaved(q_rope_THR[d:], ctx.rotation_T2r[d:])
+            parts.append(self._expanded(q_nope_THn[d:], q_rope, entry_NC, q_len, k_len))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _prefix(self, ctx: Context, first: int) -> tuple[Tensor, Tensor]:
-        """Latents and rope keys of all visible tokens of sequences `first` …, out of their pages."""
+    def _visible_entries(self, ctx: Context, first: int) -> Tensor:
+        """Cached entries of all visible tokens of sequences `first` …, out of their pages."""
         assert ctx.cache is not None and ctx.block_table_SP is not None
         pages, size = ctx.cache.layers[self.layer], ctx.cache.page_size
         rows = []
         for s in range(first, len(ctx.context_lens)):
             length = ctx.context_lens[s]
             rows.append(gather_pages(pages, ctx.block_table_SP[s, : -(-length // size)], length))
-        latent, rope = torch.cat(rows).split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
-        return latent, rope
+        return torch.cat(rows)
 
     def _absorbed(self, q_nope_SHn: Tensor, q_rope_SHR: Tensor, ctx: Context) -> Tensor:
         """One query token a sequence over the latent cache; [S, H·v]."""
         assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None
         d, n = ctx.num_decodes, self.a.qk_nope_head_dim
         w_HwL = self.kv_b_proj.weight.view(self.heads, n + self.a.v_head_dim, self.a.kv_lora_rank)
-        q_SHL = per_head(q_nope_SHn, w_HwL[:, :n], across=True)
+        assert ctx.rotation_T2r is not None
         z_SHL = mla_decode(
-            torch.cat([q_SHL, q_rope_SHR], -1),
+            absorbed_query(q_nope_SHn, q_rope_SHR, ctx.rotation_T2r[:d], w_HwL[:, :n]),
             ctx.cache.layers[self.layer],
             ctx.block_table_SP[:d],
             ctx.context_len_S[:d],

@@ -51,8 +51,10 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, hidden, **like))  # type: ignore[call-overload]
         self.down_proj = nn.Parameter(torch.empty(E, hidden, width, **like))  # type: ignore[call-overload]
 
-    def forward(self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj)
+    def forward(
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, shared_TD: Tensor | None, residual_TD: Tensor
+    ) -> Tensor:
+        return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj, shared_TD, residual_TD)
 
 
 class Moe(nn.Module):
@@ -69,14 +71,15 @@ class Moe(nn.Module):
         if m.n_shared_experts:
             self.shared_experts = Ffn(config.hidden_size, m.n_shared_experts * m.moe_intermediate_size, **like)
 
-    def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x_TD: Tensor, residual_TD: Tensor, ctx: Context) -> Tensor:
+        """residual + Σ_k w_k · expert_k(x) + shared(x)."""
         if ctx.record_routing:
             expert_TK, weight_TK, score_TE = self._recorded(x_TD)
             ctx.routing.append(Routing(self.layer, self.gate, expert_TK, score_TE))
         else:
             expert_TK, weight_TK, _ = self.gate(x_TD)
-        out_TD = self.experts(x_TD, expert_TK, weight_TK)
-        return out_TD if self.shared_experts is None else out_TD + self.shared_experts(x_TD)  # type: ignore[no-any-return]
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        return self.experts(x_TD, expert_TK, weight_TK, shared_TD, residual_TD)
 
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from hadal.ops.gate import gate_reference

@@ -108,7 +108,9 @@ def _function(name: str, dtype: torch.dtype) -> Any:
         "rms_norm": [p] * 5 + [i] * 3 + [f],
         "rotate": [p] * 3 + [i] * 5 + [ctypes.c_int],
         "gate": [p] * 5 + [i] * 6 + [ctypes.c_int] * 3 + [f],
-        "per_head": [p] * 3 + [i] * 7 + [ctypes.c_int],
+        "per_head": [p] * 3 + [i] * 7,
+        "write_latent": [p] * 6 + [i] * 4 + [f],
+        "absorbed_query": [p] * 5 + [i] * 10,
         "decode": [p] * 5 + [i] * 9 + [f],
     }[name]
     return function
@@ -201,15 +203,41 @@ def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tu
     return expert, weight
 
 
-def per_head(x_SHI: Tensor, weight: Tensor, across: bool) -> Tensor:
-    """Each head's rows times its own matrix: weight [H, I, O] if `across`, else [H, O, I]; [S, H, O]."""
+def per_head(x_SHI: Tensor, weight_HOI: Tensor) -> Tensor:
+    """Each head's rows times its own matrix [H, O, I]; [S, H, O]."""
     if x_SHI.stride(2) != 1:
         x_SHI = x_SHI.contiguous()
-    (S, H, I), O = x_SHI.shape, weight.shape[2 if across else 1]
+    (S, H, I), O = x_SHI.shape, weight_HOI.shape[1]
     out = x_SHI.new_empty((S, H, O))
     _function("per_head", x_SHI.dtype)(
-        x_SHI.data_ptr(), weight.data_ptr(), out.data_ptr(), S, H, I, O, x_SHI.stride(0), x_SHI.stride(1),
-        weight.stride(0), int(across),
+        x_SHI.data_ptr(), weight_HOI.data_ptr(), out.data_ptr(), S, H, I, O, x_SHI.stride(0), x_SHI.stride(1),
+        weight_HOI.stride(0),
+    )  # fmt: skip
+    return out
+
+
+def write_latent(
+    kv_TC: Tensor, norm_L: Tensor, eps: float, rotation_T2r: Tensor, cache_PBC: Tensor, slot_T: Tensor
+) -> Tensor:
+    """Latent cache entries [T, C], also written to their slots."""
+    kv_TC = kv_TC if kv_TC.stride(1) == 1 else kv_TC.contiguous()
+    rotation, slot_T, (T, C), rank = rotation_T2r.contiguous(), slot_T.contiguous(), kv_TC.shape, norm_L.shape[0]
+    entry = kv_TC.new_empty((T, C))
+    _function("write_latent", kv_TC.dtype)(
+        kv_TC.data_ptr(), norm_L.data_ptr(), rotation.data_ptr(), cache_PBC.data_ptr(), slot_T.data_ptr(),
+        entry.data_ptr(), T, rank, (C - rank) // 2, kv_TC.stride(0), eps,
+    )  # fmt: skip
+    return entry
+
+
+def absorbed_query(q_nope_SHn: Tensor, q_rope_SHR: Tensor, rotation_S2r: Tensor, up_HnL: Tensor) -> Tensor:
+    """Queries over latent cache entries, [S, H, L + R]."""
+    rotation, (S, H, n), L, R = rotation_S2r.contiguous(), q_nope_SHn.shape, up_HnL.shape[2], q_rope_SHR.shape[2]
+    out = q_nope_SHn.new_empty((S, H, L + R))
+    _function("absorbed_query", q_nope_SHn.dtype)(
+        q_nope_SHn.data_ptr(), q_rope_SHR.data_ptr(), rotation.data_ptr(), up_HnL.data_ptr(), out.data_ptr(), S, H, n,
+        L, R // 2, q_nope_SHn.stride(0), q_nope_SHn.stride(1), q_rope_SHR.stride(0), q_rope_SHR.stride(1),
+        up_HnL.stride(0),
     )  # fmt: skip
     return out
 

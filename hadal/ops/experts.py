@@ -57,47 +57,62 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, T
     return x_TD.index_select(0, order // expert_TK.shape[1]), order, counts_E
 
 
-def combine(row_ND: Tensor, order: Tensor, weight_TK: Tensor) -> Tensor:
-    """Weighted sum of each token's K rows, FP32 inside: the inverse of `dispatch`."""
+def combine(
+    row_ND: Tensor, order: Tensor, weight_TK: Tensor, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None
+) -> Tensor:
+    """Weighted sum of each token's K rows, FP32 inside, the inverse of `dispatch`; then + shared + residual."""
     if use_triton(row_ND, weight_TK):
         from hadal.ops.triton.experts import combine as fast
 
-        return fast(row_ND, order, weight_TK)
+        return fast(row_ND, order, weight_TK, shared_TD, residual_TD)
     T, K = weight_TK.shape
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel(), device=order.device)
     row_TKD = row_ND.index_select(0, inverse).view(T, K, -1)
     wide = torch.promote_types(row_ND.dtype, weight_TK.dtype)
-    return torch.einsum("tkd,tk->td", row_TKD.to(wide), weight_TK.to(wide)).to(row_ND.dtype)
+    out_TD = torch.einsum("tkd,tk->td", row_TKD.to(wide), weight_TK.to(wide)).to(row_ND.dtype)
+    return _plus(out_TD, shared_TD, residual_TD)
+
+
+def _plus(out_TD: Tensor, shared_TD: Tensor | None, residual_TD: Tensor | None) -> Tensor:
+    out_TD = out_TD if shared_TD is None else out_TD + shared_TD
+    return out_TD if residual_TD is None else residual_TD + out_TD
 
 
 def experts_grouped(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
-) -> Tensor:
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+    shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Rows sorted by expert, then grouped matrix products (BF16 on CUDA). Differentiable."""
     row_ND, order, counts_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
     offset_E = counts_E.cumsum(0, dtype=torch.int32)
     hidden = swiglu(torch._grouped_mm(row_ND, gate_up_E2ID.transpose(1, 2), offs=offset_E))
-    return combine(torch._grouped_mm(hidden, down_EDI.transpose(1, 2), offs=offset_E), order, weight_TK)
+    row_ND = torch._grouped_mm(hidden, down_EDI.transpose(1, 2), offs=offset_E)
+    return combine(row_ND, order, weight_TK, shared_TD, residual_TD)
 
 
 def experts_by_segment(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
-) -> Tensor:
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+    shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Rows sorted by expert, then one dense product an expert that has rows (CPU). Differentiable."""
     row_ND, order, counts_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
     parts = []
     for e, rows in enumerate(row_ND.split(counts_E.tolist())):
         if rows.shape[0]:
             parts.append(ffn(rows, gate_up_E2ID[e], down_EDI[e]))
-    return combine(torch.cat(parts), order, weight_TK)
+    return combine(torch.cat(parts), order, weight_TK, shared_TD, residual_TD)
 
 
 def experts(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
-) -> Tensor:
-    """The routed experts on x [T, D]: expert [T, K] int64, weight [T, K] FP32 → [T, D]. No token is dropped."""
-    args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI)
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+    shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The routed experts on x [T, D]: expert [T, K] int64, weight [T, K] FP32 → [T, D]. No token is dropped.
+
+    The shared expert's output and the residual stream are added in the same pass where they are given.
+    """
+    args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     if use_triton(x_TD, gate_up_E2ID) and x_TD.shape[0] <= 256 and x_TD.dtype == torch.bfloat16:
         from hadal.ops.triton.experts import experts as fast
 
@@ -105,5 +120,5 @@ def experts(
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
     if use_cpu_kernels(x_TD, gate_up_E2ID) and x_TD.shape[0] <= SMALL_M:
-        return cpu.experts(*args)
+        return _plus(cpu.experts(*args[:5]), shared_TD, residual_TD)
     return experts_by_segment(*args)

@@ -36,7 +36,7 @@ def per_head(x_SHI: Tensor, weight: Tensor, across: bool) -> Tensor:
 
     The matrix's inner two dimensions must be contiguous. Returns [S, H, O].
     """
-    if use_cpu_kernels(x_SHI, weight) and x_SHI.shape[0] <= SMALL_M:
-        return cpu.per_head(x_SHI, weight, across)
+    if not across and use_cpu_kernels(x_SHI, weight) and x_SHI.shape[0] <= SMALL_M:
+        return cpu.per_head(x_SHI, weight)
     matrix = weight if across else weight.transpose(1, 2)
     return torch.bmm(x_SHI.transpose(0, 1), matrix).transpose(0, 1)

@@ -130,6 +130,9 @@ def split_reasoning(text: str, starts_inside: bool, *, may_open: bool = False) -
 def _held(text: str, markers: Sequence[str]) -> int:
     """How many last characters of the text may be the beginning of a marker."""
     longest = max(map(len, markers))
+    tail = text[1 - longest :]
+    if not any(marker[0] in tail for marker in markers):
+        return 0
     for length in range(min(longest - 1, len(text)), 0, -1):
         if any(marker.startswith(text[-length:]) for marker in markers):
             return length

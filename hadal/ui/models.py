@@ -19,7 +19,7 @@ OTHER_NOTE = "It can be wrong. Check what matters."
 
 PUZZLES = (
     "What is 347 + 586?",
-    "Using the numbers 3, 7, 8 and 25, make 54.",
+    "Use 3, 4 and 8 to make 20.",
     "Combien font 84 × 7 ?",
     "Coloque em ordem crescente: 41, 7, 93, 28, 65.",
     "Solve for x: 3x + 7 = 28",

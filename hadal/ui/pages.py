@@ -35,12 +35,13 @@ PAGES: tuple[Page, ...] = (Page("Chat", "", _chat),)
 def build_site(client: Client, pages: Sequence[Page] = PAGES) -> Any:
     """All pages as one `gr.Blocks`. Imports Gradio (seconds, ~130 MB): call it off the event loop."""
     import gradio as gr
+    from gradio.components.navbar import Navbar
 
     if not pages or pages[0].path:
         raise ValueError('the first page must have the path ""')
     with gr.Blocks(title="Hadal", analytics_enabled=False, fill_height=True, fill_width=True) as site:
         if len(pages) > 1:
-            gr.Navbar(main_page_name=pages[0].name)
+            Navbar(main_page_name=pages[0].name)
         pages[0].build(client)
     for page in pages[1:]:
         with site.route(page.name, page.path):

@@ -28,6 +28,7 @@ from hadal.weights.mapped import Mapping
 from hadal.weights.names import SCALE_SUFFIX, Slot
 
 _THREADS = 4
+_THREADS_FROM_BYTES = 1_000_000_000  # each thread keeps about 10 MB: too much beside a small model
 
 
 def load(
@@ -70,7 +71,8 @@ def load_into(model: Transformer, folder: Folder, *, progress: Progress | None =
     with Mapping() as files:
         work = _Work(folder, state, files, counter)
         tensors, copies = _by_shard(folder)
-        with ThreadPoolExecutor(_THREADS, "hadal-load") as pool:
+        threads = _THREADS if folder.nbytes >= _THREADS_FROM_BYTES else 1
+        with ThreadPoolExecutor(threads, "hadal-load") as pool:
             for shard in tensors:
                 _run(pool, work.fill, shard)
             _run(pool, work.compare, copies)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hadal.config import Moe
-from hadal.ops import cpu, paged, rope
+from hadal.ops import cpu, mla, paged, rope
 from hadal.ops.experts import experts_reference
 from hadal.ops.gate import gate_reference
 from hadal.ops.rms_norm import rms_norm_reference
@@ -69,9 +69,27 @@ def test_norm_swiglu_rotation(dtype):
 @pytest.mark.parametrize("sequences", [1, 9])
 def test_per_head(sequences, dtype):
     x, w = draw(sequences, 3, 20, dtype=dtype)[..., :17], draw(3, 40, 17, dtype=dtype)[:, :33]
-    close(cpu.per_head(x, w, False), torch.einsum("shi,hoi->sho", x.double(), w.double()), dtype)
-    w = draw(3, 20, 37, dtype=dtype)[:, :17]
-    close(cpu.per_head(x, w, True), torch.einsum("shi,hio->sho", x.double(), w.double()), dtype)
+    close(cpu.per_head(x, w), torch.einsum("shi,hoi->sho", x.double(), w.double()), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_latent_entries_and_absorbed_queries(tokens, dtype):
+    rank, width, heads, n = 37, 61, 3, 21
+    kv, norm = draw(tokens, width + 5, dtype=dtype)[:, :width], draw(rank, dtype=dtype)
+    rotation = rope.rotation_table(rope.Rope(), width - rank, 50)[torch.randint(0, 50, (tokens,))]
+    cache, slot = torch.full((4, 8, width), 7.0).to(dtype), torch.randperm(32)[:tokens]
+    want = mla.latent_entry(kv.double().requires_grad_(), norm.double(), 1e-6, rotation).detach()
+    close(cpu.write_latent(kv, norm, 1e-6, rotation, cache, slot), want, dtype)
+    close(cache.view(32, width)[slot], want, dtype)
+    assert (cache.view(32, width)[[i for i in range(32) if i not in slot.tolist()]] == 7).all()
+    q = draw(tokens, heads, n + width - rank, dtype=dtype)
+    up = draw(heads, n + 4, rank, dtype=dtype)[:, :n]
+    want = torch.cat([
+        torch.einsum("shi,hio->sho", q[..., :n].double(), up.double()),
+        rope.rotate_interleaved(q[..., n:].double().requires_grad_(), rotation).detach(),
+    ], -1)  # fmt: skip
+    close(cpu.absorbed_query(q[..., :n], q[..., n:], rotation, up), want, dtype)
 
 
 @pytest.mark.parametrize("moe", GATES, ids=lambda m: f"{m.topk_method}-{m.n_routed_experts}")

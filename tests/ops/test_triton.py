@@ -74,6 +74,29 @@ def test_rotation(interleaved, dtype):
     close(rotate(x[:, 0], rotation, interleaved), reference[:, 0], dtype)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_latent_entries_and_rotation_into_a_slice(dtype):
+    from hadal.ops.mla import latent_entry
+    from hadal.ops.triton.mla import write_latent
+    from hadal.ops.triton.rope import rotate_into
+
+    rank, width, tokens = 37, 61, 5
+    kv, norm = draw(tokens, width + 5, dtype=dtype)[:, :width], draw(rank, dtype=dtype)
+    rotation = rope.rotation_table(rope.Rope(), width - rank, 50)[torch.randint(0, 50, (tokens,))].to(DEVICE)
+    cache, slot = torch.full((4, 8, width), 7.0).to(dtype).to(DEVICE), torch.randperm(32)[:tokens].to(DEVICE)
+    entry = write_latent(kv, norm, 1e-6, rotation, cache, slot)
+    want = latent_entry(kv.cpu().double().requires_grad_(), norm.cpu().double(), 1e-6, rotation.cpu()).detach()
+    close(entry, want, dtype)
+    close(cache.view(32, width)[slot], want, dtype)
+    untouched = [i for i in range(32) if i not in slot.tolist()]
+    assert (cache.view(32, width)[untouched] == 7).all()
+    q, out = draw(tokens, 3, 30, dtype=dtype)[..., 6:], torch.zeros(tokens, 3, 40, dtype=dtype, device=DEVICE)
+    rotate_into(q, rotation, out[..., 16:], interleaved=True)
+    close(out[..., 16:], rope.rotate_interleaved(q.cpu().float().requires_grad_(), rotation.cpu()).detach(), dtype)
+    assert (out[..., :16] == 0).all()
+
+
 GATES = [
     Moe(16, 1, 4, 8, n_group=4, topk_group=2, routed_scaling_factor=2.5),
     Moe(256, 1, 8, 8, n_group=8, topk_group=4, routed_scaling_factor=2.5),
@@ -127,6 +150,8 @@ def test_combine(dtype):
     with torch.enable_grad():  # a gradient forces the reference
         want = reference(row.double().requires_grad_(), order, weight.double()).detach()
     close(combine(row, order, weight), want, dtype)
+    shared, residual = draw(5, 40, dtype=dtype), draw(5, 40, dtype=dtype)
+    close(combine(row, order, weight, shared, residual), want + shared.double() + residual.double(), dtype)
 
 
 def pages_for(lengths: list[int], page: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:

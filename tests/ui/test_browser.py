@@ -396,6 +396,7 @@ def test_phone(visitor: Visitor) -> None:
     assert send["width"] >= 32 and send["height"] >= 32
     page.locator("#hadal-left .toggle-button").tap()
     expect(page.locator(CHATS)).to_be_in_viewport()
+    page.wait_for_timeout(400)  # the panel slides in
     visit.picture("list-phone")
     page.locator("#hadal-new").tap()
     expect(left).not_to_have_class(re.compile(r"\bopen\b"))

@@ -129,6 +129,9 @@ def test_the_model_on_board_answers(browser: Any) -> None:
         context = browser.new_context(viewport={"width": 1280, "height": 800})
         visit = Visit(context, running.url)
         expect(visit.page.locator("#hadal-note")).to_contain_text("number puzzles only")
+        visit.page.click("#hadal-right .toggle-button")
+        visit.page.get_by_label("number input for Temperature").fill("0")  # the same words on every run
+        visit.page.click("#hadal-right .toggle-button")
         visit.page.get_by_text("What is 347 + 586?").click()
         visit.idle()
         answer = visit.page.locator(ANSWERS)
@@ -136,7 +139,12 @@ def test_the_model_on_board_answers(browser: Any) -> None:
         expect(answer.locator(".hadal-figures")).to_contain_text("tokens/s", timeout=60_000)
         turn = visit.stored()["What is 347 + 586?"]["turns"][0]
         assert turn["status"] == "done" and "347" in turn["reasoning"] and "933" in turn["answer"]
-        visit.picture("mini")
+        visit.ask("Coloque em ordem crescente: 41, 7, 93, 28, 65.")
+        expect(answer.last).to_contain_text("7, 28, 41, 65, 93")
+        answer.last.locator(".title").click()
+        visit.page.mouse.move(640, 20)
+        visit.page.wait_for_timeout(500)
+        visit.picture("chat")
         assert visit.foreign == [] and visit.complaints == []
         context.close()
     engine.shutdown()

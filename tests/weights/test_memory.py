@@ -81,6 +81,45 @@ def test_loading(folders: Path, kind: str, dtype: str) -> None:
     assert weights * 0.98 < peak <= weights * 1.15, f"peak {peak / weights:.3f} × the weights"
 
 
+PIECES = """
+import sys, threading, time, torch
+import hadal.weights.mapped as mapped
+from hadal.weights import load
+
+def file_pages():
+    return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("RssFile"))
+
+mapped.PIECE_BYTES = 1 << 20  # 256 KiB of FP8: every matrix in several pieces
+torch.set_num_threads(2)
+load(sys.argv[2])  # loads what the kernels need
+base, peak, done = file_pages(), 0, False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, file_pages() - base)
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+load(sys.argv[1], dtype=torch.bfloat16)
+done = True
+thread.join()
+print(peak)
+"""
+
+
+def test_released_pages_stay_released(folders: Path, tmp_path: Path) -> None:
+    """Reading a matrix in several pieces leaves no trail of mapped pages that grows with the model."""
+    from tests.weights.helpers import random_model
+
+    save(random_model(tiny.V3), tmp_path / "small", fp8=True)
+    command = [sys.executable, "-c", PIECES, str(folders / "fp8"), str(tmp_path / "small")]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert 0 < int(out.stdout) < 16e6, f"{int(out.stdout) / 1e6:.0f} MB of file pages at once"
+
+
 def test_converting_takes_pieces_not_the_model(folders: Path) -> None:
     size = sum(f.stat().st_size for f in (folders / "fp8").glob("*.safetensors"))
     peak, _ = measure(folders / "fp8", "convert")

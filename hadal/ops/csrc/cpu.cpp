@@ -163,33 +163,19 @@ void linear(const T* x, const T* w, const T* bias, T* out, int64_t rows, int64_t
   }
 }
 
-// Every head's own matrix. across: out[s,h,o] = Σ_i x[s,h,i]·w[h,i,o]; else out[s,h,o] = Σ_i x[s,h,i]·w[h,o,i].
+// Every head's own matrix: out[s,h,o] = Σ_i x[s,h,i]·w[h,o,i].
 template <class T>
 void per_head(const T* x, const T* w, T* out, int64_t S, int64_t H, int64_t I, int64_t O, int64_t x_s, int64_t x_h,
-              int64_t w_h, bool across) {
+              int64_t w_h) {
 #pragma omp parallel if (worth_sharing(H * I * O * int64_t(sizeof(T)), S))
   {
-    std::vector<float> keep, scratch, acc;
+    std::vector<float> keep, scratch;
     std::vector<const float*> at;
 #pragma omp for schedule(static)
     for (int64_t h = 0; h < H; ++h) {
-      const T* mine = w + h * w_h;
       rows_of(x + h * x_h, S, I, x_s, keep, at);
-      if (!across) {
-        product(mine, I, 0, O, at.data(), S, I, scratch,
-                [&](int64_t o, int64_t s, float v) { narrow(v, out + (s * H + h) * O + o); });
-        continue;
-      }
-      for (int64_t s = 0; s < S; ++s) {
-        acc.assign(O, 0.0f);
-        for (int64_t i = 0; i < I; ++i) {
-          float v = at[s][i];
-          int64_t o = 0;
-          for (; o + LANES <= O; o += LANES) store(&acc[o], load(&acc[o]) + v * load(mine + i * O + o));
-          for (; o < O; ++o) acc[o] += v * widen(mine[i * O + o]);
-        }
-        for (int64_t o = 0; o < O; ++o) narrow(acc[o], out + (s * H + h) * O + o);
-      }
+      product(w + h * w_h, I, 0, O, at.data(), S, I, scratch,
+              [&](int64_t o, int64_t s, float v) { narrow(v, out + (s * H + h) * O + o); });
     }
   }
 }
@@ -287,6 +273,42 @@ void rotate(const T* x, const float* rotation, T* out, int64_t T_, int64_t H, in
         narrow(a * cos[i] - b * sin[i], to + p);
         narrow(b * cos[i] + a * sin[i], to + q);
       }
+    }
+  }
+}
+
+// Latent cache entries (hadal.ops.mla): the latent normed, the rope key rotated, kept and written to their slots.
+template <class T>
+void write_latent(const T* kv, const T* norm, const float* rotation, T* cache, const int64_t* slot, T* entry, int64_t T_,
+                  int64_t rank, int64_t half, int64_t stride, float eps) {
+  int64_t width = rank + 2 * half;
+  for (int64_t t = 0; t < T_; ++t) {
+    rms_norm<T>(kv + t * stride, nullptr, norm, nullptr, entry + t * width, 1, rank, stride, eps);
+    rotate<T>(kv + t * stride + rank, rotation + t * 2 * half, entry + t * width + rank, 1, 1, half, 0, 0, true);
+    std::memcpy(cache + slot[t] * width, entry + t * width, width * sizeof(T));
+  }
+}
+
+// Absorbed queries: [across heads q_nope·W_UK; rotated q_rope].
+template <class T>
+void absorbed_query(const T* nope, const T* rope, const float* rotation, const T* up, T* out, int64_t S, int64_t H,
+                    int64_t n, int64_t L, int64_t half, int64_t n_s, int64_t n_h, int64_t r_s, int64_t r_h, int64_t up_h) {
+  int64_t C = L + 2 * half;
+#pragma omp parallel for schedule(static) if (worth_sharing(H * n * L * int64_t(sizeof(T)), S))
+  for (int64_t h = 0; h < H; ++h) {
+    std::vector<float> acc(L);
+    for (int64_t s = 0; s < S; ++s) {
+      std::fill(acc.begin(), acc.end(), 0.0f);
+      const T *x = nope + s * n_s + h * n_h, *w = up + h * up_h;
+      for (int64_t i = 0; i < n; ++i) {
+        float v = widen(x[i]);
+        int64_t o = 0;
+        for (; o + LANES <= L; o += LANES) store(&acc[o], load(&acc[o]) + v * load(w + i * L + o));
+        for (; o < L; ++o) acc[o] += v * widen(w[i * L + o]);
+      }
+      T* to = out + (s * H + h) * C;
+      for (int64_t o = 0; o < L; ++o) narrow(acc[o], to + o);
+      rotate<T>(rope + s * r_s + h * r_h, rotation + s * 2 * half, to + L, 1, 1, half, 0, 0, true);
     }
   }
 }
@@ -417,5 +439,13 @@ BOTH(decode, (void* q, void* c, int32_t* table, int32_t* len, void* out, int64_t
               int64_t entry, int64_t vo, int64_t page, int64_t ts, float scale),
      decode<T>(P(q), P(c), table, len, P(out), s, h, g, w, vw, entry, vo, page, ts, scale),
      decode<T>(P(q), P(c), table, len, P(out), s, h, g, w, vw, entry, vo, page, ts, scale))
-BOTH(per_head, (void* x, void* w, void* out, int64_t s, int64_t h, int64_t i, int64_t o, int64_t xs, int64_t xh, int64_t wh, int across),
-     per_head<T>(P(x), P(w), P(out), s, h, i, o, xs, xh, wh, across), per_head<T>(P(x), P(w), P(out), s, h, i, o, xs, xh, wh, across))
+BOTH(per_head, (void* x, void* w, void* out, int64_t s, int64_t h, int64_t i, int64_t o, int64_t xs, int64_t xh, int64_t wh),
+     per_head<T>(P(x), P(w), P(out), s, h, i, o, xs, xh, wh), per_head<T>(P(x), P(w), P(out), s, h, i, o, xs, xh, wh))
+BOTH(write_latent, (void* kv, void* norm, float* r, void* cache, int64_t* slot, void* entry, int64_t t, int64_t rank, int64_t half,
+                    int64_t stride, float eps),
+     write_latent<T>(P(kv), P(norm), r, P(cache), slot, P(entry), t, rank, half, stride, eps),
+     write_latent<T>(P(kv), P(norm), r, P(cache), slot, P(entry), t, rank, half, stride, eps))
+BOTH(absorbed_query, (void* n, void* q, float* r, void* up, void* out, int64_t s, int64_t h, int64_t w, int64_t l, int64_t half,
+                      int64_t ns, int64_t nh, int64_t rs, int64_t rh, int64_t uh),
+     absorbed_query<T>(P(n), P(q), r, P(up), P(out), s, h, w, l, half, ns, nh, rs, rh, uh),
+     absorbed_query<T>(P(n), P(q), r, P(up), P(out), s, h, w, l, half, ns, nh, rs, rh, uh))

@@ -106,7 +106,10 @@ def _down_kernel(
 
 
 @triton.jit
-def _combine_kernel(y, place, weight, out, hidden, K: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(
+    y, place, weight, shared, residual, out, hidden,
+    K: tl.constexpr, PLACED: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < hidden
@@ -117,20 +120,24 @@ def _combine_kernel(y, place, weight, out, hidden, K: tl.constexpr, PLACED: tl.c
             at = tl.load(place + at)
         row = tl.load(y + at * hidden + col, mask=inside, other=0.0).to(tl.float32)
         acc += row * tl.load(weight + token * K + k)
+    if SHARED:
+        acc += tl.load(shared + token * hidden + col, mask=inside, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        acc += tl.load(residual + token * hidden + col, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * hidden + col, acc.to(out.dtype.element_ty), mask=inside)
 
 
 def experts(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
-) -> Tensor:
-    """Σ_k w_k · expert_k(x), [T, D]."""
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+    shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Σ_k w_k · expert_k(x) + shared + residual, [T, D], summed in FP32."""
     tokens, hidden = x_TD.shape
     K, (n_experts, _, width) = expert_TK.shape[1], down_EDI.shape
     pairs = tokens * K
     x_TD = x_TD.contiguous()
     h_PI = torch.empty((pairs, width), dtype=x_TD.dtype, device=x_TD.device)
     y_PD = torch.empty((pairs, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    out_TD = torch.empty_like(x_TD)
     blocks = {"BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": _rows_a_tile(pairs, n_experts)}
     _gate_up_kernel[(triton.cdiv(width, 64), n_experts)](
         x_TD, expert_TK, gate_up_E2ID, h_PI, pairs, hidden, width,
@@ -140,7 +147,7 @@ def experts(
         h_PI, expert_TK, down_EDI, y_PD, pairs, hidden, width,
         **blocks, BLOCK_N=64, BLOCK_I=128 if blocks["BLOCK_M"] == 16 else 64, num_warps=4, num_stages=4,
     )  # fmt: skip
-    return _combine(y_PD, None, weight_TK, out_TD)
+    return _combine(y_PD, None, weight_TK, shared_TD, residual_TD)
 
 
 def _rows_a_tile(pairs: int, n_experts: int) -> int:
@@ -148,18 +155,23 @@ def _rows_a_tile(pairs: int, n_experts: int) -> int:
     return min(64, max(16, triton.next_power_of_2(pairs * 3 // (2 * n_experts))))
 
 
-def combine(row_ND: Tensor, order: Tensor, weight_TK: Tensor) -> Tensor:
+def combine(
+    row_ND: Tensor, order: Tensor, weight_TK: Tensor, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None
+) -> Tensor:
     """Weighted sum of each token's K rows, which lie sorted by expert; see `hadal.ops.experts.combine`."""
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    out_TD = torch.empty((weight_TK.shape[0], row_ND.shape[1]), dtype=row_ND.dtype, device=row_ND.device)
-    return _combine(row_ND, place, weight_TK, out_TD)
+    return _combine(row_ND, place, weight_TK, shared_TD, residual_TD)
 
 
-def _combine(row_ND: Tensor, place: Tensor | None, weight_TK: Tensor, out_TD: Tensor) -> Tensor:
-    tokens, hidden = out_TD.shape
+def _combine(
+    row_ND: Tensor, place: Tensor | None, weight_TK: Tensor, shared_TD: Tensor | None, residual_TD: Tensor | None
+) -> Tensor:
+    (tokens, K), hidden = weight_TK.shape, row_ND.shape[1]
+    out_TD = torch.empty((tokens, hidden), dtype=row_ND.dtype, device=row_ND.device)
     _combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
-        row_ND, row_ND if place is None else place, weight_TK, out_TD, hidden,
-        K=weight_TK.shape[1], PLACED=place is not None, BLOCK=1024, num_warps=4,
+        row_ND, row_ND if place is None else place, weight_TK, row_ND if shared_TD is None else shared_TD.contiguous(),
+        row_ND if residual_TD is None else residual_TD.contiguous(), out_TD, hidden, K=K, PLACED=place is not None,
+        SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out_TD
