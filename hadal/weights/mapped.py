@@ -23,7 +23,7 @@ from hadal.weights.header import Stored
 
 PIECE_BYTES = 4 << 20
 # Touching a page maps its neighbours too, up to a whole 2 MiB folio of the page cache: released ones come
-# back, and would stay. Measured (Linux 6.18, ext4, 1 GB in FP8): 109 MB left with 64 KiB here, 15 MB with 2 MiB.
+# back, and would stay. Measured (Linux 6.18, ext4, 1 GB in FP8): 109 MB left with 64 KiB here, 15 with 2 MiB.
 _FAULT_WINDOW = max(2 << 20, mmap.PAGESIZE)
 FP8_GROWTH = 4  # dequantising takes about 5 bytes beside each FP8 byte, in every thread: smaller pieces
 DTYPES = {
