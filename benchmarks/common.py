@@ -1,0 +1,76 @@
+"""What every race shares: the machine's description, result files, shapes, medians."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from hadal.config import Gqa, ModelConfig, Rope, preset
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def shapes() -> dict[str, ModelConfig]:
+    """Models raced, with random weights: their shapes are what counts."""
+    return {
+        "hadal-mini": preset("hadal-mini").config,
+        "qwen-0.5b": ModelConfig(
+            "qwen2", 151936, 896, 4864, 24, 14, Gqa(2, 64, True), Rope(1e6), tie_word_embeddings=True,
+            max_position_embeddings=4096, bos_token_id=1, eos_token_id=(2,),
+        ),
+        "qwen-1.5b": preset("deepseek-r1-distill-qwen-1.5b").config,
+        "v2-lite": preset("deepseek-v2-lite").config,
+    }  # fmt: skip
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor, card, threads and versions, as they go into a result."""
+    found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+    }
+    for name in ("transformers", "triton"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = None
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def save(name: str, result: dict[str, Any], folder: str | None = None) -> Path:
+    """Write a result as JSON, and say where."""
+    path = Path(folder) if folder else RESULTS
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / f"{name}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {file}")
+    return file
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
