@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
 from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.gqa import GqaAttention
-from hadal.model.layers import Ffn, RMSNorm
+from hadal.model.layers import Ffn, Like, RMSNorm
 from hadal.model.mla import MlaAttention
 from hadal.model.moe import Moe
 
@@ -15,7 +17,7 @@ from hadal.model.moe import Moe
 class Block(nn.Module):
     """Block number `layer`; MTP blocks carry numbers from num_hidden_layers on."""
 
-    def __init__(self, config: ModelConfig, layer: int, **like: object) -> None:
+    def __init__(self, config: ModelConfig, layer: int, **like: Unpack[Like]) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.layer, self.is_moe = layer, config.is_moe_layer(layer)
@@ -23,7 +25,9 @@ class Block(nn.Module):
         attention = MlaAttention if isinstance(config.attention, Mla) else GqaAttention
         self.self_attn = attention(config, layer, **like)
         self.post_attention_layernorm = RMSNorm(hidden, eps, **like)
-        self.mlp = Moe(config, layer, **like) if self.is_moe else Ffn(hidden, config.intermediate_size, **like)
+        self.mlp = (
+            Moe(config, layer, **like) if self.is_moe else Ffn(hidden, config.intermediate_size, **like)
+        )
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
         attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)

@@ -1,7 +1,7 @@
-"""What a forward pass knows beside its tokens: where sequences begin, positions, and the cache pages they own.
+"""What a forward pass knows beside its tokens: where sequences begin, positions, and their cache pages.
 
-One stream of T tokens holds S sequences back to back. With a cache, the first `num_decodes` sequences have exactly
-one token each (absorbed decode); the others are prefill chunks that see their cached prefix.
+One stream of T tokens holds S sequences back to back. With a cache, the first `num_decodes` sequences have
+exactly one token each (absorbed decode); the others are prefill chunks that see their cached prefix.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Context:
     context_lens: Sequence[int] = ()  # the same on the host, needed for prefill chunks only
     num_decodes: int = 0
     record_routing: bool = False
-    capture_layers: frozenset[int] = frozenset()  # hidden states to keep: block index, or num_layers for the final norm
+    # hidden states to keep: block index, or num_layers for the final norm
+    capture_layers: frozenset[int] = frozenset()
     routing: list[Routing] = field(default_factory=list)
     captured: dict[int, Tensor] = field(default_factory=dict)
     rotation_T2r: Tensor | None = None  # cos and sin of the positions, set by the Transformer once a pass

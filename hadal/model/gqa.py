@@ -5,12 +5,14 @@ Legend: T tokens, H heads, G key/value heads, C head width.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from hadal.config import Gqa, ModelConfig
 from hadal.model.context import Context
-from hadal.model.layers import Linear
+from hadal.model.layers import Like, Linear
 from hadal.ops.attention import attention
 from hadal.ops.paged import gather_pages, gqa_decode
 from hadal.ops.rope import rotate_half
@@ -19,7 +21,7 @@ from hadal.ops.rope import rotate_half
 class GqaAttention(nn.Module):
     """Attention with fewer key/value heads than heads; q, k, v rows stacked in one projection."""
 
-    def __init__(self, config: ModelConfig, layer: int, **like: object) -> None:
+    def __init__(self, config: ModelConfig, layer: int, **like: Unpack[Like]) -> None:
         super().__init__()
         a = config.attention
         assert isinstance(a, Gqa)
@@ -43,7 +45,7 @@ class GqaAttention(nn.Module):
             assert ctx.slot_T is not None
             ctx.cache.write(self.layer, ctx.slot_T, torch.stack([k_TGC, v_TGC], 1))
             out = self._cached(q_THC, k_TGC, v_TGC, ctx)
-        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+        return self.o_proj(out.flatten(1))
 
     def _cached(self, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, ctx: Context) -> Tensor:
         assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None
@@ -51,7 +53,9 @@ class GqaAttention(nn.Module):
         pages = ctx.cache.layers[self.layer]
         parts = []
         if d:
-            parts.append(gqa_decode(q_THC[:d], pages, ctx.block_table_SP[:d], ctx.context_len_S[:d], self.scale))
+            parts.append(
+                gqa_decode(q_THC[:d], pages, ctx.block_table_SP[:d], ctx.context_len_S[:d], self.scale)
+            )
         if d < T:
             q_len, k_len = ctx.lengths(d), list(ctx.context_lens[d:])
             if q_len == k_len:

@@ -1,9 +1,11 @@
 """The leaves: linear layers, norms, and the dense feed-forward network, as parameters around `hadal.ops`.
 
-Parameters are allocated uninitialised; weights are loaded into them, or `Transformer.init_weights` draws them.
+Parameters are allocated uninitialised; weights are loaded, or `Transformer.init_weights` draws them.
 """
 
 from __future__ import annotations
+
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +15,20 @@ from hadal.ops.linear import linear
 from hadal.ops.rms_norm import add_rms_norm, rms_norm
 
 
+class Like(TypedDict):
+    """How parameters are allocated."""
+
+    dtype: torch.dtype
+    device: torch.device | str
+
+
 class Linear(nn.Module):
     """y = x·Wᵀ (+ b); weight [out, in]."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool = False, **like: object) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool = False, **like: Unpack[Like]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, **like))  # type: ignore[call-overload]
-        self.bias = nn.Parameter(torch.empty(outputs, **like)) if bias else None  # type: ignore[call-overload]
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **like))
+        self.bias = nn.Parameter(torch.empty(outputs, **like)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -28,10 +37,10 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """RMSNorm with a learned weight [D]."""
 
-    def __init__(self, width: int, eps: float, **like: object) -> None:
+    def __init__(self, width: int, eps: float, **like: Unpack[Like]) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width, **like))  # type: ignore[call-overload]
+        self.weight = nn.Parameter(torch.empty(width, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -44,7 +53,7 @@ class RMSNorm(nn.Module):
 class Ffn(nn.Module):
     """Dense SwiGLU: gate rows stacked above up rows in `gate_up_proj`."""
 
-    def __init__(self, hidden: int, width: int, **like: object) -> None:
+    def __init__(self, hidden: int, width: int, **like: Unpack[Like]) -> None:
         super().__init__()
         self.gate_up_proj = Linear(hidden, 2 * width, **like)
         self.down_proj = Linear(width, hidden, **like)

@@ -1,21 +1,26 @@
 """Multi-head latent attention (V2 §2.1, V3 §2.1.1), in both of its forms.
 
-Expanded (training, prefill): keys and values of every head are projected up from the latent; ordinary attention.
+Expanded (training, prefill): keys and values of every head are projected up from the latent; ordinary
+attention.
 Absorbed (decode): W_UK moves into the query and W_UV behind the attention, which then runs as multi-query
-attention over the cache of one latent (after its norm) and one rotated key a token: 512 + 64 = 576 values in V3.
+attention over the cache of one latent (after its norm) and one rotated key a token: 576 values in V3.
 Legend: T tokens, N keys, H heads, L latent, R rope, n nope, v value width.
 """
 
 from __future__ import annotations
+
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
-from hadal.model.layers import Linear, RMSNorm
+from hadal.model.layers import Like, Linear, RMSNorm
+from hadal.ops import cpu
 from hadal.ops.attention import attention
-from hadal.ops.linear import per_head
+from hadal.ops.dispatch import use_cpu_kernels
+from hadal.ops.linear import SMALL_M, per_head
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages, mla_decode
 from hadal.ops.rope import rotate_interleaved
@@ -24,7 +29,7 @@ from hadal.ops.rope import rotate_interleaved
 class MlaAttention(nn.Module):
     """MLA with (V2, V3) or without (V2-Lite) the query latent."""
 
-    def __init__(self, config: ModelConfig, layer: int, **like: object) -> None:
+    def __init__(self, config: ModelConfig, layer: int, **like: Unpack[Like]) -> None:
         super().__init__()
         a = config.attention
         assert isinstance(a, Mla)
@@ -45,6 +50,8 @@ class MlaAttention(nn.Module):
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Attention output [T, D] of normed hidden states."""
         assert ctx.rotation_T2r is not None
+        if 0 < ctx.num_decodes == ctx.num_tokens <= SMALL_M and use_cpu_kernels(x_TD, self.o_proj.weight):
+            return self._fused_decode(x_TD, ctx)
         q_nope_THn, q_rope_THR = self._queries(x_TD)
         kv_TC = self.kv_a_proj_with_mqa(x_TD)
         norm = self.kv_a_layernorm
@@ -59,9 +66,29 @@ class MlaAttention(nn.Module):
             out = self._cached(q_nope_THn, q_rope_THR, entry_TC, ctx)
         return self.o_proj(out)
 
+    def _fused_decode(self, x_SD: Tensor, ctx: Context) -> Tensor:
+        """The absorbed form of a few sequences on CPU in one call; the same operations as below."""
+        assert ctx.cache is not None and ctx.slot_T is not None and ctx.rotation_T2r is not None
+        assert ctx.block_table_SP is not None and ctx.context_len_S is not None
+        a = self.a
+        if a.q_lora_rank is None:
+            query = [None, None, self.q_proj.weight]
+        else:
+            query = [self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight]
+        kv = [self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight, self.o_proj.weight]
+        sizes = (self.heads, a.q_lora_rank or 0, a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim)
+        return cpu.mla_block(
+            x_SD, [*query, *kv], ctx.rotation_T2r, ctx.cache.layers[self.layer], ctx.slot_T, ctx.block_table_SP,
+            ctx.context_len_S, sizes, self.kv_a_layernorm.eps, self.scale,
+        )  # fmt: skip
+
     def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        q = self.q_proj(x_TD) if self.a.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.a.qk_nope_head_dim, self.a.qk_rope_head_dim], -1)
+        a = self.a
+        if a.q_lora_rank is None:
+            q = self.q_proj(x_TD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([a.qk_nope_head_dim, a.qk_rope_head_dim], -1)
         return q_nope, q_rope
 
     def _expanded(

@@ -5,24 +5,29 @@ Experts are stored under their global index, stacked: gate_up_proj [E, 2I, D], d
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from hadal.config import ModelConfig
 from hadal.model.context import Context, Routing
-from hadal.model.layers import Ffn
+from hadal.model.layers import Ffn, Like
+from hadal.ops import cpu
+from hadal.ops.dispatch import use_cpu_kernels
 from hadal.ops.experts import experts
 from hadal.ops.gate import gate
+from hadal.ops.linear import SMALL_M
 
 
 class Gate(nn.Module):
     """The router's weight [E, D] and, for `noaux_tc`, the FP32 correction bias [E] that balances the load."""
 
-    def __init__(self, config: ModelConfig, **like: object) -> None:
+    def __init__(self, config: ModelConfig, **like: Unpack[Like]) -> None:
         super().__init__()
         assert config.moe is not None
         self.moe = config.moe
-        self.weight = nn.Parameter(torch.empty(self.moe.n_routed_experts, config.hidden_size, **like))  # type: ignore[call-overload]
+        self.weight = nn.Parameter(torch.empty(self.moe.n_routed_experts, config.hidden_size, **like))
         self.e_score_correction_bias: Tensor | None
         bias = None
         if self.moe.topk_method == "noaux_tc":
@@ -43,16 +48,21 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """The routed experts, stacked by global index."""
 
-    def __init__(self, config: ModelConfig, **like: object) -> None:
+    def __init__(self, config: ModelConfig, **like: Unpack[Like]) -> None:
         super().__init__()
         m, hidden = config.moe, config.hidden_size
         assert m is not None
         E, width = m.n_routed_experts, m.moe_intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, hidden, **like))  # type: ignore[call-overload]
-        self.down_proj = nn.Parameter(torch.empty(E, hidden, width, **like))  # type: ignore[call-overload]
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, hidden, **like))
+        self.down_proj = nn.Parameter(torch.empty(E, hidden, width, **like))
 
     def forward(
-        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, shared_TD: Tensor | None, residual_TD: Tensor
+        self,
+        x_TD: Tensor,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        shared_TD: Tensor | None,
+        residual_TD: Tensor,
     ) -> Tensor:
         return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj, shared_TD, residual_TD)
 
@@ -60,7 +70,7 @@ class Experts(nn.Module):
 class Moe(nn.Module):
     """Gate, routed experts and the shared expert (several shared experts are one wide network)."""
 
-    def __init__(self, config: ModelConfig, layer: int, **like: object) -> None:
+    def __init__(self, config: ModelConfig, layer: int, **like: Unpack[Like]) -> None:
         super().__init__()
         m = config.moe
         assert m is not None
@@ -69,10 +79,14 @@ class Moe(nn.Module):
         self.experts = Experts(config, **like)
         self.shared_experts = None
         if m.n_shared_experts:
-            self.shared_experts = Ffn(config.hidden_size, m.n_shared_experts * m.moe_intermediate_size, **like)
+            self.shared_experts = Ffn(
+                config.hidden_size, m.n_shared_experts * m.moe_intermediate_size, **like
+            )
 
     def forward(self, x_TD: Tensor, residual_TD: Tensor, ctx: Context) -> Tensor:
         """residual + Σ_k w_k · expert_k(x) + shared(x)."""
+        if x_TD.shape[0] <= SMALL_M and not ctx.record_routing and use_cpu_kernels(x_TD, self.experts.down_proj):
+            return cpu.moe_block(x_TD, residual_TD, self._weights(), self.gate.moe)
         if ctx.record_routing:
             expert_TK, weight_TK, score_TE = self._recorded(x_TD)
             ctx.routing.append(Routing(self.layer, self.gate, expert_TK, score_TE))
@@ -80,6 +94,13 @@ class Moe(nn.Module):
             expert_TK, weight_TK, _ = self.gate(x_TD)
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
         return self.experts(x_TD, expert_TK, weight_TK, shared_TD, residual_TD)
+
+    def _weights(self) -> list[Tensor | None]:
+        """Gate, bias, routed and shared matrices, in the order of the fused kernel."""
+        s = self.shared_experts
+        shared = [None, None] if s is None else [s.gate_up_proj.weight, s.down_proj.weight]
+        g, e = self.gate, self.experts
+        return [g.weight, g.e_score_correction_bias, e.gate_up_proj, e.down_proj, *shared]
 
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from hadal.ops.gate import gate_reference

@@ -6,19 +6,21 @@ The checkpoint's `eh_proj` takes the embedding first. Embedding and head are tho
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from hadal.config import ModelConfig
 from hadal.model.block import Block
 from hadal.model.context import Context
-from hadal.model.layers import Linear, RMSNorm
+from hadal.model.layers import Like, Linear, RMSNorm
 
 
 class Mtp(nn.Module):
     """MTP module of depth k (0-based), stored as layer num_hidden_layers + k."""
 
-    def __init__(self, config: ModelConfig, depth: int, **like: object) -> None:
+    def __init__(self, config: ModelConfig, depth: int, **like: Unpack[Like]) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps, **like)
@@ -29,4 +31,5 @@ class Mtp(nn.Module):
 
     def forward(self, hidden_TD: Tensor, embedding_TD: Tensor, ctx: Context) -> Tensor:
         """hidden [T, D] of position i and the embedding of token i + 1 → the block's output [T, D]."""
-        return self.block(self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], -1)), ctx)  # type: ignore[no-any-return]
+        x_TD = self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], -1))
+        return self.block(x_TD, ctx)

@@ -1,12 +1,13 @@
 """The whole network on one flat stream of tokens: embedding, blocks, final norm, head, MTP modules.
 
-`forward(tokens, context)` serves packed training, batched prefill, decode and verification alike; the context says
-where sequences begin and which cache pages they own. Legend: T tokens, D hidden, V vocabulary.
+`forward(tokens, context)` serves packed training, batched prefill, decode and verification alike; the context
+says where sequences begin and which cache pages they own. Legend: T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.functional import embedding
 from hadal.config import ConfigError, Mla, ModelConfig
 from hadal.model.block import Block
 from hadal.model.context import Context
-from hadal.model.layers import Linear, RMSNorm
+from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.model.mtp import Mtp
 from hadal.ops.linear import linear
 from hadal.ops.rope import rotation_table
@@ -24,7 +25,7 @@ from hadal.ops.rope import rotation_table
 class Transformer(nn.Module):
     """One definition for DeepSeek-V3/R1, V2, V2-Lite, DeepSeekMoE, Qwen2 and Llama-3.
 
-    Parameters are allocated uninitialised on `device` (`"meta"` costs nothing); load weights or call `init_weights`.
+    Parameters are allocated uninitialised on `device` (`"meta"` is free); then load, or call `init_weights`.
     """
 
     def __init__(
@@ -37,14 +38,18 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         if config.dsa is not None:
-            raise ConfigError("V3.2's sparse attention (index_topk) is not implemented; use V3.1-Terminus, its base")
-        like: dict[str, Any] = {"dtype": dtype, "device": device}
+            raise ConfigError(
+                "V3.2's sparse attention (index_topk) is not implemented; use V3.1-Terminus, its base"
+            )
+        like: Like = {"dtype": dtype, "device": device}
         self.config = config
         self.max_positions = max_positions or config.max_position_embeddings
         self.embed_tokens = Linear(config.hidden_size, config.vocab_size, **like)
         self.layers = nn.ModuleList(Block(config, i, **like) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **like)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, **like)
+        self.lm_head = (
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, **like)
+        )
         self.mtp = nn.ModuleList(Mtp(config, k, **like) for k in range(config.num_nextn_predict_layers))
         self._rotation: Tensor | None = None
 
@@ -56,12 +61,12 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed_tokens.weight.dtype
 
-    # --- forward ---------------------------------------------------------------------------------------------
+    # --- forward --------------------------------------------------------------------------------------------
     def forward(self, token_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] *before* the final norm; `logits` takes them from there."""
         self.prepare(context)
         x_TD = self.embed(token_T)
-        for block in self.layers:
+        for block in cast(Iterable[Block], self.layers):
             x_TD = block(x_TD, context)
             if block.layer in context.capture_layers:
                 context.captured[block.layer] = x_TD
@@ -88,31 +93,33 @@ class Transformer(nn.Module):
         logits_TV = linear(normed_TD, weight)
         return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
 
-    def mtp_forward(self, hidden_TD: Tensor, next_token_T: Tensor, context: Context, depth: int = 0) -> Tensor:
-        """Output [T, D] of MTP block `depth`. `hidden`: what the main model (or the depth before) returned, before
-        its norm; the final norm is applied here for depth 0 where `mtp_after_norm` says so (as Hugging Face and
-        Megatron-Core do; DeepSeek published no MTP code)."""
+    def mtp_forward(
+        self, hidden_TD: Tensor, next_token_T: Tensor, context: Context, depth: int = 0
+    ) -> Tensor:
+        """Output [T, D] of MTP block `depth`. `hidden`: what the main model (or the depth before) returned,
+        before its norm; the final norm is applied here for depth 0 where `mtp_after_norm` says so (as Hugging
+        Face and Megatron-Core do; DeepSeek published no MTP code)."""
         self.prepare(context)
         if depth == 0 and self.config.mtp_after_norm:
             hidden_TD = self.norm(hidden_TD)
-        return self.mtp[depth](hidden_TD, self.embed(next_token_T), context)  # type: ignore[no-any-return]
+        return cast(Mtp, self.mtp[depth])(hidden_TD, self.embed(next_token_T), context)
 
     def mtp_logits(self, hidden_TD: Tensor, depth: int = 0) -> Tensor:
         """FP32 logits of an MTP block's output: its own norm, the shared head."""
-        return self.head(self.mtp[depth].norm(hidden_TD))
+        return self.head(cast(Mtp, self.mtp[depth]).norm(hidden_TD))
 
     def rotation_table(self) -> Tensor:
-        """cos and sin for every position, FP32 [positions, 2, R/2] on the model's device; built on first use."""
+        """cos and sin for every position, FP32 [positions, 2, R/2] on the model's device; built once."""
         if self._rotation is None or self._rotation.device != self.device:
             a = self.config.attention
             dim = a.qk_rope_head_dim if isinstance(a, Mla) else a.head_dim
             self._rotation = rotation_table(self.config.rope, dim, self.max_positions, self.device)
         return self._rotation
 
-    # --- weights ---------------------------------------------------------------------------------------------
+    # --- weights --------------------------------------------------------------------------------------------
     @torch.no_grad()
     def init_weights(self, seed: int = 0, std: float | None = None) -> Transformer:
-        """Normal(0, std) matrices (default: config.initializer_range), unit norms, zero biases; reproducible."""
+        """Normal(0, std) matrices (default: initializer_range), unit norms, zero biases; reproducible."""
         generator = torch.Generator(self.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

@@ -71,7 +71,13 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
     queries, keys = q.shape[2], k.shape[2]
     mask = None if queries in (1, keys) else _visible(queries, keys, q.device)
     out = scaled_dot_product_attention(
-        q, k, v, mask, is_causal=queries == keys and queries > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        mask,
+        is_causal=queries == keys and queries > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1)
 
@@ -95,17 +101,19 @@ def _varlen_available(q: Tensor) -> bool:
 def _varlen(
     q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, q_len: Sequence[int], k_len: Sequence[int], scale: float
 ) -> Tensor:
-    function, names = _varlen_function()  # type: ignore[misc]
-    causal = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
+    found = _varlen_function()
+    assert found is not None  # `_varlen_available` looked
+    function, names = found
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
     if "enable_gqa" in names:
-        causal["enable_gqa"] = q_THC.shape[1] != k_NGC.shape[1]
+        options["enable_gqa"] = q_THC.shape[1] != k_NGC.shape[1]
     elif q_THC.shape[1] != k_NGC.shape[1]:
         repeat = q_THC.shape[1] // k_NGC.shape[1]
         k_NGC, v_NGV = k_NGC.repeat_interleave(repeat, 1), v_NGV.repeat_interleave(repeat, 1)
     q_start, k_start = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
     q, k, v = q_THC.contiguous(), k_NGC.contiguous(), v_NGV.contiguous()
-    out = function(q, k, v, q_start, k_start, max(q_len), max(k_len), scale=scale, **causal)
-    return out  # type: ignore[no-any-return]
+    out: Tensor = function(q, k, v, q_start, k_start, max(q_len), max(k_len), scale=scale, **options)
+    return out
 
 
 @functools.lru_cache(maxsize=64)

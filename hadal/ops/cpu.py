@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import glob
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from hadal.config import Moe
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
+HEADERS = [SOURCE.with_name("pool.h")]
 FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fno-finite-math-only", "-std=c++17"]
 
 
@@ -43,8 +44,9 @@ def status() -> tuple[Any, str]:
         return None, "no C++ compiler (install g++ or clang++ for several times the speed)"
     try:
         path = _build(compiler)
-        _share_openmp()
-        return ctypes.CDLL(str(path)), f"{path.name}, built by {Path(compiler).name}"
+        library = ctypes.CDLL(str(path))
+        library.set_threads(torch.get_num_threads())
+        return library, f"{path.name}, built by {Path(compiler).name}"
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
         return None, f"the kernels could not be built: {detail.strip().splitlines()[-1] if detail.strip() else error}"
@@ -67,33 +69,18 @@ def _build(compiler: str) -> Path:
     """Compile into the cache under a name that no other source, flags, compiler or processor shares."""
     flags = [f for f in FLAGS if "prefer-vector" not in f or platform.machine() in ("x86_64", "AMD64")]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\0".join([SOURCE.read_text(), " ".join(flags), version, _processor()])
+    sources = "".join(file.read_text() for file in [SOURCE, *HEADERS])
+    key = "\0".join([sources, " ".join(flags), version, _processor()])
     path = cache_folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        item, library = f"{folder}/cpu.o", f"{folder}/cpu.so"
-        run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=120)
-        run([compiler, *flags, "-fPIC", "-fopenmp", "-c", str(SOURCE), "-o", item])
-        link = [] if _torch_openmp() else ["-fopenmp"]
-        run([compiler, "-shared", item, "-o", library, *link])
+        library = f"{folder}/cpu.so"
+        command = [compiler, *flags, "-fPIC", "-shared", "-pthread", str(SOURCE), "-o", library]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         os.replace(library, path)
     return path
-
-
-@functools.cache
-def _torch_openmp() -> str | None:
-    """The OpenMP runtime inside the torch wheel; sharing it keeps one pool of threads."""
-    found = glob.glob(str(Path(torch.__file__).parent / "lib" / "libgomp*.so*"))
-    found += glob.glob(str(Path(torch.__file__).parent.parent / "torch.libs" / "libgomp*.so*"))
-    return found[0] if found else None
-
-
-def _share_openmp() -> None:
-    runtime = _torch_openmp()
-    if runtime:
-        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
 
 
 @functools.cache
@@ -108,6 +95,8 @@ def _function(name: str, dtype: torch.dtype) -> Any:
         "rms_norm": [p] * 5 + [i] * 3 + [f],
         "rotate": [p] * 3 + [i] * 5 + [ctypes.c_int],
         "gate": [p] * 5 + [i] * 6 + [ctypes.c_int] * 3 + [f],
+        "moe_block": [p, p, f],
+        "mla_block": [p] * 3,
         "per_head": [p] * 3 + [i] * 7,
         "write_latent": [p] * 6 + [i] * 4 + [f],
         "absorbed_query": [p] * 5 + [i] * 10,
@@ -118,14 +107,19 @@ def _function(name: str, dtype: torch.dtype) -> Any:
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
     """x·Wᵀ + b for few rows."""
-    width = x.shape[-1]
-    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, width).contiguous()
-    out = x.new_empty((rows.shape[0], weight_OI.shape[0]))
+    if x.dim() != 2:
+        return linear(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).view(*x.shape[:-1], -1)
+    stride, along = x.stride()
+    if along != 1:
+        x = x.contiguous()
+        stride = x.stride(0)
+    (rows, width), outs = x.shape, weight_OI.shape[0]
+    out = torch.empty((rows, outs), dtype=x.dtype)
     bias = None if bias_O is None else bias_O.data_ptr()
     _function("linear", x.dtype)(
-        rows.data_ptr(), weight_OI.data_ptr(), bias, out.data_ptr(), rows.shape[0], out.shape[1], width, rows.stride(0)
+        x.data_ptr(), weight_OI.data_ptr(), bias, out.data_ptr(), rows, outs, width, stride
     )
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[1])
+    return out
 
 
 def experts(
@@ -186,21 +180,57 @@ def rotate(x: Tensor, rotation_T2r: Tensor, interleaved: bool) -> Tensor:
     return out
 
 
+@functools.cache
+def _gate_settings(moe: Moe) -> tuple[int, int, int, int, int, float]:
+    """(groups, kept groups, sigmoid, sum of two, normalise, scale) as the kernels take them."""
+    grouped = moe.topk_method != "greedy"
+    normalise = moe.norm_topk_prob and moe.num_experts_per_tok > 1
+    v3 = moe.topk_method == "noaux_tc"
+    scale = moe.routed_scaling_factor if v3 or not normalise else 1.0
+    groups = (moe.n_group, moe.topk_group) if grouped else (1, 1)
+    return (*groups, int(moe.scoring_func == "sigmoid"), int(v3), int(normalise), scale)
+
+
 def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:
     """(experts int64 [T, K], weights FP32 [T, K])."""
     x_TD, (T, D), (E, K) = x_TD.contiguous(), x_TD.shape, (moe.n_routed_experts, moe.num_experts_per_tok)
-    grouped = moe.topk_method != "greedy"
-    normalise = moe.norm_topk_prob and K > 1
-    scaled = moe.topk_method == "noaux_tc" or not normalise
     expert = torch.empty((T, K), dtype=torch.int64)
     weight = torch.empty((T, K), dtype=torch.float32)
     _function("gate", x_TD.dtype)(
         x_TD.data_ptr(), weight_ED.data_ptr(), None if bias_E is None else bias_E.data_ptr(), expert.data_ptr(),
-        weight.data_ptr(), T, D, E, K, moe.n_group if grouped else 1, moe.topk_group if grouped else 1,
-        int(moe.scoring_func == "sigmoid"), int(moe.topk_method == "noaux_tc"), int(normalise),
-        moe.routed_scaling_factor if scaled else 1.0,
+        weight.data_ptr(), T, D, E, K, *_gate_settings(moe),
     )  # fmt: skip
     return expert, weight
+
+
+def moe_block(x_TD: Tensor, residual_TD: Tensor, weights: Sequence[Tensor | None], moe: Moe) -> Tensor:
+    """residual + routed and shared experts of normed x. `weights`: gate, its bias, gate_up, down, and the shared
+    expert's gate_up and down (None without one). The same operations as apart, in one call."""
+    x_TD, residual_TD, (T, D) = x_TD.contiguous(), residual_TD.contiguous(), x_TD.shape
+    out, shared_down = torch.empty_like(x_TD), weights[5]
+    pointers = [None if t is None else t.data_ptr() for t in (x_TD, residual_TD, *weights, out)]
+    *settings, scale = _gate_settings(moe)
+    wide = 0 if shared_down is None else shared_down.shape[1]
+    sizes = (T, D, moe.n_routed_experts, moe.num_experts_per_tok, moe.moe_intermediate_size, wide, *settings)
+    _function("moe_block", x_TD.dtype)((ctypes.c_void_p * 9)(*pointers), (ctypes.c_int64 * 11)(*sizes), scale)
+    return out
+
+
+def mla_block(
+    x_SD: Tensor, weights: Sequence[Tensor | None], rotation_S2r: Tensor, cache_PBC: Tensor, slot_S: Tensor,
+    table_SP: Tensor, context_S: Tensor, sizes: tuple[int, int, int, int, int, int], eps: float, scale: float,
+) -> Tensor:  # fmt: skip
+    """Attention of one token a sequence, from normed x to the output projection, writing the cache. `weights`: q_a and
+    its norm (None without a query latent), q_b, kv_a, its norm, kv_b, o; `sizes`: H, q rank, L, n, R, v."""
+    x_SD, (S, D) = x_SD.contiguous(), x_SD.shape
+    out = torch.empty_like(x_SD)
+    tensors = (x_SD, *weights, rotation_S2r, cache_PBC, slot_S, table_SP, context_S, out)
+    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    numbers = (S, D, *sizes, cache_PBC.shape[1], table_SP.stride(0))
+    _function("mla_block", x_SD.dtype)(
+        (ctypes.c_void_p * 14)(*pointers), (ctypes.c_int64 * 10)(*numbers), (ctypes.c_float * 2)(eps, scale)
+    )
+    return out
 
 
 def per_head(x_SHI: Tensor, weight_HOI: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Which path an operation takes: Triton on CUDA, the C kernels on CPU, or the torch reference.
 
-`HADAL_OPS=reference` forces the references everywhere (slow, for comparison). Fast paths are for inference: they
-have no backward, so any tensor that needs a gradient goes through the differentiable path.
+`HADAL_OPS=reference` forces the references everywhere (slow, for comparison). Fast paths are for inference:
+they have no backward, so any tensor that needs a gradient goes through the differentiable path.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def ffn(x_TD: Tensor, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
 def experts_reference(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
 ) -> Tensor:
-    """Every expert in turn on the tokens that chose it; sums in FP32 (FP64 for FP64 inputs). Differentiable."""
+    """Every expert in turn on the tokens that chose it; sums in FP32 (FP64 for FP64). Differentiable."""
     out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     for e in range(gate_up_E2ID.shape[0]):
         token, slot = (expert_TK == e).nonzero(as_tuple=True)
@@ -48,8 +48,8 @@ def experts_reference(
 
 
 def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows sorted by expert: (x of every row [T·K, D], order [T·K] into the flat (t, k) pairs, row count of each
-    expert [E]). The seam where an all-to-all goes once experts live on several devices."""
+    """Rows sorted by expert: (x of every row [T·K, D], order [T·K] into the flat (t, k) pairs, row count of
+    each expert [E]). The seam where an all-to-all goes once experts live on several devices."""
     flat = expert_TK.flatten()
     order = flat.argsort(stable=True)
     counts_E = torch.zeros(n_experts, dtype=torch.int32, device=x_TD.device)
@@ -58,9 +58,13 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, T
 
 
 def combine(
-    row_ND: Tensor, order: Tensor, weight_TK: Tensor, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None
+    row_ND: Tensor,
+    order: Tensor,
+    weight_TK: Tensor,
+    shared_TD: Tensor | None = None,
+    residual_TD: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum of each token's K rows, FP32 inside, the inverse of `dispatch`; then + shared + residual."""
+    """Weighted sum of each token's K rows, FP32 inside, undoing `dispatch`; then + shared + residual."""
     if use_triton(row_ND, weight_TK):
         from hadal.ops.triton.experts import combine as fast
 

@@ -1,7 +1,8 @@
 """The MoE gate (V3 §2.1.2 and its published code; V2 §2.2). All in FP32.
 
-V3 (`noaux_tc`): s = sigmoid(W·x); choose by b = s + e_score_correction_bias: groups ranked by the sum of their two
-largest b, others masked with −inf, top-k of b; weights are the *unbiased* s, normalised, times the scaling factor.
+V3 (`noaux_tc`): s = sigmoid(W·x); choose by b = s + e_score_correction_bias: groups ranked by the sum of
+their two largest b, others masked with −inf, top-k of b; weights are the *unbiased* s, normalised, times the
+scaling factor.
 V2: s = softmax(W·x); groups ranked by their maximum (`group_limited_greedy`), or none (`greedy`).
 Legend: T tokens, D hidden, E experts, G groups, K experts per token.
 """
@@ -44,7 +45,8 @@ def weigh(score_TE: Tensor, expert_TK: Tensor, moe: Moe) -> Tensor:
     weight_TK = score_TE.gather(1, expert_TK)
     if moe.norm_topk_prob and moe.num_experts_per_tok > 1:
         weight_TK = weight_TK / (weight_TK.sum(-1, keepdim=True) + 1e-20)
-        if moe.topk_method != "noaux_tc":  # V2's published code scales only the branch that does not normalise
+        # V2's published code scales only the branch that does not normalise
+        if moe.topk_method != "noaux_tc":
             return weight_TK
     return weight_TK * moe.routed_scaling_factor
 
@@ -58,7 +60,9 @@ def gate_reference(
     return expert_TK, weigh(score_TE, expert_TK, moe), score_TE
 
 
-def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor, Tensor | None]:
+def gate(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gate; fused on CUDA for inference, where the scores are not kept (None)."""
     if use_triton(x_TD, weight_ED):
         from hadal.ops.triton.gate import gate as fast

@@ -20,19 +20,18 @@ def native_bf16() -> bool:
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Matrix product with a weight stored [out, in]. Few rows on CPU go through a weight-streaming C kernel."""
-    rows = x_TI.numel() // x_TI.shape[-1]
+    """Matrix product with a weight stored [out, in]. Few rows on CPU go through a weight-streaming kernel."""
     if use_cpu_kernels(x_TI, weight_OI):
-        if rows <= SMALL_M:
+        if x_TI.shape[0] <= SMALL_M and x_TI.dim() == 2:
             return cpu.linear(x_TI, weight_OI, bias_O)
-        if x_TI.dtype == torch.bfloat16 and not native_bf16():  # torch emulates BF16 products at a third of FP32's rate
+        if x_TI.dtype == torch.bfloat16 and not native_bf16():  # emulated BF16 runs at a third of FP32's rate
             bias = None if bias_O is None else bias_O.float()
             return torch.nn.functional.linear(x_TI.float(), weight_OI.float(), bias).to(x_TI.dtype)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
 
 
 def per_head(x_SHI: Tensor, weight: Tensor, across: bool) -> Tensor:
-    """Each head's rows times its own matrix [H, I, O] (`across`) or [H, O, I]: absorption of MLA's projections.
+    """Each head's rows times its own matrix [H, I, O] (`across`) or [H, O, I]: MLA's absorption.
 
     The matrix's inner two dimensions must be contiguous. Returns [S, H, O].
     """

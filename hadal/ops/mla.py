@@ -1,7 +1,7 @@
 """The two ends of MLA around attention: what goes into the latent cache, and the absorbed query.
 
-    entry_t = [RMSNorm(latent_t); RoPE(k_rope_t)]        written to the cache, 512 + 64 values in V3 (V2 §2.1.2)
-    q̃_h    = [W_UK,hᵀ·q_nope,h; RoPE(q_rope,h)]         a query over cached entries
+    entry_t = [RMSNorm(latent_t); RoPE(k_rope_t)]      written to the cache, 512 + 64 values in V3 (V2 §2.1.2)
+    q̃_h    = [W_UK,hᵀ·q_nope,h; RoPE(q_rope,h)]       a query over cached entries
 Legend: T tokens, S sequences, H heads, n nope, L latent, R rope, C = L + R.
 """
 
@@ -18,7 +18,7 @@ from hadal.ops.rope import rotate_interleaved
 
 
 def latent_entry(kv_TC: Tensor, norm_L: Tensor, eps: float, rotation_T2r: Tensor) -> Tensor:
-    """Cache entries [T, C] of the down-projected [T, C]: the latent normed, the rope key rotated. Differentiable."""
+    """Cache entries [T, C] of the down-projected [T, C]: latent normed, rope key rotated. Differentiable."""
     latent_TL, rope_TR = kv_TC.split([norm_L.shape[0], kv_TC.shape[1] - norm_L.shape[0]], -1)
     return torch.cat([rms_norm(latent_TL, norm_L, eps), rotate_interleaved(rope_TR, rotation_T2r)], -1)
 
@@ -26,7 +26,7 @@ def latent_entry(kv_TC: Tensor, norm_L: Tensor, eps: float, rotation_T2r: Tensor
 def write_latent(
     kv_TC: Tensor, norm_L: Tensor, eps: float, rotation_T2r: Tensor, cache_PBC: Tensor, slot_T: Tensor
 ) -> Tensor:
-    """`latent_entry`, stored in the cache at each token's slot (page · page_size + offset); returns the entries."""
+    """`latent_entry`, stored in the cache at each token's slot (page · page_size + offset); returns them."""
     if use_triton(kv_TC):
         from hadal.ops.triton.mla import write_latent as fast
 
@@ -50,4 +50,6 @@ def absorbed_query(q_nope_SHn: Tensor, q_rope_SHR: Tensor, rotation_S2r: Tensor,
         return q_SHC
     if use_cpu_kernels(q_nope_SHn, up_HnL) and q_nope_SHn.shape[0] <= SMALL_M:
         return cpu.absorbed_query(q_nope_SHn, q_rope_SHR, rotation_S2r, up_HnL)
-    return torch.cat([per_head(q_nope_SHn, up_HnL, across=True), rotate_interleaved(q_rope_SHR, rotation_S2r)], -1)
+    return torch.cat(
+        [per_head(q_nope_SHn, up_HnL, across=True), rotate_interleaved(q_rope_SHR, rotation_S2r)], -1
+    )

@@ -1,10 +1,10 @@
 """Attention of one query token a sequence over the paged cache (decode).
 
-MLA in absorbed form (V2 §2.1.2): q̃ = q_nope·W_UK turns attention into MQA over the cached latent c and rope key,
+MLA in absorbed form (V2 §2.1.2): q̃ = q_nope·W_UK makes attention MQA over the cached latent c and rope key,
     score = (q̃·c + q_rope·k_rope) · scale,   z = softmax(score)·c,   head output = W_UV·z
 GQA: the plain formula on cached keys and values.
-Pages: cache [pages, page_size, …]; block_table [S, P] lists a sequence's pages in order; context_len [S] counts its
-visible keys. Legend: S sequences, H heads, G key/value heads, L latent, R rope, C = L + R.
+Pages: cache [pages, page_size, …]; block_table [S, P] lists a sequence's pages in order; context_len [S]
+counts its visible keys. Legend: S sequences, H heads, G key/value heads, L latent, R rope, C = L + R.
 """
 
 from __future__ import annotations

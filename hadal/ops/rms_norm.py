@@ -1,6 +1,7 @@
 """RMSNorm (Zhang & Sennrich 2019): y = w · cast(x / sqrt(mean(x²) + eps)), the mean in FP32.
 
-The weight multiplies after the cast back, as in the published DeepSeek and Llama code. Shapes: x [..., D], w [D].
+The weight multiplies after the cast back, as in the published DeepSeek and Llama code.
+Shapes: x [..., D], w [D].
 """
 
 from __future__ import annotations

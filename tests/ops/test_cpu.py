@@ -30,7 +30,11 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) ->
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 33])
 @pytest.mark.parametrize("outs,width", [(5, 19), (64, 64), (1030, 513)])
 def test_linear(rows, outs, width, dtype):
-    x, w, b = draw(rows, width + 3, dtype=dtype)[:, :width], draw(outs, width, dtype=dtype), draw(outs, dtype=dtype)
+    x, w, b = (
+        draw(rows, width + 3, dtype=dtype)[:, :width],
+        draw(outs, width, dtype=dtype),
+        draw(outs, dtype=dtype),
+    )
     close(cpu.linear(x, w, b), torch.nn.functional.linear(x.double(), w.double(), b.double()), dtype)
     close(cpu.linear(x, w, None), x.double() @ w.double().T, dtype)
 
@@ -56,7 +60,9 @@ def test_norm_swiglu_rotation(dtype):
     close(normed, rms_norm_reference((x + delta).double(), w.double(), 1e-6), dtype)
     gate, up = x.double().chunk(2, -1)
     close(cpu.swiglu(x), torch.nn.functional.silu(gate) * up, dtype)
-    table = rope.rotation_table(rope.Rope(type="yarn", factor=4.0, original_max_position_embeddings=64), 24, 300)
+    table = rope.rotation_table(
+        rope.Rope(type="yarn", factor=4.0, original_max_position_embeddings=64), 24, 300
+    )
     q, rotation = draw(6, 5, 30, dtype=dtype)[..., 6:], table[torch.randint(0, 300, (6,))]
     for interleaved, reference in [(True, rope.rotate_interleaved), (False, rope.rotate_half)]:
         with torch.enable_grad():  # a gradient forces the reference

@@ -1,4 +1,4 @@
-"""Triton kernels against their torch references: on CUDA in BF16 and FP32, elsewhere in the interpreter (FP32)."""
+"""Triton kernels against their torch references: on CUDA in BF16 and FP32, else in the interpreter (FP32)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
 def test_kernels_in_the_interpreter():
-    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in a process of their own."""
+    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
     env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
@@ -67,9 +67,13 @@ def test_rotation(interleaved, dtype):
     from hadal.ops.triton.rope import rotate
 
     x = draw(7, 5, 3 + 24, dtype=dtype)[..., 3:]
-    table = rope.rotation_table(rope.Rope(type="yarn", factor=4.0, original_max_position_embeddings=64), 24, 300)
+    table = rope.rotation_table(
+        rope.Rope(type="yarn", factor=4.0, original_max_position_embeddings=64), 24, 300
+    )
     rotation = table[torch.randint(0, 300, (7,))].to(DEVICE)
-    reference = (rope.rotate_interleaved if interleaved else rope.rotate_half)(x.cpu().float(), rotation.cpu())
+    reference = (rope.rotate_interleaved if interleaved else rope.rotate_half)(
+        x.cpu().float(), rotation.cpu()
+    )
     close(rotate(x, rotation, interleaved), reference, dtype)
     close(rotate(x[:, 0], rotation, interleaved), reference[:, 0], dtype)
 
@@ -86,14 +90,20 @@ def test_latent_entries_and_rotation_into_a_slice(dtype):
     rotation = rope.rotation_table(rope.Rope(), width - rank, 50)[torch.randint(0, 50, (tokens,))].to(DEVICE)
     cache, slot = torch.full((4, 8, width), 7.0).to(dtype).to(DEVICE), torch.randperm(32)[:tokens].to(DEVICE)
     entry = write_latent(kv, norm, 1e-6, rotation, cache, slot)
-    want = latent_entry(kv.cpu().double().requires_grad_(), norm.cpu().double(), 1e-6, rotation.cpu()).detach()
+    want = latent_entry(
+        kv.cpu().double().requires_grad_(), norm.cpu().double(), 1e-6, rotation.cpu()
+    ).detach()
     close(entry, want, dtype)
     close(cache.view(32, width)[slot], want, dtype)
     untouched = [i for i in range(32) if i not in slot.tolist()]
     assert (cache.view(32, width)[untouched] == 7).all()
     q, out = draw(tokens, 3, 30, dtype=dtype)[..., 6:], torch.zeros(tokens, 3, 40, dtype=dtype, device=DEVICE)
     rotate_into(q, rotation, out[..., 16:], interleaved=True)
-    close(out[..., 16:], rope.rotate_interleaved(q.cpu().float().requires_grad_(), rotation.cpu()).detach(), dtype)
+    close(
+        out[..., 16:],
+        rope.rotate_interleaved(q.cpu().float().requires_grad_(), rotation.cpu()).detach(),
+        dtype,
+    )
     assert (out[..., :16] == 0).all()
 
 
@@ -104,7 +114,8 @@ GATES = [
     Moe(160, 2, 6, 8, scoring_func="softmax", topk_method="group_limited_greedy", n_group=8, topk_group=3,
         norm_topk_prob=False, routed_scaling_factor=16.0),
     Moe(64, 2, 6, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False),
-    Moe(12, 2, 5, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=True, routed_scaling_factor=3.0),
+    Moe(12, 2, 5, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=True,
+        routed_scaling_factor=3.0),
 ]  # fmt: skip
 
 
@@ -113,9 +124,13 @@ GATES = [
 def test_gate(moe):
     from hadal.ops.triton.gate import gate
 
-    x, weight = draw(9, 32, dtype=torch.float32), draw(moe.n_routed_experts, 32, dtype=torch.float32, scale=0.3)
+    x, weight = (
+        draw(9, 32, dtype=torch.float32),
+        draw(moe.n_routed_experts, 32, dtype=torch.float32, scale=0.3),
+    )
     biased = moe.topk_method == "noaux_tc"
-    bias = draw(moe.n_routed_experts, dtype=torch.float32) - 1.0 if biased else None  # negative biases: −inf masks
+    # negative biases: −inf masks
+    bias = draw(moe.n_routed_experts, dtype=torch.float32) - 1.0 if biased else None
     expert, weights = gate(x, weight, bias, moe)
     want_expert, want_weights, _ = gate_op.gate_reference(x, weight, bias, moe)
     order, want_order = expert.argsort(-1), want_expert.argsort(-1)
@@ -146,7 +161,11 @@ def test_combine(dtype):
     from hadal.ops.experts import combine as reference
     from hadal.ops.triton.experts import combine
 
-    row, order, weight = draw(15, 40, dtype=dtype), torch.randperm(15, device=DEVICE), torch.rand(5, 3).to(DEVICE)
+    row, order, weight = (
+        draw(15, 40, dtype=dtype),
+        torch.randperm(15, device=DEVICE),
+        torch.rand(5, 3).to(DEVICE),
+    )
     with torch.enable_grad():  # a gradient forces the reference
         want = reference(row.double().requires_grad_(), order, weight.double()).detach()
     close(combine(row, order, weight), want, dtype)
@@ -155,7 +174,7 @@ def test_combine(dtype):
 
 
 def pages_for(lengths: list[int], page: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block table of shuffled pages, wider than needed, padded with page 0; entries beyond a length are poison."""
+    """A block table of shuffled pages, wider than needed, padded with page 0; the rest is poison."""
     columns = max(-(-n // page) for n in lengths) + width
     table = torch.zeros(len(lengths), columns, dtype=torch.int32)
     free = torch.randperm(sum(-(-n // page) for n in lengths)) + 1

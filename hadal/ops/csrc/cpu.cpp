@@ -2,8 +2,8 @@
 // paged decode attention, norms, rotation, routing. FP32 or BF16 storage, FP32 arithmetic.
 //
 // Portable C++17 with GCC/Clang vector extensions: the compiler lowers 16-lane vectors to what the machine has.
-// Each function's oracle is the torch reference in the Python file of the same operation. Parallel regions use the
-// OpenMP runtime that torch has loaded; small work stays on the calling thread.
+// Each function's oracle is the torch reference in the Python file of the same operation. Loops that are worth it run on
+// the pool of pool.h; small work stays on the calling thread.
 // Legend: T tokens, S sequences, H heads, G key/value heads, E experts, K experts per token, D hidden, I width.
 #include <algorithm>
 #include <cmath>
@@ -12,15 +12,15 @@
 #include <limits>
 #include <vector>
 
+#include "pool.h"
+
 namespace {
 
 constexpr int LANES = 16;
-// Work is counted in weight bytes, times a quarter of the rows once they are several. Below this, one thread: waking
-// the others costs microseconds on an idle machine and milliseconds on a busy one.
-constexpr int64_t PARALLEL_WORK = 3 << 19;
+// Work is counted in weight bytes, times a quarter of the rows once they are several; below this, one thread.
+constexpr int64_t PARALLEL_WORK = 384 << 10;
 inline bool worth_sharing(int64_t bytes, int64_t rows) { return bytes * std::max<int64_t>(1, rows / 4) > PARALLEL_WORK; }
 typedef float vf __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 struct bf16 { uint16_t bits; };
 
@@ -41,14 +41,6 @@ inline void narrow(float v, bf16* to) {  // round to nearest even; NaN stays NaN
 template <class T> inline float rounded(float v) { T t; narrow(v, &t); return widen(t); }
 
 inline vf load(const float* p) { vf v; std::memcpy(&v, p, 64); return v; }
-inline vf load(const bf16* p) {
-  vh h;
-  std::memcpy(&h, p, 32);
-  vu u = __builtin_convertvector(h, vu) << 16;
-  vf v;
-  std::memcpy(&v, &u, 64);
-  return v;
-}
 inline void store(float* p, vf v) { std::memcpy(p, &v, 64); }
 inline float sum(vf v) {
   float s = 0;
@@ -56,27 +48,100 @@ inline float sum(vf v) {
   return s;
 }
 
-template <class W> float dot(const W* w, const float* x, int64_t n) {
+// BF16 is read 32 values at a time, as 16 words: the even values are the low halves (shifted up), the odd ones the high
+// halves (masked), two cheap operations and no shuffle. FP32 vectors that meet BF16 therefore lie in that order: in
+// each whole block of 32, evens before odds. `place` says where element i of n goes; FP32 against FP32 keeps its order.
+template <class W> inline int64_t place(int64_t i, int64_t n) {
+  if (sizeof(W) == 4 || i >= n / 32 * 32) return i;
+  return (i & ~int64_t(31)) + (i & 1) * 16 + (i & 31) / 2;
+}
+struct Pair { vf even, odd; };
+inline Pair load_pair(const bf16* p) {
+  vu words;
+  std::memcpy(&words, p, 64);
+  vu low = words << 16, high = words & 0xffff0000u;
+  Pair out;
+  std::memcpy(&out.even, &low, 64);
+  std::memcpy(&out.odd, &high, 64);
+  return out;
+}
+
+// Weights or cached keys against a vector in `place` order.
+inline float dot(const float* w, const float* x, int64_t n) {
   vf a = {}, b = {};
   int64_t i = 0;
   for (; i + 2 * LANES <= n; i += 2 * LANES) { a += load(w + i) * load(x + i); b += load(w + i + LANES) * load(x + i + LANES); }
   for (; i + LANES <= n; i += LANES) a += load(w + i) * load(x + i);
   float s = sum(a + b);
+  for (; i < n; ++i) s += w[i] * x[i];
+  return s;
+}
+inline float dot(const bf16* w, const float* x, int64_t n) {
+  vf a = {}, b = {};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) { Pair p = load_pair(w + i); a += p.even * load(x + i); b += p.odd * load(x + i + 16); }
+  float s = sum(a + b);
   for (; i < n; ++i) s += widen(w[i]) * x[i];
   return s;
 }
+// acc (in `place` order) += p · w
+inline void axpy(float p, const float* w, float* acc, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(acc + i, load(acc + i) + p * load(w + i));
+  for (; i < n; ++i) acc[i] += p * w[i];
+}
+inline void axpy(float p, const bf16* w, float* acc, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    Pair v = load_pair(w + i);
+    store(acc + i, load(acc + i) + p * v.even);
+    store(acc + i + 16, load(acc + i + 16) + p * v.odd);
+  }
+  for (; i < n; ++i) acc[i] += p * widen(w[i]);
+}
 
-// out[r][c] = w_r · x_c for R weight rows and C inputs.
-template <class W, int R, int C>
-inline void tile(const W* w, int64_t stride, const float* const* x, int64_t n, float (*out)[8]) {
+// A row in FP32 and `place` order.
+inline void widen_row(const float* w, float* out, int64_t n) { std::memcpy(out, w, n * 4); }
+inline void widen_row(const bf16* w, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) { Pair p = load_pair(w + i); store(out + i, p.even); store(out + i + 16, p.odd); }
+  for (; i < n; ++i) out[i] = widen(w[i]);
+}
+
+// out[r][c] = w_r · x_c for R weight rows and C inputs; meanwhile the rows at `next` are fetched.
+template <int R, int C>
+inline void tile(const float* w, int64_t stride, const float* const* x, int64_t n, float (*out)[8], const float* next) {
   vf acc[R][C] = {};
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     vf row[R];
     for (int r = 0; r < R; ++r) row[r] = load(w + r * stride + i);
+    if (next)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * stride + i);
     for (int c = 0; c < C; ++c) {
       vf value = load(x[c] + i);
       for (int r = 0; r < R; ++r) acc[r][c] += row[r] * value;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) {
+      float s = sum(acc[r][c]);
+      for (int64_t j = i; j < n; ++j) s += w[r * stride + j] * x[c][j];
+      out[r][c] = s;
+    }
+}
+template <int R, int C>
+inline void tile(const bf16* w, int64_t stride, const float* const* x, int64_t n, float (*out)[8], const bf16* next) {
+  vf acc[R][C] = {};
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    Pair row[R];
+    for (int r = 0; r < R; ++r) row[r] = load_pair(w + r * stride + i);
+    if (next)
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * stride + i);
+    for (int c = 0; c < C; ++c) {
+      vf even = load(x[c] + i), odd = load(x[c] + i + 16);
+      for (int r = 0; r < R; ++r) { acc[r][c] += row[r].even * even; acc[r][c] += row[r].odd * odd; }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -87,43 +152,41 @@ inline void tile(const W* w, int64_t stride, const float* const* x, int64_t n, f
     }
 }
 
-template <class W, int R>
-inline void tile_columns(const W* w, int64_t stride, const float* const* x, int c, int64_t n, float (*out)[8]) {
+template <int R, class W>
+inline void tile_columns(const W* w, int64_t stride, const float* const* x, int c, int64_t n, float (*out)[8], const W* next) {
   switch (c) {
-    case 1: return tile<W, R, 1>(w, stride, x, n, out);
-    case 2: return tile<W, R, 2>(w, stride, x, n, out);
-    case 3: return tile<W, R, 3>(w, stride, x, n, out);
-    case 4: return tile<W, R, 4>(w, stride, x, n, out);
-    case 5: return tile<W, R, 5>(w, stride, x, n, out);
-    default: return tile<W, R, 6>(w, stride, x, n, out);
+    case 1: return tile<R, 1>(w, stride, x, n, out, next);
+    case 2: return tile<R, 2>(w, stride, x, n, out, next);
+    case 3: return tile<R, 3>(w, stride, x, n, out, next);
+    case 4: return tile<R, 4>(w, stride, x, n, out, next);
+    case 5: return tile<R, 5>(w, stride, x, n, out, next);
+    default: return tile<R, 6>(w, stride, x, n, out, next);
   }
 }
 
-// Products of rows [first, last) of w with `count` inputs; emit(row, column, value).
+// Products of rows [first, last) of w with `count` inputs in `place` order; emit(row, column, value).
 template <class W, class Emit>
 void product(const W* w, int64_t stride, int64_t first, int64_t last, const float* const* x, int64_t count, int64_t n,
-             std::vector<float>& scratch, Emit emit) {
+             Emit emit) {
+  thread_local std::vector<float> scratch;
   for (int64_t r = first; r < last; r += 4) {
     int rows = int(std::min<int64_t>(4, last - r));
     const W* block = w + r * stride;
+    const W* next = count > 6 && r + 8 <= last ? block + 4 * stride : nullptr;
     const float* wide = nullptr;
-    if (sizeof(W) == 2 && count > 6) {  // convert the four rows once for all groups of inputs
+    if (sizeof(W) == 2 && count > 6) {  // widen the four rows once for all groups of inputs
       scratch.resize(4 * n);
-      for (int i = 0; i < rows; ++i) {
-        int64_t j = 0;
-        for (; j + LANES <= n; j += LANES) store(&scratch[i * n + j], load(block + i * stride + j));
-        for (; j < n; ++j) scratch[i * n + j] = widen(block[i * stride + j]);
-      }
+      for (int i = 0; i < rows; ++i) widen_row(block + i * stride, &scratch[i * n], n);
       wide = scratch.data();
     }
     for (int64_t c = 0; c < count; c += 6) {
       int cols = int(std::min<int64_t>(6, count - c));
       float out[4][8];
       if (rows == 4) {
-        if (wide) tile_columns<float, 4>(wide, n, x + c, cols, n, out);
-        else tile_columns<W, 4>(block, stride, x + c, cols, n, out);
+        if (wide) tile_columns<4, float>(wide, n, x + c, cols, n, out, nullptr);
+        else tile_columns<4, W>(block, stride, x + c, cols, n, out, c ? next : nullptr);
       } else {
-        for (int i = 0; i < rows; ++i) tile_columns<W, 1>(block + i * stride, stride, x + c, cols, n, out + i);
+        for (int i = 0; i < rows; ++i) tile_columns<1, W>(block + i * stride, stride, x + c, cols, n, out + i, nullptr);
       }
       for (int i = 0; i < rows; ++i)
         for (int j = 0; j < cols; ++j) emit(r + i, c + j, out[i][j]);
@@ -131,7 +194,7 @@ void product(const W* w, int64_t stride, int64_t first, int64_t last, const floa
   }
 }
 
-// FP32 rows of x, one pointer a row; `store` holds converted values where needed.
+// FP32 rows of x in `place` order, one pointer a row; `keep` holds converted values where needed.
 template <class T>
 void rows_of(const T* x, int64_t rows, int64_t n, int64_t stride, std::vector<float>& keep, std::vector<const float*>& at) {
   at.resize(rows);
@@ -141,7 +204,7 @@ void rows_of(const T* x, int64_t rows, int64_t n, int64_t stride, std::vector<fl
   }
   keep.resize(rows * n);
   for (int64_t t = 0; t < rows; ++t) {
-    for (int64_t i = 0; i < n; ++i) keep[t * n + i] = widen(x[t * stride + i]);
+    widen_row(x + t * stride, &keep[t * n], n);
     at[t] = &keep[t * n];
   }
 }
@@ -151,36 +214,39 @@ void linear(const T* x, const T* w, const T* bias, T* out, int64_t rows, int64_t
   std::vector<float> keep;
   std::vector<const float*> at;
   rows_of(x, rows, n, x_stride, keep, at);
-  int64_t blocks = (outs + 3) / 4;
-#pragma omp parallel if (worth_sharing(outs * n * int64_t(sizeof(T)), rows))
-  {
-    std::vector<float> scratch;
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < blocks; ++b)
-      product(w, n, b * 4, std::min(outs, b * 4 + 4), at.data(), rows, n, scratch, [&](int64_t o, int64_t t, float v) {
-        narrow(bias ? v + widen(bias[o]) : v, out + t * outs + o);
-      });
-  }
+  parallel((outs + 3) / 4, 4, worth_sharing(outs * n * int64_t(sizeof(T)), rows), [&](int64_t begin, int64_t end) {
+    product(w, n, begin * 4, std::min(outs, end * 4), at.data(), rows, n, [&](int64_t o, int64_t t, float v) {
+      narrow(bias ? v + widen(bias[o]) : v, out + t * outs + o);
+    });
+  });
 }
 
 // Every head's own matrix: out[s,h,o] = Σ_i x[s,h,i]·w[h,o,i].
 template <class T>
 void per_head(const T* x, const T* w, T* out, int64_t S, int64_t H, int64_t I, int64_t O, int64_t x_s, int64_t x_h,
               int64_t w_h) {
-#pragma omp parallel if (worth_sharing(H * I * O * int64_t(sizeof(T)), S))
-  {
-    std::vector<float> keep, scratch;
+  parallel(H, 1, worth_sharing(H * I * O * int64_t(sizeof(T)), S), [&](int64_t begin, int64_t end) {
+    std::vector<float> keep;
     std::vector<const float*> at;
-#pragma omp for schedule(static)
-    for (int64_t h = 0; h < H; ++h) {
+    for (int64_t h = begin; h < end; ++h) {
       rows_of(x + h * x_h, S, I, x_s, keep, at);
-      product(w + h * w_h, I, 0, O, at.data(), S, I, scratch,
+      product(w + h * w_h, I, 0, O, at.data(), S, I,
               [&](int64_t o, int64_t s, float v) { narrow(v, out + (s * H + h) * O + o); });
     }
-  }
+  });
 }
 
 inline float silu(float v) { return v / (1.0f + std::exp(-v)); }
+
+// Jobs [begin, end), `blocks` of four rows an expert, as ranges of rows within one expert each.
+template <class Body>
+void each_expert(int64_t begin, int64_t end, int64_t blocks, int64_t rows, Body body) {
+  while (begin < end) {
+    int64_t u = begin / blocks, stop = std::min(end, (u + 1) * blocks);
+    body(u, (begin - u * blocks) * 4, std::min(rows, (stop - u * blocks) * 4));
+    begin = stop;
+  }
+}
 
 // out[t] = Σ_k weight[t][k] · down_e(silu(gate_e x) ⊙ up_e x)
 template <class T>
@@ -199,30 +265,28 @@ void experts(const T* x, const int64_t* expert, const float* weight, const T* ga
   for (size_t u = 0; u < used.size(); ++u)
     for (int64_t p : pairs[used[u]]) { inputs[u].push_back(at[p / K]); middles[u].push_back(&hidden[p * I]); }
   int64_t i_blocks = (I + 3) / 4, d_blocks = (D + 3) / 4, n_used = int64_t(used.size());
-#pragma omp parallel if (worth_sharing(n_used * 3 * D * I * int64_t(sizeof(T)), T_ * K / n_used))
-  {
-    std::vector<float> scratch, up;
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < n_used * i_blocks; ++job) {
-      int64_t u = job / i_blocks, first = (job % i_blocks) * 4, last = std::min(I, first + 4);
+  bool worth = worth_sharing(n_used * 3 * D * I * int64_t(sizeof(T)), T_ * K / n_used);
+  parallel(n_used * i_blocks, 4, worth, [&](int64_t begin, int64_t end) {
+    std::vector<float> up;
+    each_expert(begin, end, i_blocks, I, [&](int64_t u, int64_t first, int64_t last) {
       const T* w = gate_up + used[u] * 2 * I * D;
       const auto& mine = pairs[used[u]];
       int64_t count = int64_t(mine.size());
-      up.resize(4 * count);
-      product(w + I * D, D, first, last, inputs[u].data(), count, D, scratch,
+      up.resize((last - first) * count);
+      product(w + I * D, D, first, last, inputs[u].data(), count, D,
               [&](int64_t i, int64_t c, float v) { up[(i - first) * count + c] = rounded<T>(v); });
-      product(w, D, first, last, inputs[u].data(), count, D, scratch, [&](int64_t i, int64_t c, float v) {
-        hidden[mine[c] * I + i] = rounded<T>(rounded<T>(silu(rounded<T>(v))) * up[(i - first) * count + c]);
+      product(w, D, first, last, inputs[u].data(), count, D, [&](int64_t i, int64_t c, float v) {
+        hidden[mine[c] * I + place<T>(i, I)] = rounded<T>(rounded<T>(silu(rounded<T>(v))) * up[(i - first) * count + c]);
       });
-    }
-#pragma omp for schedule(static)
-    for (int64_t job = 0; job < n_used * d_blocks; ++job) {
-      int64_t u = job / d_blocks, first = (job % d_blocks) * 4, last = std::min(D, first + 4);
+    });
+  });
+  parallel(n_used * d_blocks, 4, worth, [&](int64_t begin, int64_t end) {
+    each_expert(begin, end, d_blocks, D, [&](int64_t u, int64_t first, int64_t last) {
       const auto& mine = pairs[used[u]];
-      product(down + used[u] * D * I, I, first, last, middles[u].data(), int64_t(mine.size()), I, scratch,
+      product(down + used[u] * D * I, I, first, last, middles[u].data(), int64_t(mine.size()), I,
               [&](int64_t d, int64_t c, float v) { y[mine[c] * D + d] = rounded<T>(v); });
-    }
-  }
+    });
+  });
   for (int64_t t = 0; t < T_; ++t)
     for (int64_t d = 0; d < D; ++d) {
       float s = 0;
@@ -243,8 +307,8 @@ void swiglu(const T* x, T* out, int64_t rows, int64_t width) {
 // delta may be null; else total = x + delta (rounded) is stored and normed.
 template <class T>
 void rms_norm(const T* x, const T* delta, const T* w, T* total, T* out, int64_t rows, int64_t n, int64_t stride, float eps) {
-#pragma omp parallel for schedule(static) if (rows * n > 65536)
-  for (int64_t t = 0; t < rows; ++t) {
+  parallel(rows, 8, rows * n > 65536, [&](int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
     const T* row = x + t * stride;
     if (delta) {
       for (int64_t i = 0; i < n; ++i) narrow(widen(row[i]) + widen(delta[t * n + i]), total + t * n + i);
@@ -255,14 +319,15 @@ void rms_norm(const T* x, const T* delta, const T* w, T* total, T* out, int64_t 
     float scale = 1.0f / std::sqrt(s / float(n) + eps);
     for (int64_t i = 0; i < n; ++i) narrow(widen(w[i]) * rounded<T>(widen(row[i]) * scale), out + t * n + i);
   }
+  });
 }
 
 // x [T, H, 2·half] strided → out contiguous; rotation [T, 2, half] FP32.
 template <class T>
 void rotate(const T* x, const float* rotation, T* out, int64_t T_, int64_t H, int64_t half, int64_t t_stride,
             int64_t h_stride, bool interleaved) {
-#pragma omp parallel for schedule(static) if (T_ * H * half > 65536)
-  for (int64_t t = 0; t < T_; ++t) {
+  parallel(T_, 8, T_ * H * half > 65536, [&](int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
     const float *cos = rotation + t * 2 * half, *sin = cos + half;
     for (int64_t h = 0; h < H; ++h) {
       const T* from = x + t * t_stride + h * h_stride;
@@ -275,6 +340,7 @@ void rotate(const T* x, const float* rotation, T* out, int64_t T_, int64_t H, in
       }
     }
   }
+  });
 }
 
 // Latent cache entries (hadal.ops.mla): the latent normed, the rope key rotated, kept and written to their slots.
@@ -294,23 +360,22 @@ template <class T>
 void absorbed_query(const T* nope, const T* rope, const float* rotation, const T* up, T* out, int64_t S, int64_t H,
                     int64_t n, int64_t L, int64_t half, int64_t n_s, int64_t n_h, int64_t r_s, int64_t r_h, int64_t up_h) {
   int64_t C = L + 2 * half;
-#pragma omp parallel for schedule(static) if (worth_sharing(H * n * L * int64_t(sizeof(T)), S))
-  for (int64_t h = 0; h < H; ++h) {
-    std::vector<float> acc(L);
+  parallel(H, 1, worth_sharing(H * n * L * int64_t(sizeof(T)), S), [&](int64_t begin, int64_t end) {
+  std::vector<float> acc(L);
+  for (int64_t h = begin; h < end; ++h) {
     for (int64_t s = 0; s < S; ++s) {
       std::fill(acc.begin(), acc.end(), 0.0f);
       const T *x = nope + s * n_s + h * n_h, *w = up + h * up_h;
       for (int64_t i = 0; i < n; ++i) {
         float v = widen(x[i]);
-        int64_t o = 0;
-        for (; o + LANES <= L; o += LANES) store(&acc[o], load(&acc[o]) + v * load(w + i * L + o));
-        for (; o < L; ++o) acc[o] += v * widen(w[i * L + o]);
+        axpy(v, w + i * L, acc.data(), L);
       }
       T* to = out + (s * H + h) * C;
-      for (int64_t o = 0; o < L; ++o) narrow(acc[o], to + o);
+      for (int64_t o = 0; o < L; ++o) narrow(acc[place<T>(o, L)], to + o);
       rotate<T>(rope + s * r_s + h * r_h, rotation + s * 2 * half, to + L, 1, 1, half, 0, 0, true);
     }
   }
+  });
 }
 
 // V3/V2 routing of `hadal.ops.gate`: logits are computed here too, in FP32.
@@ -320,8 +385,8 @@ void gate(const T* x, const T* w, const float* bias, int64_t* expert, float* wei
   std::vector<float> keep;
   std::vector<const float*> at;
   rows_of(x, T_, D, D, keep, at);
-  std::vector<float> score(T_ * E), scratch;
-  product(w, D, 0, E, at.data(), T_, D, scratch, [&](int64_t e, int64_t t, float v) { score[t * E + e] = v; });
+  std::vector<float> score(T_ * E);
+  product(w, D, 0, E, at.data(), T_, D, [&](int64_t e, int64_t t, float v) { score[t * E + e] = v; });
   const float NONE = -std::numeric_limits<float>::infinity();
   std::vector<float> choice(E), rank(groups);
   int64_t size = E / groups;
@@ -375,15 +440,15 @@ void decode(const T* q, const T* cache, const int32_t* table, const int32_t* con
   for (int64_t s = 0; s < S; ++s) longest = std::max<int64_t>(longest, context[s]);
   int64_t step = groups > 1 ? per : std::max<int64_t>(1, std::min<int64_t>(4, per));  // heads that share one pass over keys
   int64_t head_jobs = H / step + (H % step ? 1 : 0);
-#pragma omp parallel if (S * longest * H * width > 1048576)
-  {
+  parallel(S * head_jobs, 1, S * longest * H * width > 65536, [&](int64_t begin, int64_t end) {
     std::vector<float> wide, score, acc;
-#pragma omp for schedule(dynamic)
-    for (int64_t job = 0; job < S * head_jobs; ++job) {
+    for (int64_t job = begin; job < end; ++job) {
       int64_t s = job / head_jobs, h0 = (job % head_jobs) * step, n = std::min(step, H - h0);
       int64_t length = context[s], g = h0 / per;
       wide.resize(n * width);
-      for (int64_t i = 0; i < n * width; ++i) wide[i] = widen(q[(s * H + h0) * width + i]) * scale;
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < width; ++c)
+          wide[i * width + place<T>(c, width)] = widen(q[(s * H + h0 + i) * width + c]) * scale;
       score.resize(n * length);
       for (int64_t t = 0; t < length; ++t) {
         int64_t at = table[s * table_stride + t / page] * page + t % page;
@@ -401,19 +466,74 @@ void decode(const T* q, const T* cache, const int32_t* table, const int32_t* con
         int64_t at = table[s * table_stride + t / page] * page + t % page;
         const T* value = cache + at * entry + v_offset + g * v_width;
         for (int64_t i = 0; i < n; ++i) {
-          float p = score[i * length + t];
-          float* a = &acc[i * v_width];
-          int64_t j = 0;
-          for (; j + LANES <= v_width; j += LANES) store(a + j, load(a + j) + p * load(value + j));
-          for (; j < v_width; ++j) a[j] += p * widen(value[j]);
+          axpy(score[i * length + t], value, &acc[i * v_width], v_width);
         }
       }
-      for (int64_t i = 0; i < n * v_width; ++i) narrow(acc[i], out + (s * H + h0) * v_width + i);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t c = 0; c < v_width; ++c)
+          narrow(acc[i * v_width + place<T>(c, v_width)], out + (s * H + h0 + i) * v_width + c);
     }
+  });
+}
+
+// --- whole halves of a block, for a few tokens: the functions above, one after the other, in one call ---------------
+// x normed [T, D] → residual + Σ weight·expert(x) + shared(x); rounds where the separate operations round.
+template <class T>
+void moe_block(void** p, const int64_t* d, float scale) {
+  const T *x = (T*)p[0], *residual = (T*)p[1], *shared_gate_up = (T*)p[6], *shared_down = (T*)p[7];
+  T* out = (T*)p[8];
+  int64_t T_ = d[0], D = d[1], E = d[2], K = d[3], I = d[4], wide = d[5];
+  thread_local std::vector<int64_t> expert;
+  thread_local std::vector<float> weight;
+  thread_local std::vector<T> routed, pair, middle, shared;
+  expert.resize(T_ * K), weight.resize(T_ * K), routed.resize(T_ * D);
+  gate<T>(x, (T*)p[2], (float*)p[3], expert.data(), weight.data(), T_, D, E, K, d[6], d[7], int(d[8]), int(d[9]), int(d[10]), scale);
+  experts<T>(x, expert.data(), weight.data(), (T*)p[4], (T*)p[5], routed.data(), T_, K, E, D, I);
+  if (wide) {
+    pair.resize(T_ * 2 * wide), middle.resize(T_ * wide), shared.resize(T_ * D);
+    linear<T>(x, shared_gate_up, nullptr, pair.data(), T_, 2 * wide, D, D);
+    swiglu<T>(pair.data(), middle.data(), T_, wide);
+    linear<T>(middle.data(), shared_down, nullptr, shared.data(), T_, D, wide, wide);
+  }
+  for (int64_t i = 0; i < T_ * D; ++i) {
+    float v = widen(routed[i]);
+    if (wide) v = rounded<T>(v + widen(shared[i]));
+    narrow(widen(residual[i]) + v, out + i);
   }
 }
 
+// x normed [S, D], one token a sequence → attention output [S, D]: absorbed MLA on the paged latent cache.
+template <class T>
+void mla_block(void** p, const int64_t* d, const float* f) {
+  const T *x = (T*)p[0], *q_a = (T*)p[1], *q_norm = (T*)p[2], *q_b = (T*)p[3], *kv_a = (T*)p[4], *kv_norm = (T*)p[5],
+          *kv_b = (T*)p[6], *o = (T*)p[7];
+  const float* rotation = (float*)p[8];
+  T *cache = (T*)p[9], *out = (T*)p[13];
+  int64_t S = d[0], D = d[1], H = d[2], q_rank = d[3], rank = d[4], n = d[5], R = d[6], v = d[7];
+  int64_t C = rank + R, head = n + R, up = (n + v) * rank;
+  thread_local std::vector<T> low, low_normed, q, kv, entry, absorbed, z, heads;
+  q.resize(S * H * head), kv.resize(S * C), entry.resize(S * C), absorbed.resize(S * H * C), z.resize(S * H * rank),
+      heads.resize(S * H * v);
+  if (q_rank) {
+    low.resize(S * q_rank), low_normed.resize(S * q_rank);
+    linear<T>(x, q_a, nullptr, low.data(), S, q_rank, D, D);
+    rms_norm<T>(low.data(), nullptr, q_norm, nullptr, low_normed.data(), S, q_rank, q_rank, f[0]);
+    linear<T>(low_normed.data(), q_b, nullptr, q.data(), S, H * head, q_rank, q_rank);
+  } else {
+    linear<T>(x, q_b, nullptr, q.data(), S, H * head, D, D);
+  }
+  linear<T>(x, kv_a, nullptr, kv.data(), S, C, D, D);
+  write_latent<T>(kv.data(), kv_norm, rotation, cache, (int64_t*)p[10], entry.data(), S, rank, R / 2, C, f[0]);
+  absorbed_query<T>(q.data(), q.data() + n, rotation, kv_b, absorbed.data(), S, H, n, rank, R / 2, H * head, head, H * head,
+                    head, up);
+  decode<T>(absorbed.data(), cache, (int32_t*)p[11], (int32_t*)p[12], z.data(), S, H, 1, C, rank, C, 0, d[8], d[9], f[1]);
+  per_head<T>(z.data(), kv_b + n * rank, heads.data(), S, H, rank, v, H * rank, rank, up);
+  linear<T>(heads.data(), o, nullptr, out, S, D, H * v, H * v);
+}
+
 }  // namespace
+
+extern "C" void set_threads(int threads) { Pool::instance().resize(threads); }
 
 #define BOTH(NAME, PARAMS, ARGS_F, ARGS_H)                    \
   extern "C" void NAME##_f32 PARAMS { typedef float T; ARGS_F; } \
@@ -449,3 +569,5 @@ BOTH(absorbed_query, (void* n, void* q, float* r, void* up, void* out, int64_t s
                       int64_t ns, int64_t nh, int64_t rs, int64_t rh, int64_t uh),
      absorbed_query<T>(P(n), P(q), r, P(up), P(out), s, h, w, l, half, ns, nh, rs, rh, uh),
      absorbed_query<T>(P(n), P(q), r, P(up), P(out), s, h, w, l, half, ns, nh, rs, rh, uh))
+BOTH(moe_block, (void** p, int64_t* d, float scale), moe_block<T>(p, d, scale), moe_block<T>(p, d, scale))
+BOTH(mla_block, (void** p, int64_t* d, float* f), mla_block<T>(p, d, f), mla_block<T>(p, d, f))

@@ -1,9 +1,9 @@
 """Paged decode attention, split over the context with a log-sum-exp merge. Reference: `hadal.ops.paged`.
 
-A program takes one sequence, a block of query heads and one share of the context; it keeps a running softmax in FP32
-and writes its unmerged output with its log-sum-exp. A second kernel merges the shares. The number of shares is
-fixed by the batch size alone, so that the launch can be captured in a CUDA graph; shares beyond a short context are
-empty and say so with −inf.
+A program takes one sequence, a block of query heads and one share of the context; it keeps a running softmax
+in FP32 and writes its unmerged output with its log-sum-exp. A second kernel merges the shares. The number of
+shares is fixed by the batch size alone, so that the launch can be captured in a CUDA graph; shares beyond a
+short context are empty and say so with −inf.
 Legend: S sequences, H heads, G key/value heads, L latent, R rope, C head width, N keys a tile.
 """
 
@@ -38,8 +38,12 @@ def _mla_kernel(
     rope_col = tl.arange(0, BLOCK_R)
     entry: tl.constexpr = RANK + ROPE
     q_row = q + (s * heads + h[:, None]) * entry
-    q_latent = tl.load(q_row + latent_col[None, :], mask=(h < heads)[:, None] & (latent_col < RANK)[None, :], other=0.0)
-    q_rope = tl.load(q_row + RANK + rope_col[None, :], mask=(h < heads)[:, None] & (rope_col < ROPE)[None, :], other=0.0)
+    q_latent = tl.load(
+        q_row + latent_col[None, :], mask=(h < heads)[:, None] & (latent_col < RANK)[None, :], other=0.0
+    )
+    q_rope = tl.load(
+        q_row + RANK + rope_col[None, :], mask=(h < heads)[:, None] & (rope_col < ROPE)[None, :], other=0.0
+    )
     begin, end = _share(tl.load(context_len + s), SPLITS, MIN)
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -49,10 +53,14 @@ def _mla_kernel(
         page = tl.load(table + s * table_stride + key // PAGE, mask=key < end, other=0).to(tl.int64)
         row = cache + (page * PAGE + key % PAGE) * entry
         latent = tl.load(
-            row[:, None] + latent_col[None, :], mask=(key < end)[:, None] & (latent_col < RANK)[None, :], other=0.0
+            row[:, None] + latent_col[None, :],
+            mask=(key < end)[:, None] & (latent_col < RANK)[None, :],
+            other=0.0,
         )
         rope = tl.load(
-            row[:, None] + RANK + rope_col[None, :], mask=(key < end)[:, None] & (rope_col < ROPE)[None, :], other=0.0
+            row[:, None] + RANK + rope_col[None, :],
+            mask=(key < end)[:, None] & (rope_col < ROPE)[None, :],
+            other=0.0,
         )
         score = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         score = tl.dot(q_rope, tl.trans(rope), score, input_precision="ieee") * scale
@@ -82,7 +90,9 @@ def _gqa_kernel(
     h = g * per_group + i
     col = tl.arange(0, BLOCK_C)
     mine = (i < per_group)[:, None]
-    q_tile = tl.load(q + (s * heads + h[:, None]) * WIDTH + col[None, :], mask=mine & (col < WIDTH)[None, :], other=0.0)
+    q_tile = tl.load(
+        q + (s * heads + h[:, None]) * WIDTH + col[None, :], mask=mine & (col < WIDTH)[None, :], other=0.0
+    )
     begin, end = _share(tl.load(context_len + s), SPLITS, MIN)
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
@@ -141,9 +151,10 @@ def mla_decode(
     lse = torch.empty((S * H, splits), dtype=torch.float32, device=q_SHC.device)
     out = torch.empty((S, H, rank), dtype=q_SHC.dtype, device=q_SHC.device)
     _mla_kernel[(S, head_blocks, splits)](
-        q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, partial, lse, H, block_table_SP.stride(0), scale,
-        RANK=rank, ROPE=entry - rank, BLOCK_L=block_l, BLOCK_R=max(16, triton.next_power_of_2(entry - rank)),
-        PAGE=page, SPLITS=splits, BLOCK_H=block_h, BLOCK_N=32, MIN=MIN_SHARE, num_warps=4, num_stages=2,
+        q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, partial, lse, H,
+        block_table_SP.stride(0), scale, RANK=rank, ROPE=entry - rank, BLOCK_L=block_l,
+        BLOCK_R=max(16, triton.next_power_of_2(entry - rank)), PAGE=page, SPLITS=splits, BLOCK_H=block_h,
+        BLOCK_N=32, MIN=MIN_SHARE, num_warps=4, num_stages=2,
     )  # fmt: skip
     _merge_kernel[(S * H,)](partial, lse, out, rank, BLOCK=block_l, SPLITS=splits, num_warps=4)
     return out
@@ -163,7 +174,8 @@ def gqa_decode(
     _gqa_kernel[(S, groups, splits)](
         q_SHC.contiguous(), cache_PB2GC, block_table_SP, context_len_S, partial, lse, H, H // groups, groups,
         block_table_SP.stride(0), scale, WIDTH=width, BLOCK_C=block_c, PAGE=page, SPLITS=splits,
-        BLOCK_H=max(16, triton.next_power_of_2(H // groups)), BLOCK_N=64, MIN=MIN_SHARE, num_warps=4, num_stages=2,
+        BLOCK_H=max(16, triton.next_power_of_2(H // groups)), BLOCK_N=64, MIN=MIN_SHARE, num_warps=4,
+        num_stages=2,
     )  # fmt: skip
     _merge_kernel[(S * H,)](partial, lse, out, width, BLOCK=block_c, SPLITS=splits, num_warps=4)
     return out

@@ -1,8 +1,8 @@
-"""Routed experts for up to a few hundred tokens, where reading weights is the cost. Reference: `hadal.ops.experts`.
+"""Routed experts for up to a few hundred tokens: reading weights is the cost. Reference: `hadal.ops.experts`.
 
-Three kernels: gate_up product + SwiGLU, down product, weighted sum. A program owns one expert and a block of its
-output rows; it finds the (token, k) pairs routed to it by itself, so nothing is sorted, nothing is synchronised with
-the host, and every expert's weights are read once for each BLOCK_M of its rows.
+Three kernels: gate_up product + SwiGLU, down product, weighted sum. A program owns one expert and a block of
+its output rows; it finds the (token, k) pairs routed to it by itself, so nothing is sorted, nothing is
+synchronised with the host, and every expert's weights are read once for each BLOCK_M of its rows.
 Legend: P = T·K pairs, D hidden, I width, E experts.
 """
 
@@ -42,7 +42,7 @@ def swiglu(x_T2I: Tensor) -> Tensor:
     return out
 
 
-# --- one expert, BLOCK_M rows at a time -----------------------------------------------------------------------------
+# --- one expert, BLOCK_M rows at a time ---------------------------------------------------------------------
 @triton.jit
 def _rows_of_expert(mine, rank, pair, first, BLOCK_M: tl.constexpr):
     """Pairs number first … first + BLOCK_M − 1 among this expert's, −1 where there are fewer."""
@@ -54,7 +54,8 @@ def _rows_of_expert(mine, rank, pair, first, BLOCK_M: tl.constexpr):
 @triton.jit
 def _gate_up_kernel(
     x, expert, w, out, pairs, hidden, width,
-    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -72,8 +73,12 @@ def _gate_up_kernel(
         for start in range(0, hidden, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = (n[:, None] < width) & (d[None, :] < hidden)
-            value = tl.load(x_row[None, :] + d[:, None], mask=(row >= 0)[None, :] & (d < hidden)[:, None], other=0.0)
-            gate = tl.dot(tl.load(gate_row + d[None, :], mask=mask, other=0.0), value, gate, input_precision="ieee")
+            value = tl.load(
+                x_row[None, :] + d[:, None], mask=(row >= 0)[None, :] & (d < hidden)[:, None], other=0.0
+            )
+            gate = tl.dot(
+                tl.load(gate_row + d[None, :], mask=mask, other=0.0), value, gate, input_precision="ieee"
+            )
             up = tl.dot(tl.load(up_row + d[None, :], mask=mask, other=0.0), value, up, input_precision="ieee")
         y = _silu_mul(gate, up, out.dtype.element_ty)
         to = out + tl.maximum(row, 0).to(tl.int64)[None, :] * width + n[:, None]
@@ -99,8 +104,12 @@ def _down_kernel(
         for start in range(0, width, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
             mask = (n[:, None] < hidden) & (i[None, :] < width)
-            value = tl.load(h_row[None, :] + i[:, None], mask=(row >= 0)[None, :] & (i < width)[:, None], other=0.0)
-            acc = tl.dot(tl.load(w_row + i[None, :], mask=mask, other=0.0), value, acc, input_precision="ieee")
+            value = tl.load(
+                h_row[None, :] + i[:, None], mask=(row >= 0)[None, :] & (i < width)[:, None], other=0.0
+            )
+            acc = tl.dot(
+                tl.load(w_row + i[None, :], mask=mask, other=0.0), value, acc, input_precision="ieee"
+            )
         to = out + tl.maximum(row, 0).to(tl.int64)[None, :] * hidden + n[:, None]
         tl.store(to, acc.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < hidden)[:, None])
 
@@ -156,7 +165,11 @@ def _rows_a_tile(pairs: int, n_experts: int) -> int:
 
 
 def combine(
-    row_ND: Tensor, order: Tensor, weight_TK: Tensor, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None
+    row_ND: Tensor,
+    order: Tensor,
+    weight_TK: Tensor,
+    shared_TD: Tensor | None = None,
+    residual_TD: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of each token's K rows, which lie sorted by expert; see `hadal.ops.experts.combine`."""
     place = torch.empty_like(order)
@@ -165,13 +178,19 @@ def combine(
 
 
 def _combine(
-    row_ND: Tensor, place: Tensor | None, weight_TK: Tensor, shared_TD: Tensor | None, residual_TD: Tensor | None
+    row_ND: Tensor,
+    place: Tensor | None,
+    weight_TK: Tensor,
+    shared_TD: Tensor | None,
+    residual_TD: Tensor | None,
 ) -> Tensor:
     (tokens, K), hidden = weight_TK.shape, row_ND.shape[1]
     out_TD = torch.empty((tokens, hidden), dtype=row_ND.dtype, device=row_ND.device)
     _combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
-        row_ND, row_ND if place is None else place, weight_TK, row_ND if shared_TD is None else shared_TD.contiguous(),
-        row_ND if residual_TD is None else residual_TD.contiguous(), out_TD, hidden, K=K, PLACED=place is not None,
-        SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None, BLOCK=1024, num_warps=4,
+        row_ND, row_ND if place is None else place, weight_TK,
+        row_ND if shared_TD is None else shared_TD.contiguous(),
+        row_ND if residual_TD is None else residual_TD.contiguous(), out_TD, hidden, K=K,
+        PLACED=place is not None, SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None,
+        BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out_TD

@@ -75,7 +75,7 @@ def _gate_kernel(
 
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """FP32 router logits. BF16 products are exact in FP32, so a BF16 product with FP32 output loses nothing."""
+    """FP32 router logits. BF16 products are exact in FP32: a BF16 product with FP32 output loses nothing."""
     if x_TD.dtype == torch.bfloat16 and x_TD.is_cuda:
         return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
     return x_TD.float() @ weight_ED.float().t()

@@ -1,4 +1,4 @@
-"""Latent cache entries in one kernel: norm of the latent, rotation of the rope key, both written to the cache.
+"""Latent cache entries in one kernel: norm of the latent, rotation of the rope key, write to the cache.
 
 Reference: `hadal.ops.mla.latent_entry`. One program a token.
 """
@@ -13,7 +13,18 @@ from torch import Tensor
 
 @triton.jit
 def _entry_kernel(
-    kv, weight, rotation, cache, slot, entry, rank, half, kv_stride, eps, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr
+    kv,
+    weight,
+    rotation,
+    cache,
+    slot,
+    entry,
+    rank,
+    half,
+    kv_stride,
+    eps,
+    BLOCK_L: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     width = rank + 2 * half

@@ -1,4 +1,4 @@
-"""Rotary embedding in one kernel, both pair layouts. Reference: `hadal.ops.rope`. x [T, H, R] may be strided."""
+"""Rotary embedding in one kernel, both pair layouts. Reference: `hadal.ops.rope`. x [T, H, R] as it lies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 @triton.jit
 def _rotate_kernel(
-    x, rotation, out, heads, half, t_stride, h_stride, out_t_stride, out_h_stride, INTERLEAVED: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    x, rotation, out, heads, half, t_stride, h_stride, out_t_stride, out_h_stride, INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
