@@ -1,13 +1,14 @@
-"""Ours against Hugging Face `transformers`: same shape, same dtype, random weights, greedy, one run, one machine.
+"""Ours against Hugging Face `transformers`: same shape and dtype, random weights, greedy, one machine.
 
     python benchmarks/race_transformers.py --device cpu                 # hadal-mini and Qwen 0.5B
     python benchmarks/race_transformers.py --device cuda                # V2-Lite and Qwen 1.5B
     python benchmarks/race_transformers.py --device cpu --models qwen-0.5b --dtypes bfloat16 --rounds 5
 
-The engines take turns in every round (ours, theirs, ours, theirs, …), so that a drifting machine slows both; a
-ratio is the median of the rounds' ratios. `transformers` runs `generate` with its defaults: dynamic cache, its own
-choice of attention. Rates: decode = generated tokens over the whole time of a call less its prefill, measured by a
-call that generates one token; "whole" keeps the prefill in. On CUDA the models live on the card one after the other.
+The engines take turns in every round (ours, theirs, ours, theirs, …), so that a drifting machine slows both;
+a ratio is the median of the rounds' ratios. `transformers` runs `generate` with its defaults: dynamic cache,
+its own choice of attention. Rates: decode = generated tokens over the whole time of a call less its prefill,
+measured by a call that generates one token; "whole" keeps the prefill in. On CUDA the models live on the card
+one after the other.
 """
 
 from __future__ import annotations
@@ -111,24 +112,36 @@ def race(name: str, config: ModelConfig, dtype: torch.dtype, device: str, rounds
             del run
             gc.collect()
             torch.cuda.empty_cache()
-    result: dict[str, Any] = {"model": name, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds, "rows": {}}
+    result: dict[str, Any] = {
+        "model": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "rounds": rounds,
+        "rows": {},
+    }
     for key in rates["hadal"][0]:
         mine, hf = ([r[key] for r in rates[who]] for who in ("hadal", "transformers"))
         ratio = median(a / b for a, b in zip(mine, hf, strict=True))
         result["rows"][key] = {"hadal": spread(mine), "transformers": spread(hf), "ratio": ratio}
-        print(f"{name} {result['dtype']} {key}: {median(mine):,.1f} against {median(hf):,.1f} tok/s, ×{ratio:.2f}")
+        rate = f"{median(mine):,.1f} against {median(hf):,.1f} tok/s, ×{ratio:.2f}"
+        print(f"{name} {result['dtype']} {key}: {rate}")
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--models", nargs="*", choices=list(shapes()))
     parser.add_argument("--dtypes", nargs="*", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="folder of the JSON result (default: benchmarks/results)")
     args = parser.parse_args()
-    models = args.models or (["hadal-mini", "qwen-0.5b"] if args.device == "cpu" else ["v2-lite", "qwen-1.5b"])
+    models = args.models or (
+        ["hadal-mini", "qwen-0.5b"] if args.device == "cpu" else ["v2-lite", "qwen-1.5b"]
+    )
     dtypes = args.dtypes or (["float32", "bfloat16"] if args.device == "cpu" else ["bfloat16"])
     races = [
         race(name, shapes()[name], getattr(torch, dtype), args.device, args.rounds)

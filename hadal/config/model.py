@@ -1,7 +1,7 @@
 """What a model is, as data: architecture parts and exact parameter counts.
 
-Field names are those of the published `config.json` files of DeepSeek-V2/V3/R1 (arXiv 2405.04434, 2412.19437),
-Qwen2 and Llama-3. Nothing here imports torch, so that planners and `--help` stay instant.
+Field names are those of the published `config.json` files of DeepSeek-V2/V3/R1 (arXiv 2405.04434,
+2412.19437), Qwen2 and Llama-3. Nothing here imports torch, so that planners and `--help` stay instant.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 @dataclass(frozen=True)
 class Mla:
-    """Multi-head latent attention (V2 §2.1). `q_lora_rank` None: queries come straight from the hidden state."""
+    """Multi-head latent attention (V2 §2.1). `q_lora_rank` None: queries come from the hidden state
+    itself."""
 
     q_lora_rank: int | None
     kv_lora_rank: int
@@ -157,7 +158,8 @@ class ModelConfig:
     moe: Moe | None = None
     dsa: Dsa | None = None
     num_nextn_predict_layers: int = 0
-    mtp_after_norm: bool = True  # MTP reads the main hidden state after the final norm (unpublished; see Transformer)
+    # MTP reads the main hidden state after the final norm (unpublished; see Transformer)
+    mtp_after_norm: bool = True
     fp8: Fp8 | None = None
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096
@@ -165,12 +167,13 @@ class ModelConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)  # harmless published keys, kept for to_hf
+    # harmless published keys, kept for to_hf
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         _validate(self)
 
-    # --- structure -------------------------------------------------------------------------------------------
+    # --- structure ------------------------------------------------------------------------------------------
     def is_moe_layer(self, layer: int) -> bool:
         """Layers before `first_k_dense_replace` are dense; MTP blocks (index ≥ num_hidden_layers) are MoE."""
         m = self.moe
@@ -198,7 +201,7 @@ class ModelConfig:
         dim = a.qk_head_dim if isinstance(a, Mla) else a.head_dim
         return float(dim**-0.5 * self.rope.softmax_mscale())
 
-    # --- counts ----------------------------------------------------------------------------------------------
+    # --- counts ---------------------------------------------------------------------------------------------
     def parameters(self) -> ParameterCount:
         """Exact parameter counts by the shapes of §2 of the V3 report and of the published checkpoints."""
         return _count(self)
@@ -211,10 +214,12 @@ class ModelConfig:
             return 4 * elements
         if dtype == "bf16":
             return 2 * elements + 2 * n.correction_bias
-        fp8, scales = (n.fp8_weights, n.fp8_scales) if mtp else _fp8_counts(replace(self, num_nextn_predict_layers=0))
+        fp8, scales = (
+            (n.fp8_weights, n.fp8_scales) if mtp else _fp8_counts(replace(self, num_nextn_predict_layers=0))
+        )
         return 2 * (elements - fp8) + 2 * n.correction_bias + fp8 + 4 * scales
 
-    # --- published form --------------------------------------------------------------------------------------
+    # --- published form -------------------------------------------------------------------------------------
     @classmethod
     def from_hf(cls, config: Json) -> ModelConfig:
         """Read a published `config.json`. Unknown keys and unsupported settings are refused by name."""
@@ -229,9 +234,15 @@ class ModelConfig:
         return to_hf(self)
 
 
-# --- validation ------------------------------------------------------------------------------------------------
+# --- validation ---------------------------------------------------------------------------------------------
 def _validate(c: ModelConfig) -> None:
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    ):
         if getattr(c, name) < 1:
             raise ConfigError(f"{name} is {getattr(c, name)}; it must be at least 1")
     if isinstance(c.attention, Gqa) and c.num_attention_heads % c.attention.num_key_value_heads:
@@ -240,7 +251,9 @@ def _validate(c: ModelConfig) -> None:
             f"num_key_value_heads {c.attention.num_key_value_heads}"
         )
     if isinstance(c.attention, Mla) and c.attention.qk_rope_head_dim % 2:
-        raise ConfigError(f"qk_rope_head_dim is {c.attention.qk_rope_head_dim}; rotary pairs need an even number")
+        raise ConfigError(
+            f"qk_rope_head_dim is {c.attention.qk_rope_head_dim}; rotary pairs need an even number"
+        )
     if c.rope.type != "default" and c.rope.original_max_position_embeddings < 1:
         raise ConfigError(f"rope type {c.rope.type} needs original_max_position_embeddings")
     m = c.moe
@@ -252,10 +265,12 @@ def _validate(c: ModelConfig) -> None:
         raise ConfigError(f"topk_group is {m.topk_group}; it must lie in 1..n_group={m.n_group}")
     reach = m.n_routed_experts // m.n_group * m.topk_group
     if not 1 <= m.num_experts_per_tok <= reach:
-        raise ConfigError(f"num_experts_per_tok is {m.num_experts_per_tok}; the kept groups hold {reach} experts")
+        raise ConfigError(
+            f"num_experts_per_tok is {m.num_experts_per_tok}; the kept groups hold {reach} experts"
+        )
 
 
-# --- exact counts ----------------------------------------------------------------------------------------------
+# --- exact counts -------------------------------------------------------------------------------------------
 def _matrices(c: ModelConfig, layer: int) -> Iterable[tuple[int, int, int]]:
     """(rows, columns, copies) of every matrix of a block that FP8 folders store in blocks."""
     d, h, a = c.hidden_size, c.num_attention_heads, c.attention

@@ -1,7 +1,7 @@
 """Every released DeepSeek model that Hadal knows, by name: configuration, origin, and what it truly is.
 
-Figures: arXiv 2401.06066 (DeepSeekMoE), 2405.04434 (V2), 2412.19437 (V3), 2501.12948 (R1 and its distills), the
-V3.2-Exp report, and the published `config.json` files.
+Figures: arXiv 2401.06066 (DeepSeekMoE), 2405.04434 (V2), 2412.19437 (V3), 2501.12948 (R1 and its distills),
+the V3.2-Exp report, and the published `config.json` files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hadal.config.published import suggest
 
 @dataclass(frozen=True)
 class Preset:
-    """A released model. `repo_id` None: shipped in the package. `context`: the length that its authors state."""
+    """A released model. `repo_id` None: shipped in the package. `context`: the length its authors state."""
 
     name: str
     config: ModelConfig
@@ -160,32 +160,34 @@ def _distill(suffix: str, config: ModelConfig, base: str, template: str) -> None
     _add(name.lower(), config, f"deepseek-ai/{name}", title, template, base=base, kind="distill")
 
 
-_add("hadal-mini", MINI, None, "hadal-mini: the V3 architecture in small, trained on puzzles", "hadal-mini", 2048)
+_MINI_TEXT = "hadal-mini: the V3 architecture in small, trained on puzzles"
+_add("hadal-mini", MINI, None, _MINI_TEXT, "hadal-mini", 2048)
 _V3_TEXT = "671B parameters, 37B active; MLA + DeepSeekMoE + MTP"
 for _name, _config, _text, _template in [
-    ("DeepSeek-V3-Base", V3, f"DeepSeek-V3-Base: base model, {_V3_TEXT}", "plain"),
-    ("DeepSeek-V3", V3, f"DeepSeek-V3: chat model, {_V3_TEXT}", "deepseek-v3"),
-    ("DeepSeek-V3-0324", V3, f"DeepSeek-V3-0324: chat model, {_V3_TEXT}", "deepseek-v3"),
-    ("DeepSeek-R1", V3, f"DeepSeek-R1: reasoning model on V3-Base, {_V3_TEXT}", "deepseek-r1"),
-    ("DeepSeek-R1-Zero", V3, f"DeepSeek-R1-Zero: reinforcement learning alone on V3-Base, {_V3_TEXT}", "deepseek-r1"),
-    ("DeepSeek-R1-0528", V3, f"DeepSeek-R1-0528: reasoning model, {_V3_TEXT}", "deepseek-r1-0528"),
-    ("DeepSeek-V3.1-Base", V31, f"DeepSeek-V3.1-Base: base model, {_V3_TEXT}", "plain"),
-    ("DeepSeek-V3.1", V31, f"DeepSeek-V3.1: thinking and non-thinking in one, {_V3_TEXT}", "deepseek-v3.1"),
-    ("DeepSeek-V3.1-Terminus", V31, f"DeepSeek-V3.1-Terminus: V3.1 revised, {_V3_TEXT}", "deepseek-v3.1-terminus"),
-    (
-        "DeepSeek-V3.2-Exp",
-        V32,
-        f"DeepSeek-V3.2-Exp: V3.1-Terminus with sparse attention, {_V3_TEXT}",
-        "deepseek-v3.1-terminus",
-    ),
+    ("DeepSeek-V3-Base", V3, f"base model, {_V3_TEXT}", "plain"),
+    ("DeepSeek-V3", V3, f"chat model, {_V3_TEXT}", "deepseek-v3"),
+    ("DeepSeek-V3-0324", V3, f"chat model, {_V3_TEXT}", "deepseek-v3"),
+    ("DeepSeek-R1", V3, f"reasoning model on V3-Base, {_V3_TEXT}", "deepseek-r1"),
+    ("DeepSeek-R1-Zero", V3, f"reinforcement learning alone on V3-Base, {_V3_TEXT}", "deepseek-r1"),
+    ("DeepSeek-R1-0528", V3, f"reasoning model, {_V3_TEXT}", "deepseek-r1-0528"),
+    ("DeepSeek-V3.1-Base", V31, f"base model, {_V3_TEXT}", "plain"),
+    ("DeepSeek-V3.1", V31, f"thinking and non-thinking in one, {_V3_TEXT}", "deepseek-v3.1"),
+    ("DeepSeek-V3.1-Terminus", V31, f"V3.1 revised, {_V3_TEXT}", "deepseek-v3.1-terminus"),
+    ("DeepSeek-V3.2-Exp", V32, f"V3.1-Terminus with sparse attention, {_V3_TEXT}", "deepseek-v3.1-terminus"),
 ]:
-    _add(_name.lower(), _config, f"deepseek-ai/{_name}", _text, _template)
+    _add(_name.lower(), _config, f"deepseek-ai/{_name}", f"{_name}: {_text}", _template)
 for _name, _config, _text, _template, _context in [
     ("DeepSeek-V2", V2, "base model, 236B parameters, 21B active; MLA + DeepSeekMoE", "plain", 131072),
     ("DeepSeek-V2-Chat", V2, "chat model, 236B parameters, 21B active", "deepseek-v2", 131072),
     ("DeepSeek-V2-Lite", V2_LITE, "base model, 15.7B parameters, 2.4B active", "plain", 32768),
     ("DeepSeek-V2-Lite-Chat", V2_LITE, "chat model, 15.7B parameters, 2.4B active", "deepseek-v2", 32768),
-    ("deepseek-moe-16b-base", MOE_16B, "base model, 16.4B parameters, 2.8B active; plain attention", "plain", 4096),
+    (
+        "deepseek-moe-16b-base",
+        MOE_16B,
+        "base model, 16.4B parameters, 2.8B active; plain attention",
+        "plain",
+        4096,
+    ),
     ("deepseek-moe-16b-chat", MOE_16B, "chat model, 16.4B parameters, 2.8B active", "deepseek-v2", 4096),
 ]:
     _add(_name.lower(), _config, f"deepseek-ai/{_name}", f"{_name}: {_text}", _template, _context)

@@ -9,11 +9,11 @@ from typing import Any, cast
 from hadal.config.model import ConfigError, Dsa, Fp8, Gqa, Json, Mla, ModelConfig, Moe, Rope
 
 _HARMLESS = frozenset(
-    "_name_or_path architectures attention_dropout auto_map aux_loss_alpha seq_aux chunk_size_feed_forward dtype "
-    "ep_size head_dim id2label initializer_range is_decoder is_encoder_decoder label2id max_window_layers "
-    "num_mtp_layers output_attentions output_hidden_states pad_token_id pretraining_tp problem_type "
-    "qk_head_dim return_dict rope_interleave torch_dtype transformers_version use_cache use_mrope layer_types "
-    "mlp_layer_types output_router_logits hadal".split()
+    "_name_or_path architectures attention_dropout auto_map aux_loss_alpha seq_aux chunk_size_feed_forward "
+    "dtype ep_size head_dim id2label initializer_range is_decoder is_encoder_decoder label2id "
+    "max_window_layers num_mtp_layers output_attentions output_hidden_states pad_token_id pretraining_tp "
+    "problem_type qk_head_dim return_dict rope_interleave torch_dtype transformers_version use_cache "
+    "use_mrope layer_types mlp_layer_types output_router_logits hadal".split()
 )
 _FIXED: dict[str, tuple[Any, ...]] = {  # keys whose other values this code does not implement
     "hidden_act": ("silu",),
@@ -59,7 +59,9 @@ def suggest(key: str, known: Iterable[str]) -> str:
 def from_hf(hf: Json) -> ModelConfig:
     kind = hf.get("model_type")
     if kind not in _TYPES:
-        raise ConfigError(f"model_type is {kind!r}; supported: {', '.join(_TYPES)}.{suggest(str(kind), _TYPES)}")
+        raise ConfigError(
+            f"model_type is {kind!r}; supported: {', '.join(_TYPES)}.{suggest(str(kind), _TYPES)}"
+        )
     known = set(_COMMON) | set(_TYPES[kind]) | _HARMLESS | set(_FIXED)
     for key in hf:
         if key not in known:
@@ -121,7 +123,9 @@ def _rope_from_hf(hf: Json) -> Rope:
     if kind == "default":
         return Rope(rope_theta=theta)
     if kind not in ("yarn", "llama3"):
-        raise ConfigError(f"rope type is {kind!r}; supported: default, yarn, llama3.{suggest(kind, ('yarn', 'llama3'))}")
+        raise ConfigError(
+            f"rope type is {kind!r}; supported: default, yarn, llama3.{suggest(kind, ('yarn', 'llama3'))}"
+        )
     for harmless in ("attention_factor", "truncate", "partial_rotary_factor"):
         if params.get(harmless) not in (None, True, 1.0):
             raise ConfigError(f"rope setting {harmless}={params[harmless]!r} is not implemented")
@@ -166,7 +170,7 @@ def _fp8_from_hf(q: Json | None) -> Fp8 | None:
         return None
     if q.get("quant_method") != "fp8" or q.get("fmt", "e4m3") != "e4m3":
         raise ConfigError(
-            f"quantization_config is {q.get('quant_method')!r}/{q.get('fmt')!r}; supported: fp8 in e4m3 blocks"
+            f"quantization_config is {q.get('quant_method')!r}/{q.get('fmt')!r}; supported: fp8 in e4m3"
         )
     rows, cols = q.get("weight_block_size") or (128, 128)
     return Fp8("e4m3", q.get("activation_scheme", "dynamic"), (int(rows), int(cols)), q.get("scale_fmt"))
@@ -174,7 +178,13 @@ def _fp8_from_hf(q: Json | None) -> Fp8 | None:
 
 def to_hf(c: ModelConfig) -> dict[str, Any]:
     out: dict[str, Any] = {"architectures": [_ARCHITECTURES[c.model_type]], "model_type": c.model_type}
-    for key in _COMMON[1:6] + ["rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "initializer_range"]:
+    for key in [
+        *_COMMON[1:6],
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "initializer_range",
+    ]:
         out[key] = getattr(c, key)
     out |= {"hidden_act": "silu", "attention_bias": False, "bos_token_id": c.bos_token_id}
     out["eos_token_id"] = c.eos_token_id[0] if len(c.eos_token_id) == 1 else list(c.eos_token_id) or None

@@ -6,19 +6,19 @@ texts equal those of the Jinja templates that DeepSeek published in each model's
 
     deepseek-v2             DeepSeek-V2, V2-Lite, MoE-16B chat: "User: …", blank line, "Assistant: …"
     deepseek-v3             DeepSeek-V3, V3-0324
-    deepseek-r1             DeepSeek-R1 (the version of February 2025, whose prompt opens the reasoning),
-    R1-Zero deepseek-r1-0528        DeepSeek-R1-0528 deepseek-v3.1           DeepSeek-V3.1: reasoning
-    switched by the prompt deepseek-v3.1-terminus  DeepSeek-V3.1-Terminus, V3.2-Exp r1-distill-qwen, -llama
-    the R1 distills: R1's text, no tool tokens hadal-mini              R1's text
+    deepseek-r1             DeepSeek-R1 (of February 2025, whose prompt opens the reasoning), R1-Zero
+    deepseek-r1-0528        DeepSeek-R1-0528
+    deepseek-v3.1           DeepSeek-V3.1: reasoning switched by the prompt
+    deepseek-v3.1-terminus  DeepSeek-V3.1-Terminus, V3.2-Exp
+    r1-distill-qwen, -llama the R1 distills: R1's text, no tool tokens
+    hadal-mini              R1's text; always reasons, as it was trained to
     plain                   base models: one text, after BOS
 
 Where a published template is at fault or silent, we differ, on purpose:
- - Tool definitions: V3.1's model card gives the text, which its Jinja does not render. Nothing was
- published for V3 and
-   R1; they get V3.1's text with their own form of call.
+ - Tool definitions: V3.1's model card gives the text, which its Jinja does not render. Nothing was published
+   for V3 and R1; they get V3.1's text with their own form of call.
  - R1's Jinja never resets its tool flags, so a second round of tools lacks its opening tokens; ours is
- well-formed, as
-   in R1-0528's. Results that a user message follows are closed.
+   well-formed, as in R1-0528's. Results that a user message follows are closed.
  - Models that reason: earlier reasoning is dropped from every assistant message, also those beside tools.
  - The distills' Jinja keeps only the last system message; ours joins them, as all others do.
  - R1-0528's prompt is followed by the opening tag, so that where reasoning begins is known, not guessed.
