@@ -75,11 +75,12 @@ class MlaAttention(nn.Module):
             query = [None, None, self.q_proj.weight]
         else:
             query = [self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight]
-        kv = [self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight, self.kv_b_proj.weight, self.o_proj.weight]
-        sizes = (self.heads, a.q_lora_rank or 0, a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim)
+        latent = [self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight]
+        weights = [*query, *latent, self.kv_b_proj.weight, self.o_proj.weight]
+        widths = (a.q_lora_rank or 0, a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim)
         return cpu.mla_block(
-            x_SD, [*query, *kv], ctx.rotation_T2r, ctx.cache.layers[self.layer], ctx.slot_T, ctx.block_table_SP,
-            ctx.context_len_S, sizes, self.kv_a_layernorm.eps, self.scale,
+            x_SD, weights, ctx.rotation_T2r, ctx.cache.layers[self.layer], ctx.slot_T, ctx.block_table_SP,
+            ctx.context_len_S, (self.heads, *widths), self.kv_a_layernorm.eps, self.scale,
         )  # fmt: skip
 
     def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:

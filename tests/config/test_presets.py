@@ -1,4 +1,4 @@
-"""Exact figures of the released models: parameters, cache bytes per token, FP8 sizes (reports and hub listings)."""
+"""Exact figures of the released models: parameters, cache bytes per token, FP8 sizes (reports, hub)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def test_v3_in_parts():
 
 
 def test_v32_adds_the_indexer():
-    dense, sparse = preset("deepseek-v3.1").config.parameters(), preset("deepseek-v3.2-exp").config.parameters()
+    dense, sparse = (
+        preset("deepseek-v3.1").config.parameters(),
+        preset("deepseek-v3.2-exp").config.parameters(),
+    )
     assert sparse.main - dense.main == 61 * 13_959_424
 
 

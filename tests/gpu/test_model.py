@@ -39,7 +39,7 @@ def test_prefill_and_decode_equal_the_reference(name, dtype, monkeypatch):
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
 
     def close(got: torch.Tensor, reference: torch.Tensor) -> None:
-        """Row by row; in BF16 a near-tie of the gate may send a row elsewhere, so there nine rows of ten count."""
+        """Row by row; in BF16 a near-tie of the gate may send a row elsewhere: nine rows of ten count."""
         error = (got.double().cpu() - reference).norm(dim=-1) / reference.norm(dim=-1)
         assert error.quantile(1.0 if dtype == torch.float32 else 0.9) < tolerance, error
 
@@ -52,7 +52,9 @@ def test_prefill_and_decode_equal_the_reference(name, dtype, monkeypatch):
     for a, b in [(0, 33), (33, 80), *((i, i + 1) for i in range(80, 90))]:
         at = torch.arange(a, b).cuda()
         slot = table[0, at // PAGE].long() * PAGE + at % PAGE
-        context = Context(at, [0, b - a], cache, slot, table, torch.tensor([b]).int().cuda(), [b], int(b - a == 1))
+        context = Context(
+            at, [0, b - a], cache, slot, table, torch.tensor([b]).int().cuda(), [b], int(b - a == 1)
+        )
         got.append(model.logits(model(token[a:b].cuda(), context)))
     close(torch.cat(got), want)
 

@@ -1,10 +1,13 @@
-"""Logits against Hugging Face `transformers` on random tiny models with awkward settings, in FP32, and every form of
-the forward pass against every other: expanded, absorbed, cached, chunked, batched, references and fast paths."""
+"""Logits against Hugging Face `transformers` on random tiny models with awkward settings, in FP32.
+
+And every form of the forward pass against every other: expanded, absorbed, cached, chunked, batched,
+references and fast paths."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,7 +63,7 @@ def test_logits_equal_transformers(name, path, tmp_path):
 
 @torch.inference_mode()
 def test_partial_fp8_blocks_equal_transformers_on_the_dequantised_weights(tmp_path):
-    """An FP8 folder whose matrices are not multiples of 128 computes what its dequantised BF16 twin computes."""
+    """An FP8 folder whose matrices are not multiples of 128 computes what its BF16 twin computes."""
     from hadal.weights import convert
 
     save(random_model(tiny.V3_FP8, seed=4), tmp_path / "fp8", fp8=True)
@@ -88,7 +91,7 @@ class Pages:
         self.cached = [0] * sequences
 
     def run(self, chunks: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
-        """One forward pass of (sequence, tokens) chunks; single tokens that continue a sequence come first."""
+        """One forward pass of (sequence, tokens) chunks; single tokens that continue one come first."""
         decodes = 0
         for s, chunk in chunks:
             if len(chunk) != 1 or self.cached[s] == 0:
@@ -118,8 +121,8 @@ def test_cached_chunked_and_decoded_equal_the_full_pass(name, path):
     token = tokens(model.config)
     whole = model.logits(model(token, Context.packed([LENGTH])))
     pages = Pages(model, 1, LENGTH)
-    cuts = [0, 1, 30, 47, 90] + list(range(91, LENGTH + 1))
-    parts = [pages.run([(0, token[a:b])]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    cuts = [0, 1, 30, 47, *range(90, LENGTH + 1)]
+    parts = [pages.run([(0, token[a:b])]) for a, b in pairwise(cuts)]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -159,14 +162,15 @@ def test_save_load_equal(tmp_path):
     save(model, tmp_path / "m", max_shard_bytes=300_000)
     token, again = tokens(model.config), load(tmp_path / "m")
     assert torch.equal(
-        model.logits(model(token, Context.packed([LENGTH]))), again.logits(again(token, Context.packed([LENGTH])))
+        model.logits(model(token, Context.packed([LENGTH]))),
+        again.logits(again(token, Context.packed([LENGTH]))),
     )
 
 
 @pytest.mark.parametrize("after_norm", [True, False])
 @torch.inference_mode()
 def test_mtp_is_the_published_composition(after_norm):
-    """eh_proj takes the embedding first; one block; its own norm, the shared head; the input switch is honoured."""
+    """eh_proj takes the embedding first; one block; own norm, shared head; the input switch is honoured."""
     model = random_model(replace(tiny.V3, mtp_after_norm=after_norm), seed=6)
     token = tokens(model.config, 20)
     hidden = model(token, Context.packed([20]))
@@ -181,12 +185,15 @@ def test_mtp_is_the_published_composition(after_norm):
 
 
 def test_gradients_flow_through_the_reference(path):
-    """With gradients on, no kernel without a backward is taken: every used parameter gets a finite gradient."""
+    """With gradients on, no kernel without a backward is taken: used parameters get finite gradients."""
     model = random_model(tiny.V3, seed=8)
     token = tokens(model.config, 33)
     hidden = model(token, Context.packed([33]))
     loss = model.logits(hidden).logsumexp(-1).sum()
-    loss = loss + model.mtp_logits(model.mtp_forward(hidden[:-1], token[1:], Context.packed([32]))).square().mean()
+    loss = (
+        loss
+        + model.mtp_logits(model.mtp_forward(hidden[:-1], token[1:], Context.packed([32]))).square().mean()
+    )
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -224,7 +231,10 @@ def test_presets_build_on_meta():
         count, n = preset.config.parameters(), 0
         n = sum(t.numel() for t in model.state_dict().values())
         assert n == count.main + count.mtp_unique, preset.name
-        assert isinstance(preset.config.attention, Mla) == ("self_attn.kv_b_proj.weight" in str(model.layers[0].state_dict().keys()) or hasattr(model.layers[0].self_attn, "kv_b_proj"))
+        assert isinstance(preset.config.attention, Mla) == (
+            "self_attn.kv_b_proj.weight" in str(model.layers[0].state_dict().keys())
+            or hasattr(model.layers[0].self_attn, "kv_b_proj")
+        )
 
 
 def test_fast_paths_are_the_ones_tested():
