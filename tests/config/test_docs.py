@@ -1,4 +1,4 @@
-"""docs/models.md equals the presets. After a change of them: python -m tests.config.test_docs writes the page again."""
+"""docs/models.md equals the presets; `python -m tests.config.test_docs` writes its tables again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def size(count: float) -> str:
 
 
 def figures_row(name: str, p: Preset) -> str:
-    """Parameters, active parameters, cache, sizes; FP8 and BF16 as a published folder holds them, MTP included."""
+    """Parameters, cache, sizes; FP8 and BF16 as a published folder holds them, MTP included."""
     c, n = p.config, p.config.parameters()
     kv = c.kv_bytes_per_token(2)
     cells = [
@@ -51,11 +51,20 @@ def shape_row(name: str, p: Preset) -> str:
         kind = "MHA"
     else:
         kind = f"GQA, {a.num_key_value_heads} KV heads"
-    routed = f"{m.n_routed_experts}, top {m.num_experts_per_tok}, {m.n_shared_experts} shared" if m else "dense"
+    routed = (
+        f"{m.n_routed_experts}, top {m.num_experts_per_tok}, {m.n_shared_experts} shared" if m else "dense"
+    )
     cells = [
-        f"`{name}`", f"`{c.model_type}`", str(c.num_hidden_layers), f"{c.hidden_size:,}", str(c.num_attention_heads),
-        kind, f"{c.cache_values_per_token:,}", routed, f"{c.vocab_size:,}",
-    ]  # fmt: skip
+        f"`{name}`",
+        f"`{c.model_type}`",
+        str(c.num_hidden_layers),
+        f"{c.hidden_size:,}",
+        str(c.num_attention_heads),
+        kind,
+        f"{c.cache_values_per_token:,}",
+        routed,
+        f"{c.vocab_size:,}",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
