@@ -54,7 +54,7 @@ def attention(
         v_NGV = pad(v_NGV, (0, width - width_V))
     if len(set(q_len)) == 1 and len(set(k_len)) == 1:
         out = _uniform(q_THC, k_NGC, v_NGV, len(q_len), scale)
-    elif _varlen_available(q_THC):
+    elif varlen_available(q_THC):
         out = _varlen(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
     else:
         parts, t, n = [], 0, 0
@@ -92,7 +92,7 @@ def _varlen_function() -> tuple[Any, frozenset[str]] | None:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _varlen_available(q: Tensor) -> bool:
+def varlen_available(q: Tensor) -> bool:
     found = _varlen_function()
     half = q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and half and found is not None and "scale" in found[1]
@@ -102,7 +102,7 @@ def _varlen(
     q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, q_len: Sequence[int], k_len: Sequence[int], scale: float
 ) -> Tensor:
     found = _varlen_function()
-    assert found is not None  # `_varlen_available` looked
+    assert found is not None  # `varlen_available` looked
     function, names = found
     options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
     if "enable_gqa" in names:

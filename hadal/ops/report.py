@@ -1,0 +1,90 @@
+"""Which path each operation takes on this machine, and why: the answer behind `hadal.ops.paths`.
+
+The choice itself is made in `dispatch` and in the file of each operation; here it is put into words.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hadal.ops import attention, cpu, dispatch, linear
+from hadal.ops.gate import SMALL_T
+
+Row = tuple[str, str, str]
+
+
+def report(device: torch.device | None = None) -> list[Row]:
+    """Rows for `device`, by default the one that a model is loaded on: CUDA where there is one."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = _cuda(device) if device.type == "cuda" else _cpu()
+    return [*rows, *_everywhere(device)]
+
+
+def _cpu() -> list[Row]:
+    with torch.inference_mode():
+        fast = dispatch.use_cpu_kernels(torch.empty(1))
+    library, built = cpu.status()
+    if not fast:
+        why = "HADAL_OPS=reference forces the references" if library else built
+        names = ("linear layers", "routed experts", "gate", "norms", "rotary embedding")
+        rows = [(name, "torch", why) for name in names]
+        return [*rows, *((f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA"))]
+    small = linear.SMALL_M
+    if linear.native_bf16():
+        wide = "this processor multiplies BF16 itself"
+    else:
+        wide = "BF16 goes through FP32 there, since this processor would emulate it"
+    return [
+        ("linear layers", f"C++ to {small} rows, then torch", f"{built}; {wide}"),
+        ("routed experts", f"C++ to {small} tokens, then torch by expert", "reads only the chosen experts"),
+        ("gate", f"C++ to {SMALL_T} tokens, then torch", "one thread beats several torch operations"),
+        ("norms", "C++", "the residual addition in the same pass"),
+        ("rotary embedding", "C++", "in the layout of the checkpoint"),
+        ("MLA decode", "C++, absorbed, paged", "reads the cached latent where it lies, once for all heads"),
+        ("GQA decode", "C++, paged", "reads cached keys and values where they lie"),
+    ]
+
+
+def _cuda(device: torch.device) -> list[Row]:
+    with torch.inference_mode():
+        fast = dispatch.use_triton(torch.empty(1, device=device))
+    rows = [("linear layers", "torch (cuBLAS)", "the vendor's matrix products")]
+    grouped = "torch grouped products in BF16, expert by expert in FP32"
+    if not fast:
+        forced = dispatch.forced_reference()
+        why = "HADAL_OPS=reference forces the references" if forced else "triton is not installed"
+        rows.append(("routed experts", grouped, why))
+        rows += [(name, "torch", why) for name in ("gate", "norms", "rotary embedding")]
+        return [*rows, *((f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA"))]
+    return [
+        *rows,
+        (
+            "routed experts",
+            f"Triton to 256 tokens in BF16, then {grouped}",
+            "few tokens: one read of weights",
+        ),
+        ("gate", "Triton", "scores, groups and top-k in one kernel"),
+        ("norms", "Triton", "the residual addition in the same kernel"),
+        ("rotary embedding", "Triton", "one kernel for both pair layouts"),
+        ("MLA decode", "Triton, absorbed, paged", "context split over programs, merged by log-sum-exp"),
+        ("GQA decode", "Triton, paged", "context split over programs, merged by log-sum-exp"),
+    ]
+
+
+def _everywhere(device: torch.device) -> list[Row]:
+    cuda = device.type == "cuda"
+    if dispatch.forced_reference():
+        prefill = ("torch, scores in memory", "HADAL_OPS=reference forces the references")
+    elif attention.varlen_available(torch.empty(1, dtype=torch.bfloat16, device=device)):
+        prefill = ("torch varlen_attn in BF16, fused SDPA in FP32", "sequences of any lengths in one call")
+    else:
+        why = "this torch has no varlen_attn with a scale" if cuda else "torch's own CPU flash attention"
+        prefill = ("torch fused SDPA, a sequence at a time", why)
+    if cuda:
+        fp8 = ("torch, in FP32", "only while loading; layers compute in the model's dtype")
+        draw = ("torch, all rows at once", "nothing waits for the device")
+    else:
+        fp8 = ("torch, through FP16's bits", "torch converts FP16, not E4M3, with vector instructions")
+        draw = ("numpy", "its argmax and sort beat torch's on a large vocabulary")
+    return [("attention, prefill", *prefill), ("FP8 dequantisation", *fp8), ("sampling", *draw)]
