@@ -117,7 +117,7 @@ def experts(
     The shared expert's output and the residual stream are added in the same pass where they are given.
     """
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
-    if use_triton(x_TD, gate_up_E2ID) and x_TD.shape[0] <= 256 and x_TD.dtype == torch.bfloat16:
+    if use_triton(x_TD, gate_up_E2ID) and x_TD.shape[0] <= 256:
         from hadal.ops.triton.experts import experts as fast
 
         return fast(*args)

@@ -1,0 +1,104 @@
+"""The results of benchmarks/results/*.json as tables in docs/benchmarks.md, between two markers.
+
+    python benchmarks/report.py             # write the section
+    python benchmarks/report.py --check     # only say whether it is up to date (status 1 if not)
+
+A result is {"machine": …, "races": […]} (race_transformers.py) or a plain table {"machine": …, "title": …,
+"columns": […], "rows": [[…], …], "notes": …}; anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+NOTHING = "No results are kept yet."
+
+
+def machine_line(m: dict[str, Any]) -> str:
+    """One sentence on where a result was measured."""
+    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads of {m['cores']} cores"
+    versions = [f"{name} {m[name]}" for name in ("torch", "transformers", "triton", "python") if m.get(name)]
+    return f"{where}; {', '.join(versions)}; {m['date']}."
+
+
+def rate(value: float) -> str:
+    """Tokens per second: whole from a hundred on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table; the first column left, the others right."""
+    head = f"| {' | '.join(columns)} |"
+    rule = "|---|" + "---:|" * (len(columns) - 1)
+    return [head, rule, *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def races(result: dict[str, Any]) -> list[str]:
+    """One table a race: median rates of both, and the ratio."""
+    lines: list[str] = []
+    for race in result["races"]:
+        rows = [
+            [case, rate(r["hadal"]["median"]), rate(r["transformers"]["median"]), f"**{r['ratio']:.2f}×**"]
+            for case, r in race["rows"].items()
+        ]
+        title = f"**{race['model']}**, {race['dtype']}, {race['rounds']} rounds"
+        lines += ["", title, "", *table(["tokens a second", "hadal", "transformers", "ratio"], rows)]
+    return lines
+
+
+def plain(result: dict[str, Any]) -> list[str]:
+    """A result that is a table already."""
+    rows = [[rate(c) if isinstance(c, float) else str(c) for c in row] for row in result["rows"]]
+    lines = ["", f"**{result['title']}**", "", *table(result["columns"], rows)]
+    return lines + (["", str(result["notes"])] if result.get("notes") else [])
+
+
+def section(folder: Path = RESULTS) -> str:
+    """All results of a folder, in the order of their names."""
+    lines: list[str] = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text("utf-8"))
+        known = {"races"} <= result.keys() or {"title", "columns", "rows"} <= result.keys()
+        if "machine" not in result or not known:
+            has = ", ".join(result)
+            raise SystemExit(f"{file}: needs machine, and races or title, columns and rows; it has {has}")
+        body = races(result) if "races" in result else plain(result)
+        lines += ["", f"### {file.stem}", "", machine_line(result["machine"]), *body]
+    return "\n".join(lines or ["", NOTHING]) + "\n\n"
+
+
+def page_with(text: str, body: str) -> str:
+    """The page with `body` between its markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{PAGE}: needs the markers {BEGIN} and {END}, once each")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{body}{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare only")
+    check = parser.parse_args().check
+    text = PAGE.read_text("utf-8")
+    wanted = page_with(text, section())
+    if check:
+        print(
+            "up to date" if text == wanted else f"{PAGE} differs from the results: run benchmarks/report.py"
+        )
+        sys.exit(text != wanted)
+    PAGE.write_text(wanted, "utf-8")
+    print(f"written: {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
