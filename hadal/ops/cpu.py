@@ -1,6 +1,6 @@
-"""The C++ kernels of `csrc/cpu.cpp`: built once with the machine's compiler, kept in the cache folder, called by ctypes.
+"""The C++ kernels of `csrc/cpu.cpp`: built once with the machine's compiler, kept in the cache, called by ctypes.
 
-The build takes about two seconds, on first use; the library's name carries a hash of source, compiler and processor.
+The build takes seconds, on first use; the library's name carries a hash of source, compiler and processor.
 Without a compiler `available()` is False, the torch references run instead, and `hadal doctor` says so.
 The references are in the file of each operation (`linear`, `experts`, `rms_norm`, `rope`, `gate`, `paged`).
 """
@@ -26,7 +26,14 @@ from hadal.config import Moe
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
 HEADERS = [SOURCE.with_name("pool.h")]
-FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-ffast-math", "-fno-finite-math-only", "-std=c++17"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-ffast-math",
+    "-fno-finite-math-only",
+    "-std=c++17",
+]
 
 
 def cache_folder() -> Path:
@@ -49,7 +56,10 @@ def status() -> tuple[Any, str]:
         return library, f"{path.name}, built by {Path(compiler).name}"
     except (OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or str(error)
-        return None, f"the kernels could not be built: {detail.strip().splitlines()[-1] if detail.strip() else error}"
+        return (
+            None,
+            f"the kernels could not be built: {detail.strip().splitlines()[-1] if detail.strip() else error}",
+        )
 
 
 def available() -> bool:
@@ -128,11 +138,20 @@ def experts(
     """The routed experts; only the chosen ones are read."""
     x_TD, expert_TK, weight_TK = x_TD.contiguous(), expert_TK.contiguous(), weight_TK.contiguous()
     out = torch.empty_like(x_TD)
-    (T, K), (E, D, I) = expert_TK.shape, down_EDI.shape
+    (T, K), (E, D, width) = expert_TK.shape, down_EDI.shape
     _function("experts", x_TD.dtype)(
-        x_TD.data_ptr(), expert_TK.data_ptr(), weight_TK.data_ptr(), gate_up_E2ID.data_ptr(), down_EDI.data_ptr(),
-        out.data_ptr(), T, K, E, D, I,
-    )  # fmt: skip
+        x_TD.data_ptr(),
+        expert_TK.data_ptr(),
+        weight_TK.data_ptr(),
+        gate_up_E2ID.data_ptr(),
+        down_EDI.data_ptr(),
+        out.data_ptr(),
+        T,
+        K,
+        E,
+        D,
+        width,
+    )
     return out
 
 
@@ -150,7 +169,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, width).contiguous()
     out = x.new_empty(x.shape)
     _function("rms_norm", x.dtype)(
-        rows.data_ptr(), None, weight.data_ptr(), None, out.data_ptr(), rows.shape[0], width, rows.stride(0), eps
+        rows.data_ptr(),
+        None,
+        weight.data_ptr(),
+        None,
+        out.data_ptr(),
+        rows.shape[0],
+        width,
+        rows.stride(0),
+        eps,
     )
     return out
 
@@ -160,9 +187,16 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight: Tensor, eps: float) -> 
     x_TD, delta_TD = x_TD.contiguous(), delta_TD.contiguous()
     total, out = torch.empty_like(x_TD), torch.empty_like(x_TD)
     _function("rms_norm", x_TD.dtype)(
-        x_TD.data_ptr(), delta_TD.data_ptr(), weight.data_ptr(), total.data_ptr(), out.data_ptr(), x_TD.shape[0],
-        x_TD.shape[1], x_TD.shape[1], eps,
-    )  # fmt: skip
+        x_TD.data_ptr(),
+        delta_TD.data_ptr(),
+        weight.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+        x_TD.shape[0],
+        x_TD.shape[1],
+        x_TD.shape[1],
+        eps,
+    )
     return total, out
 
 
@@ -174,9 +208,16 @@ def rotate(x: Tensor, rotation_T2r: Tensor, interleaved: bool) -> Tensor:
     (T, H, R), rotation = x_THR.shape, rotation_T2r.contiguous()
     out = x.new_empty(x.shape)
     _function("rotate", x.dtype)(
-        x_THR.data_ptr(), rotation.data_ptr(), out.data_ptr(), T, H, R // 2, x_THR.stride(0), x_THR.stride(1),
+        x_THR.data_ptr(),
+        rotation.data_ptr(),
+        out.data_ptr(),
+        T,
+        H,
+        R // 2,
+        x_THR.stride(0),
+        x_THR.stride(1),
         int(interleaved),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -197,15 +238,25 @@ def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tu
     expert = torch.empty((T, K), dtype=torch.int64)
     weight = torch.empty((T, K), dtype=torch.float32)
     _function("gate", x_TD.dtype)(
-        x_TD.data_ptr(), weight_ED.data_ptr(), None if bias_E is None else bias_E.data_ptr(), expert.data_ptr(),
-        weight.data_ptr(), T, D, E, K, *_gate_settings(moe),
-    )  # fmt: skip
+        x_TD.data_ptr(),
+        weight_ED.data_ptr(),
+        None if bias_E is None else bias_E.data_ptr(),
+        expert.data_ptr(),
+        weight.data_ptr(),
+        T,
+        D,
+        E,
+        K,
+        *_gate_settings(moe),
+    )
     return expert, weight
 
 
 def moe_block(x_TD: Tensor, residual_TD: Tensor, weights: Sequence[Tensor | None], moe: Moe) -> Tensor:
-    """residual + routed and shared experts of normed x. `weights`: gate, its bias, gate_up, down, and the shared
-    expert's gate_up and down (None without one). The same operations as apart, in one call."""
+    """residual + routed and shared experts of normed x. The same operations as apart, in one call.
+
+    `weights`: gate, its bias, gate_up, down, and the shared expert's gate_up and down (None without one).
+    """
     x_TD, residual_TD, (T, D) = x_TD.contiguous(), residual_TD.contiguous(), x_TD.shape
     out, shared_down = torch.empty_like(x_TD), weights[5]
     pointers = [None if t is None else t.data_ptr() for t in (x_TD, residual_TD, *weights, out)]
@@ -217,11 +268,22 @@ def moe_block(x_TD: Tensor, residual_TD: Tensor, weights: Sequence[Tensor | None
 
 
 def mla_block(
-    x_SD: Tensor, weights: Sequence[Tensor | None], rotation_S2r: Tensor, cache_PBC: Tensor, slot_S: Tensor,
-    table_SP: Tensor, context_S: Tensor, sizes: tuple[int, int, int, int, int, int], eps: float, scale: float,
-) -> Tensor:  # fmt: skip
-    """Attention of one token a sequence, from normed x to the output projection, writing the cache. `weights`: q_a and
-    its norm (None without a query latent), q_b, kv_a, its norm, kv_b, o; `sizes`: H, q rank, L, n, R, v."""
+    x_SD: Tensor,
+    weights: Sequence[Tensor | None],
+    rotation_S2r: Tensor,
+    cache_PBC: Tensor,
+    slot_S: Tensor,
+    table_SP: Tensor,
+    context_S: Tensor,
+    sizes: tuple[int, int, int, int, int, int],
+    eps: float,
+    scale: float,
+) -> Tensor:
+    """Attention of one token a sequence, from normed x to the output projection, writing the cache.
+
+    `weights`: q_a and its norm (None without a query latent), q_b, kv_a, its norm, kv_b, o;
+    `sizes`: H, q rank, L, n, R, v.
+    """
     x_SD, (S, D) = x_SD.contiguous(), x_SD.shape
     out = torch.empty_like(x_SD)
     tensors = (x_SD, *weights, rotation_S2r, cache_PBC, slot_S, table_SP, context_S, out)
@@ -237,12 +299,20 @@ def per_head(x_SHI: Tensor, weight_HOI: Tensor) -> Tensor:
     """Each head's rows times its own matrix [H, O, I]; [S, H, O]."""
     if x_SHI.stride(2) != 1:
         x_SHI = x_SHI.contiguous()
-    (S, H, I), O = x_SHI.shape, weight_HOI.shape[1]
-    out = x_SHI.new_empty((S, H, O))
+    (S, H, width), outs = x_SHI.shape, weight_HOI.shape[1]
+    out = x_SHI.new_empty((S, H, outs))
     _function("per_head", x_SHI.dtype)(
-        x_SHI.data_ptr(), weight_HOI.data_ptr(), out.data_ptr(), S, H, I, O, x_SHI.stride(0), x_SHI.stride(1),
+        x_SHI.data_ptr(),
+        weight_HOI.data_ptr(),
+        out.data_ptr(),
+        S,
+        H,
+        width,
+        outs,
+        x_SHI.stride(0),
+        x_SHI.stride(1),
         weight_HOI.stride(0),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -251,24 +321,55 @@ def write_latent(
 ) -> Tensor:
     """Latent cache entries [T, C], also written to their slots."""
     kv_TC = kv_TC if kv_TC.stride(1) == 1 else kv_TC.contiguous()
-    rotation, slot_T, (T, C), rank = rotation_T2r.contiguous(), slot_T.contiguous(), kv_TC.shape, norm_L.shape[0]
+    rotation, slot_T, (T, C), rank = (
+        rotation_T2r.contiguous(),
+        slot_T.contiguous(),
+        kv_TC.shape,
+        norm_L.shape[0],
+    )
     entry = kv_TC.new_empty((T, C))
     _function("write_latent", kv_TC.dtype)(
-        kv_TC.data_ptr(), norm_L.data_ptr(), rotation.data_ptr(), cache_PBC.data_ptr(), slot_T.data_ptr(),
-        entry.data_ptr(), T, rank, (C - rank) // 2, kv_TC.stride(0), eps,
-    )  # fmt: skip
+        kv_TC.data_ptr(),
+        norm_L.data_ptr(),
+        rotation.data_ptr(),
+        cache_PBC.data_ptr(),
+        slot_T.data_ptr(),
+        entry.data_ptr(),
+        T,
+        rank,
+        (C - rank) // 2,
+        kv_TC.stride(0),
+        eps,
+    )
     return entry
 
 
 def absorbed_query(q_nope_SHn: Tensor, q_rope_SHR: Tensor, rotation_S2r: Tensor, up_HnL: Tensor) -> Tensor:
     """Queries over latent cache entries, [S, H, L + R]."""
-    rotation, (S, H, n), L, R = rotation_S2r.contiguous(), q_nope_SHn.shape, up_HnL.shape[2], q_rope_SHR.shape[2]
+    rotation, (S, H, n), L, R = (
+        rotation_S2r.contiguous(),
+        q_nope_SHn.shape,
+        up_HnL.shape[2],
+        q_rope_SHR.shape[2],
+    )
     out = q_nope_SHn.new_empty((S, H, L + R))
     _function("absorbed_query", q_nope_SHn.dtype)(
-        q_nope_SHn.data_ptr(), q_rope_SHR.data_ptr(), rotation.data_ptr(), up_HnL.data_ptr(), out.data_ptr(), S, H, n,
-        L, R // 2, q_nope_SHn.stride(0), q_nope_SHn.stride(1), q_rope_SHR.stride(0), q_rope_SHR.stride(1),
+        q_nope_SHn.data_ptr(),
+        q_rope_SHR.data_ptr(),
+        rotation.data_ptr(),
+        up_HnL.data_ptr(),
+        out.data_ptr(),
+        S,
+        H,
+        n,
+        L,
+        R // 2,
+        q_nope_SHn.stride(0),
+        q_nope_SHn.stride(1),
+        q_rope_SHR.stride(0),
+        q_rope_SHR.stride(1),
         up_HnL.stride(0),
-    )  # fmt: skip
+    )
     return out
 
 
@@ -293,13 +394,35 @@ def gqa_decode(
 
 
 def _decode(
-    q: Tensor, cache: Tensor, table: Tensor, context: Tensor, out: Tensor, groups: int, width: int, v_width: int,
-    entry: int, v_offset: int, scale: float,
-) -> None:  # fmt: skip
+    q: Tensor,
+    cache: Tensor,
+    table: Tensor,
+    context: Tensor,
+    out: Tensor,
+    groups: int,
+    width: int,
+    v_width: int,
+    entry: int,
+    v_offset: int,
+    scale: float,
+) -> None:
     table, context = table.to(torch.int32), context.to(torch.int32).contiguous()
     if table.stride(1) != 1:
         table = table.contiguous()
     _function("decode", q.dtype)(
-        q.data_ptr(), cache.data_ptr(), table.data_ptr(), context.data_ptr(), out.data_ptr(), q.shape[0], q.shape[1],
-        groups, width, v_width, entry, v_offset, cache.shape[1], table.stride(0), scale,
-    )  # fmt: skip
+        q.data_ptr(),
+        cache.data_ptr(),
+        table.data_ptr(),
+        context.data_ptr(),
+        out.data_ptr(),
+        q.shape[0],
+        q.shape[1],
+        groups,
+        width,
+        v_width,
+        entry,
+        v_offset,
+        cache.shape[1],
+        table.stride(0),
+        scale,
+    )
