@@ -63,7 +63,7 @@ def complete(
     engine = load_engine(
         model, device=device, dtype=dtype, max_model_len=max_model_len, yes=yes, force=force, quiet=json
     )
-    params = asked.params(o.model_defaults(engine.folder))
+    params = asked.params(engine.sampling_defaults)
     params = replace(params, stop=tuple(stop or ()), logprobs=logprobs)
     if echo and not json:
         sys.stdout.write(prompt)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -99,20 +98,3 @@ class Sampling:
         from hadal.engine import SamplingParams
 
         return SamplingParams(**{**defaults, **self.given()})
-
-
-def model_defaults(folder: Path | None) -> dict[str, Any]:
-    """Sampling that a model asks for in its generation_config.json (R1: temperature 0.6, top-p 0.95)."""
-    import json
-
-    path = folder / "generation_config.json" if folder else None
-    if path is None or not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as fault:
-        raise CliError(f"{path} is not JSON ({fault}); download the model again or delete the file") from None
-    wanted = {name: found[name] for name in ("temperature", "top_p", "top_k") if found.get(name) is not None}
-    if found.get("do_sample") is False:
-        wanted["temperature"] = 0.0
-    return wanted

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from hadal.cli.meter import Rate, step_bytes
-from hadal.cli.options import Sampling, model_defaults
+from hadal.cli.options import Sampling
 from hadal.cli.terminal import CliError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class LocalSpeaker:
             raise CliError(f"{engine.name} has no chat template; `hadal complete` continues plain text")
         self.engine, self.template = engine, engine.template
         self.name = engine.name
-        self.defaults = model_defaults(engine.folder)
+        self.defaults = engine.sampling_defaults
 
     def speak(
         self, messages: Messages, sampling: Sampling, think: bool | None, stop: Event

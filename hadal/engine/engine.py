@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hadal.engine.blocks import PageAllocator
+from hadal.engine.defaults import sampling_defaults
 from hadal.engine.memory import cache_budget, fit_cache, release
 from hadal.engine.offline import OfflineApi
 from hadal.engine.output import advance, ended
@@ -137,6 +138,10 @@ class Engine(OfflineApi):
         self.model, self.config = model, model.config
         self.tokenizer, self.template = tokenizer, template
         self.name, self.folder = name or model.config.model_type, folder
+        try:
+            self.sampling_defaults = sampling_defaults(folder)
+        except ValueError as error:
+            raise EngineError(str(error)) from None
         self.device, self.dtype = model.device, model.dtype
         self.vocab_size = (
             min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
@@ -301,12 +306,13 @@ class Engine(OfflineApi):
         on_update: OnUpdate | None = None,
         pooling: PoolingParams | None = None,
     ) -> Request:
-        """A checked request, not yet in the queue. Safe from any thread. Raises RequestError.
+        """A checked request, not yet in the queue; `params` None: what the model asks for. Safe from any
+        thread. Raises RequestError.
 
         May take long where a grammar must be compiled. deadline: time.monotonic() by which it must have
         started.
         """
-        params = params or SamplingParams()
+        params = params or SamplingParams(**self.sampling_defaults)
         ids = check_token_ids(prompt_ids, self.vocab_size)
         for field_name, tokens in (
             ("logit_bias", params.logit_bias),

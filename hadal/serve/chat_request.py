@@ -59,7 +59,7 @@ def read_chat(fields: Fields, registry: Registry) -> ChatRequest:
         served=served,
         model=str(fields.data["model"]),
         parts=parts,
-        params=make_params(given),
+        params=make_params(given, served.info.sampling_defaults),
         style=replace(style, one_call=one_call),
         n=n,
         stream=stream,

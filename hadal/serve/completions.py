@@ -88,7 +88,7 @@ def read_completion(fields: Fields, registry: Registry) -> CompletionRequest:
         served=served,
         model=str(fields.data["model"]),
         prompts=prompts,
-        params=make_params(given),
+        params=make_params(given, served.info.sampling_defaults),
         n=n,
         stream=stream,
         include_usage=include_usage,

@@ -46,6 +46,21 @@ def model_entry(served: Served, name: str) -> dict[str, Any]:
         "max_model_len": served.info.max_model_len,
         "description": title(served),
         "permission": [],
+        "hadal": _abilities(served),
+    }
+
+
+def _abilities(served: Served) -> dict[str, Any]:
+    """What OpenAI's entry has no word for: how the model reasons, and the sampling that it asks for."""
+    template = served.info.template
+    if template is None:
+        return {"thinking": "never", "tools": False, "sampling": served.info.sampling_defaults or {}}
+    optional = "optional" if template.supports_thinking else "never"
+    return {
+        "template": template.name,
+        "thinking": "always" if template.always_thinks else optional,
+        "tools": template.supports_tools,
+        "sampling": served.info.sampling_defaults or {},
     }
 
 

@@ -159,6 +159,7 @@ class EngineInfo:
     max_num_seqs: int
     device: Any
     dtype: Any
+    sampling_defaults: Any
 
     @classmethod
     def of(cls, engine: Any) -> EngineInfo:

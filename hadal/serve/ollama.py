@@ -110,9 +110,8 @@ def _common(fields: Fields, registry: Registry, kind: str) -> OllamaRequest:
     stream, unload = fields.boolean("stream"), unloads(fields)
     constraint = read_ollama_format(fields)
     model = str(fields.data.get("model") or fields.data.get("name"))
-    return OllamaRequest(
-        served, model, kind, stream is not False, unload, make_params(given), constraint=constraint
-    )  # fmt: skip
+    params = make_params(given, served.info.sampling_defaults)
+    return OllamaRequest(served, model, kind, stream is not False, unload, params, constraint=constraint)
 
 
 def _messages(fields: Fields) -> list[dict[str, Any]]:
@@ -141,6 +140,9 @@ def _templated(
     encoder = common.served.encoder
     if think is False and not encoder.template.supports_thinking:
         think = None
+    if think is False and encoder.template.always_thinks:
+        message = f"think: {common.served.name} always reasons first: leave think out or set it to true"
+        raise bad(message, "think")
     parts = encoder.render(messages, tools=tools or None, thinking=think)
     try:
         may_open = bool(encoder.template.may_open_reasoning(messages))

@@ -3,6 +3,7 @@ tighter."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -55,10 +56,10 @@ def sampling_fields(fields: Fields, vocab_size: int) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def make_params(given: dict[str, Any]) -> SamplingParams:
-    """SamplingParams, with the engine's own refusals as 400."""
+def make_params(given: dict[str, Any], defaults: Mapping[str, Any] | None) -> SamplingParams:
+    """SamplingParams: what the request says over what the model asks for; the engine's refusals as 400."""
     try:
-        return SamplingParams(**given)
+        return SamplingParams(**{**(defaults or {}), **given})
     except RequestError as error:
         raise refused(error) from None
 

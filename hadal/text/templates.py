@@ -23,6 +23,7 @@ Where a published template is at fault or silent, we differ, on purpose:
  - The distills' Jinja keeps only the last system message; ours joins them, as all others do.
  - R1-0528's prompt is followed by the opening tag, so that where reasoning begins is known, not guessed.
  - R1 has no switch; `thinking=False` writes an empty reasoning (Ma et al. 2025, arXiv 2504.09858).
+   hadal-mini has read nothing of the kind and would reason in its answer: there it is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -73,6 +74,10 @@ class Template(Protocol):
     @property
     def supports_thinking(self) -> bool:
         """Whether the model reasons before it answers, always or when asked to."""
+
+    @property
+    def always_thinks(self) -> bool:
+        """Whether it reasons before every answer and cannot be told not to: `thinking=False` is refused."""
 
     @property
     def supports_tools(self) -> bool: ...
@@ -207,6 +212,7 @@ class _Base:
     name: str
     supports_thinking: bool = False
     default_thinking: bool = False
+    always_thinks: bool = False
     tool_format: str | None = None
 
     @property
@@ -224,6 +230,11 @@ class _Base:
         if thinking and not self.supports_thinking:
             raise TemplateError(
                 f"{self.name} has no thinking mode: leave thinking out or set it to false", "thinking"
+            )
+        if thinking is False and self.always_thinks:
+            raise TemplateError(
+                f"{self.name} always reasons before it answers: leave thinking out or set it to true",
+                "thinking",
             )
         options = _Options(
             messages=read_messages(messages),
@@ -416,7 +427,7 @@ TEMPLATES: Final[Mapping[str, Template]] = {
         _V31("deepseek-v3.1-terminus", revised=True),
         _r1("r1-distill-qwen", None),
         _r1("r1-distill-llama", None),
-        _r1("hadal-mini", "v3"),
+        replace(_r1("hadal-mini", "v3"), always_thinks=True),
         _Plain("plain"),
     )
 }

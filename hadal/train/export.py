@@ -46,7 +46,7 @@ def export(
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, temporary / name)
-        generation = json.dumps(_generation(model.config), indent=2) + "\n"
+        generation = json.dumps(_generation(model.config, recipe.export.temperature), indent=2) + "\n"
         (temporary / "generation_config.json").write_text(generation, encoding="utf-8")
         save(
             model,
@@ -67,15 +67,17 @@ def _metadata(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     return {"name": recipe.run.name, "trained_by": "hadal train", **asdict(facts)}
 
 
-def _generation(config: ModelConfig) -> dict[str, Any]:
+def _generation(config: ModelConfig, temperature: float) -> dict[str, Any]:
+    """generation_config.json: the sampling that holds where a user sets none; temperature 0 is greedy."""
     eos = config.eos_token_id
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95}
+    if temperature == 0:
+        sampling = {"do_sample": False, "temperature": 0.0}
     return {
         "_from_model_config": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "do_sample": True,
-        "temperature": 0.6,
-        "top_p": 0.95,
+        **sampling,
     }
 
 
@@ -86,8 +88,7 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-# --- the model card
-# --------------------------------------------------------------------------------------------
+# --- the model card ---
 def model_card(config: ModelConfig, recipe: Recipe, facts: Facts, *, accuracy: str = "") -> str:
     """The card as Markdown; `accuracy` is a table, to be filled in later by `set_accuracy` where it is
     empty."""

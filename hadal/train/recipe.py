@@ -208,9 +208,11 @@ class ExportRecipe:
     every_steps: int = 0  # 0: only at the end
     fp8: bool = True
     max_shard_mib: int = 5120
+    temperature: float = 0.6  # that generation_config.json asks for; 0: greedy
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, "export.every_steps", self.every_steps, "0 or more")
+        _require(0 <= self.temperature <= 2, "export.temperature", self.temperature, "from 0 to 2")
         _require(self.max_shard_mib >= 1, "export.max_shard_mib", self.max_shard_mib, "at least 1")
 
 
@@ -258,8 +260,7 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-# --- reading
-# ---------------------------------------------------------------------------------------------------
+# --- reading ---
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a TOML recipe and apply overrides of the form "train.tokens=1e6". Raises RecipeError."""
     try:
@@ -347,8 +348,7 @@ def _suggestion(key: str, known: Sequence[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
-# --- comparing, for resume
-# -------------------------------------------------------------------------------------
+# --- comparing, for resume ---
 FREE_ON_RESUME = (
     "log",
     "checkpoint",

@@ -120,8 +120,7 @@ def load(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _read_json(path / "state.json")
 
 
-# --- files
-# -----------------------------------------------------------------------------------------------------
+# --- files ---
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
     """Groups of at most `limit` bytes each (a tensor above it stands alone), contiguous and on the CPU."""
     shard: dict[str, Tensor] = {}

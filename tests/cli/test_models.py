@@ -54,10 +54,18 @@ def test_the_model_on_board_answers_the_first_question(capsys: Capture) -> None:
     assert found["finish_reason"] == "stop"
 
 
-def test_the_model_s_own_sampling_is_the_default(tiny_folder: Path) -> None:
-    from hadal.cli.options import Sampling, model_defaults
+def test_no_think_is_refused_where_the_model_always_thinks(capsys: Capture) -> None:
+    shown = hadal(capsys, "run", "hadal-mini", "What is 12 + 35?", "--no-think")
+    assert shown.status == 2
+    assert "hadal-mini always reasons" in shown.err and "Traceback" not in shown.err
+    assert shown.out == ""
 
-    defaults = model_defaults(tiny_folder)
+
+def test_the_model_s_own_sampling_is_the_default(tiny_folder: Path) -> None:
+    from hadal.cli.options import Sampling
+    from hadal.engine.defaults import sampling_defaults
+
+    defaults = sampling_defaults(tiny_folder)
     assert defaults == {"temperature": 0.6, "top_p": 0.95}
     assert Sampling(temperature=0.0).params(defaults).temperature == 0.0
     assert Sampling().params(defaults).top_p == 0.95

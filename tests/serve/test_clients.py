@@ -40,7 +40,7 @@ def make_engine(folder: Path) -> Engine:
     return Engine(
         tiny_model(tokenizer.padded_vocab_size),
         tokenizer,
-        TEMPLATES["hadal-mini"],
+        TEMPLATES["deepseek-r1"],
         name=NAME,
         folder=folder,
         max_num_seqs=8,

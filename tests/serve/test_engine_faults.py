@@ -36,7 +36,7 @@ def live(tmp_path: Path) -> Iterator[tuple[LiveServer, AsyncEngine]]:
     tokenizer = Tokenizer.load(make_tiny_tokenizer(tmp_path))
     engine = AsyncEngine(
         tiny_engine(
-            tokenizer=tokenizer, template=TEMPLATES["hadal-mini"], name="tiny", pages=200, page_size=8
+            tokenizer=tokenizer, template=TEMPLATES["deepseek-r1"], name="tiny", pages=200, page_size=8
         ),
         watchdog_seconds=0.5,
     )

@@ -322,3 +322,12 @@ def test_pull_and_delete_when_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert http.request("DELETE", "/api/delete", json={"model": "org/repo"}).status_code == 200
         assert http.request("DELETE", "/api/delete", json={"model": "fake"}).status_code == 400
     assert removed == ["org/repo"]
+
+
+def test_think_false_is_refused_where_the_model_always_thinks() -> None:
+    engine = fake_with(template="hadal-mini")
+    with live_server(engine) as server, httpx.Client(base_url=server.url, trust_env=False) as http:
+        body = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "think": False}
+        refused = http.post("/api/chat", json=body)
+        assert (refused.status_code, "always reasons first" in refused.json()["error"]) == (400, True)
+        assert not engine.seen

@@ -537,3 +537,63 @@ def test_what_is_not_here(client: httpx.Client) -> None:
         assert "docs/api.md" in response.json()["error"]["message"]
     assert client.get("/v1/chat/completions").status_code == 405
     assert client.get("/api/chat").json() == {"error": "GET is not allowed on /api/chat"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"thinking": {"type": "disabled"}},
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+def test_thinking_off_is_refused_where_the_model_always_thinks(fields: dict[str, Any]) -> None:
+    from tests.helpers.live_server import live_server
+
+    fake = fake_with(template="hadal-mini")
+    with live_server(fake) as server, httpx.Client(base_url=server.url, trust_env=False) as http:
+        refused = http.post("/v1/chat/completions", json={"model": "fake", "messages": USER, **fields})
+        assert refused.status_code == 400
+        assert "always reasons" in refused.json()["error"]["message"]
+        assert not fake.seen
+        thinking = {"model": "fake", "messages": USER, "thinking": {"type": "enabled"}}
+        assert http.post("/v1/chat/completions", json=thinking).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "tools"),
+    [
+        ("hadal-mini", "always", True),
+        ("deepseek-r1", "optional", True),
+        ("deepseek-v3.1", "optional", True),
+        ("deepseek-v3", "never", True),
+        ("r1-distill-qwen", "optional", False),
+    ],
+)
+def test_models_say_what_they_can_do(template: str, thinking: str, tools: bool) -> None:
+    from hadal.serve.meta import model_entry
+    from hadal.serve.models import make_registry
+    from hadal.serve.settings import Settings
+
+    served = make_registry(fake_with(template=template), Settings()).find("fake")
+    assert model_entry(served, "fake")["hadal"] == {
+        "template": template, "thinking": thinking, "tools": tools, "sampling": {},
+    }  # fmt: skip
+
+
+def test_what_the_request_leaves_open_is_the_models_own() -> None:
+    from tests.helpers.live_server import live_server
+
+    fake = fake_with()
+    fake.engine.sampling_defaults = {"temperature": 0.6, "top_p": 0.95}
+    with live_server(fake) as server, httpx.Client(base_url=server.url, trust_env=False) as http:
+        ask(http)
+        ask(http, temperature=0)
+        http.post("/v1/completions", json={"model": "fake", "prompt": "a", "top_p": 0.5})
+        http.post("/api/chat", json={"model": "fake", "messages": USER, "stream": False})
+        options = {"temperature": 0.25}
+        http.post("/api/chat", json={"model": "fake", "messages": USER, "stream": False, "options": options})
+        said = [(params.temperature, params.top_p) for _, params, *_ in fake.seen]
+        assert said == [(0.6, 0.95), (0.0, 0.95), (0.6, 0.5), (0.6, 0.95), (0.25, 0.95)]
+        entry = http.get("/v1/models/fake").json()
+        assert entry["hadal"]["sampling"] == {"temperature": 0.6, "top_p": 0.95}

@@ -273,7 +273,7 @@ def test_starts_in_reasoning() -> None:
     assert inside == {name: name in reasoners for name in TEMPLATES}
     assert TEMPLATES["deepseek-v3.1"].starts_in_reasoning(True, [HELLO])
     assert not TEMPLATES["deepseek-v3.1"].starts_in_reasoning(False, [HELLO])
-    for name in reasoners:
+    for name in reasoners - {"hadal-mini"}:
         assert not TEMPLATES[name].starts_in_reasoning(False, [HELLO])
 
 
@@ -294,9 +294,20 @@ def test_after_a_result_r1_may_open_its_reasoning_itself() -> None:
 
 
 def test_r1_without_thinking_gets_an_empty_reasoning() -> None:
-    for name in ("deepseek-r1", "deepseek-r1-0528", "r1-distill-qwen", "hadal-mini"):
+    for name in ("deepseek-r1", "deepseek-r1-0528", "r1-distill-qwen"):
         assert ours(name, [HELLO], thinking=False).endswith("<｜Assistant｜><think>\n\n</think>\n\n")
-        assert TEMPLATES[name].supports_thinking
+        assert TEMPLATES[name].supports_thinking and not TEMPLATES[name].always_thinks
+
+
+def test_the_model_on_board_cannot_be_told_not_to_think() -> None:
+    """It has never read an empty reasoning: it would reason in its answer."""
+    mini = TEMPLATES["hadal-mini"]
+    assert mini.supports_thinking and mini.always_thinks
+    with pytest.raises(TemplateError, match="hadal-mini always reasons before it answers") as caught:
+        mini.render([HELLO], thinking=False)
+    assert caught.value.field == "thinking"
+    assert mini.render([HELLO], thinking=True) == mini.render([HELLO])
+    assert [name for name, template in TEMPLATES.items() if template.always_thinks] == ["hadal-mini"]
 
 
 @pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3", "plain"])

@@ -51,8 +51,7 @@ def _tensors(folder):
     return state.load(state.latest(folder / "checkpoints"))
 
 
-# --- the whole way
-# -----------------------------------------------------------------------------------------------
+# --- the whole way ---
 def test_the_smoke_recipe_learns_and_its_export_loads_in_the_engine(tmp_path):
     console = Console(record=True, width=200, force_terminal=False)
     outcome = train(SMOKE, out=tmp_path, device="cpu", console=console, overrides=["train.tokens=81920"])
@@ -109,8 +108,7 @@ def test_transformers_loads_the_export(short, tmp_path):
     torch.testing.assert_close(ours.logits(ours(token, Context.packed([12]))), want, rtol=0, atol=1e-4)
 
 
-# --- stopping and going on
-# ---------------------------------------------------------------------------------------
+# --- stopping and going on ---
 class Killed(BaseException):
     pass
 
@@ -218,8 +216,7 @@ def test_ctrl_c_finishes_the_step_and_saves(short, tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-# --- refusals
-# ------------------------------------------------------------------------------------------------------
+# --- refusals ---
 def test_a_folder_with_a_run_is_not_overwritten(short, tmp_path):
     short(tmp_path / "run")
     with pytest.raises(RecipeError, match=r"holds a run at step 6.*--resume"):
@@ -269,8 +266,7 @@ def test_a_device_that_is_not_there_is_refused(puzzles, tmp_path):
         train(SMOKE, out=tmp_path, device="cuda", console=Console(quiet=True))
 
 
-# --- the model card
-# ------------------------------------------------------------------------------------------------
+# --- the model card ---
 def test_the_accuracy_table_goes_into_the_card(short, tmp_path):
     card = short(tmp_path / "run").export / "README.md"
     assert "Not measured yet." in card.read_text()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hadal.config import preset
 from hadal.train import recipe as recipes
 from hadal.train.recipe import RecipeError
 
@@ -148,3 +149,15 @@ SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_recipes_are_valid(path):
     assert recipes.load(path).train.steps > 0
+
+
+def test_the_temperature_that_an_export_asks_for(tmp_path):
+    from hadal.train.export import _generation
+
+    recipe = _load(tmp_path, overrides=["export.temperature=0"])
+    config = preset("hadal-mini").config
+    greedy, drawn = _generation(config, recipe.export.temperature), _generation(config, 0.6)
+    assert (greedy["do_sample"], greedy["temperature"]) == (False, 0.0) and "top_p" not in greedy
+    assert (drawn["do_sample"], drawn["temperature"], drawn["top_p"]) == (True, 0.6, 0.95)
+    with pytest.raises(RecipeError, match=r"export\.temperature"):
+        _load(tmp_path, overrides=["export.temperature=2.5"])

@@ -15,8 +15,7 @@ from hadal.train.trainer import Progress
 from tests.train import tiny
 
 
-# --- against transformers
-# ----------------------------------------------------------------------------------------
+# --- against transformers ---
 def _peer(network):
     """The same tiny model in transformers, and pairs (its parameter, how to read ours) by its names."""
     transformers = pytest.importorskip("transformers")
@@ -94,8 +93,7 @@ def test_one_step_equals_transformers_and_torch_adamw():
         )
 
 
-# --- the objective, literally
-# -------------------------------------------------------------------------------------
+# --- the objective, literally ---
 def test_losses_equal_a_literal_computation():
     """Document by document: main loss, MTP loss, balance loss and counts, on whole logits."""
     network, rows = tiny.model(), tiny.RandomRows().rows(0, 3)
@@ -172,8 +170,7 @@ def test_mtp_after_or_before_the_final_norm_is_honoured():
     assert values[0] != values[1]
 
 
-# --- invariances
-# --------------------------------------------------------------------------------------------------
+# --- invariances ---
 def _parameters(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
@@ -280,8 +277,7 @@ def test_a_dense_model_trains():
     assert (stats[-1].mtp_loss, stats[-1].balance_loss, stats[-1].max_violation) == (0.0, 0.0, 0.0)
 
 
-# --- what is not finite
-# -------------------------------------------------------------------------------------------
+# --- what is not finite ---
 @pytest.mark.parametrize(
     ("break_it", "match"),
     [
