@@ -1,6 +1,6 @@
-"""The results of benchmarks/results/*.json as tables in docs/benchmarks.md, between two markers.
+"""The results of benchmarks/results/*.json as tables in docs/benchmarks.md, their ratios in README.md.
 
-    python benchmarks/report.py             # write the section
+    python benchmarks/report.py             # write both sections, each between two markers
     python benchmarks/report.py --check     # only say whether it is up to date (status 1 if not)
 
 A result is {"machine": …, "races": […]} (race_transformers.py) or a plain table {"machine": …, "title": …,
@@ -18,6 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTHING = "No results are kept yet."
 
@@ -75,10 +76,24 @@ def section(folder: Path = RESULTS) -> str:
     return "\n".join(lines or ["", NOTHING]) + "\n\n"
 
 
+def summary(folder: Path = RESULTS) -> str:
+    """The ratios against transformers alone: a row a case, with the machine's name."""
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        result = json.loads(file.read_text("utf-8"))
+        machine = result["machine"].get("gpu") or result["machine"]["cpu"]
+        for race in result.get("races", []):
+            cases = [f"{case} {r['ratio']:.1f}×" for case, r in race["rows"].items() if "whole" not in case]
+            rows.append([f"{race['model']}, {race['dtype']}", machine, "; ".join(cases)])
+    lines = table(["shape", "machine", "times the tokens a second of `transformers`"], rows)
+    lines[1] = lines[1].replace("---:", "---")  # all text
+    return "\n".join([*(lines if rows else [NOTHING]), ""])
+
+
 def page_with(text: str, body: str) -> str:
     """The page with `body` between its markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{PAGE}: needs the markers {BEGIN} and {END}, once each")
+        raise SystemExit(f"a page needs the markers {BEGIN} and {END}, once each; one has not")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{body}{END}{rest.split(END)[1]}"
 
@@ -89,15 +104,14 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="compare only")
     check = parser.parse_args().check
-    text = PAGE.read_text("utf-8")
-    wanted = page_with(text, section())
-    if check:
-        print(
-            "up to date" if text == wanted else f"{PAGE} differs from the results: run benchmarks/report.py"
-        )
-        sys.exit(text != wanted)
-    PAGE.write_text(wanted, "utf-8")
-    print(f"written: {PAGE}")
+    for page, body in ((PAGE, section()), (README, summary())):
+        text = page.read_text("utf-8")
+        wanted = page_with(text, body)
+        if check and text != wanted:
+            sys.exit(f"{page} differs from the results: run benchmarks/report.py")
+        if not check:
+            page.write_text(wanted, "utf-8")
+            print(f"written: {page}")
 
 
 if __name__ == "__main__":

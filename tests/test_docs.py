@@ -81,8 +81,9 @@ def report_script() -> ModuleType:
 
 def test_the_benchmark_tables_are_those_of_the_result_files() -> None:
     report = report_script()
-    text = report.PAGE.read_text("utf-8")
-    assert report.page_with(text, report.section()) == text, "run benchmarks/report.py"
+    for page, body in ((report.PAGE, report.section()), (report.README, report.summary())):
+        text = page.read_text("utf-8")
+        assert report.page_with(text, body) == text, f"{page.name}: run benchmarks/report.py"
 
 
 def test_results_become_tables(tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ def test_results_become_tables(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(plain))
     text = report.section(tmp_path)
     assert "| batch 1 | 1,234 | 99.9 | **12.35×** |" in text and "| server | 10.2 |" in text
+    assert "| m, float32 | X | batch 1 12.3× |" in report.summary(tmp_path)
     assert "X, 2 threads of 4 cores; torch 2.13.0, python 3.11; 2026-11-21." in text
     (tmp_path / "c.json").write_text(json.dumps({"machine": machine, "speed": 1}))
     with pytest.raises(SystemExit, match=r"c\.json: needs machine, and races"):
