@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,18 +191,31 @@ class Engine(OfflineApi):
         if plan.sequences:
             try:
                 output = self.runner.run(plan)
-                sampled = self._sample(output)
+                sampled = self._sample(output, self._next_step(plan))
                 updates += self._commit(plan, output, sampled)
             except Exception as error:
                 updates += self._fail(plan, error)
         return self._deliver(updates)
 
-    def _sample(self, output: StepOutput) -> Sampled:
-        return (
-            Sampled([])
-            if output.logits_BV is None
-            else self.sampler.sample(output.logits_BV, output.requests)
-        )
+    def _sample(self, output: StepOutput, then: Callable[[torch.Tensor], None] | None) -> Sampled:
+        if output.logits_BV is None:
+            return Sampled([])
+        return self.sampler.sample(output.logits_BV, output.requests, then)
+
+    def _next_step(self, plan: Schedule) -> Callable[[torch.Tensor], None] | None:
+        """What starts the decode step after this one on the GPU, before this one's tokens are read.
+
+        Only where nobody waits for a seat, and for sequences that have room for another token; the next plan
+        decides whether it counts.
+        """
+        if not self.runner.can_look_ahead(plan) or self.scheduler.waiting:
+            return None
+        goes_on = [
+            row
+            for row, s in enumerate(plan.sequences)
+            if s.start + 2 <= s.request.max_len and self.scheduler.reserve(s.request, s.start + 2)
+        ]
+        return partial(self.runner.look_ahead, plan, goes_on) if goes_on else None
 
     def _commit(self, plan: Schedule, output: StepOutput, sampled: Sampled) -> list[tuple[Request, Update]]:
         """Book a step: tokens to their requests, full pages to the prefix cache, finished requests out."""

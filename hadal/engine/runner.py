@@ -44,6 +44,24 @@ class StepOutput:
     )  # finished pooling requests, FP32 [D]
 
 
+@dataclass
+class Ahead:
+    """Hidden states of a decode step started before it was planned, on tokens still on the device."""
+
+    rows: dict[str, tuple[int, int, list[int]]]  # request id -> row, position computed, its pages at the time
+    hidden_BD: Tensor
+
+    def rows_of(self, sequences: list[ScheduledSequence]) -> list[int] | None:
+        """Where a plan's sequences stand in it; None unless all are there, with the same pages."""
+        rows = []
+        for s in sequences:
+            row, start, pages = self.rows.get(s.request.request_id, (-1, -1, None))
+            if start != s.start or pages is not s.pages:
+                return None
+            rows.append(row)
+        return rows
+
+
 class Runner:
     """Not thread-safe. `model` and `cache` are used where they are; nothing is copied."""
 
@@ -77,6 +95,12 @@ class Runner:
         self._filled = [0] * max_num_seqs
         self._device_table = self._host_table.to(self.device) if on_gpu else self._host_table
         self._copied = torch.cuda.Event() if on_gpu else None  # the host buffers have been read
+        # inputs of steps started ahead: two sets in turn, as the GPU may not have read the last one yet
+        self._ahead_buffers = [
+            (buffer(3 * max_num_seqs, dtype=torch.int64), buffer(2 * max_num_seqs, dtype=torch.int32))
+            for _ in range(2 if on_gpu and cuda_graphs else 0)
+        ]
+        self._ahead: Ahead | None = None
         self.graphs: DecodeGraphs | None = None
         if on_gpu and cuda_graphs:
             self.graphs = DecodeGraphs(model, cache, self._device_table, max_num_seqs)
@@ -94,6 +118,11 @@ class Runner:
             self._copied.synchronize()  # a step that samples nothing does not wait for the GPU by itself
         self._update_table(sequences)
         plain = self._plain_decode(plan)
+        ahead, self._ahead = self._ahead, None
+        if plain and ahead is not None and (rows := ahead.rows_of(sequences)) is not None:
+            everyone = rows == list(range(len(rows)))
+            hidden_TD = ahead.hidden_BD[: len(rows)] if everyone else ahead.hidden_BD[self._index(rows)]
+            return StepOutput([s.request for s in sequences], self.model.logits(hidden_TD))
         size = self.graphs.size_for(len(sequences)) if plain and self.graphs is not None else None
         if size is not None and self.graphs is not None:
             self._fill_padded(sequences, size)
@@ -107,6 +136,44 @@ class Runner:
             if not plain:
                 return self._output(plan, context, hidden_TD)
         return StepOutput([s.request for s in sequences], self.model.logits(hidden_TD))
+
+    def look_ahead(self, plan: Schedule, goes_on: list[int], token_B: Tensor) -> None:
+        """Start the next decode step of the sequences numbered `goes_on`, whose tokens were just drawn.
+
+        The GPU computes it while the host still books this step. The next `run` takes it if its plan agrees,
+        and otherwise computes what the plan wants: entries written twice get the same values.
+        """
+        size = self.graphs.size_for(len(goes_on)) if self.graphs is not None else None
+        if self.graphs is None or size is None or size not in self.graphs.captured:
+            return
+        sequences = [plan.sequences[row] for row in goes_on]
+        self._update_table(sequences)
+        host_long, host_int = self._ahead_buffers[0]
+        self._ahead_buffers.reverse()
+        self._fill_next(sequences, size, host_long.numpy(), host_int.numpy())
+        token_n = token_B if len(goes_on) == len(plan.sequences) else token_B[self._index(goes_on)]
+        hidden_BD = self.graphs.run_ahead(
+            size, host_long[: 3 * size], host_int[: 2 * size], token_n.clamp(min=0)
+        )
+        rows = {s.request.request_id: (row, s.start + 1, s.pages) for row, s in enumerate(sequences)}
+        self._ahead = Ahead(rows, hidden_BD)
+
+    def can_look_ahead(self, plan: Schedule) -> bool:
+        """Whether the plan is one of single tokens on a GPU whose steps are replayed."""
+        return self.graphs is not None and self.graphs.broken is None and self._plain_decode(plan)
+
+    def _fill_next(self, sequences: list[ScheduledSequence], size: int, longs: Array, ints: Array) -> None:
+        """As `_fill_padded`, for the tokens after these; the tokens themselves are left to the caller."""
+        n, page = len(sequences), self.page_size
+        token, position, slot = longs[: 3 * size].reshape(3, size)
+        length, row = ints[: 2 * size].reshape(2, size)
+        token[:] = 0
+        position[n:] = slot[n:] = 0
+        position[:n] = [s.start + 1 for s in sequences]
+        slot[:n] = [s.pages[(s.start + 1) // page] * page + (s.start + 1) % page for s in sequences]
+        row[:n] = [s.request.slot for s in sequences]
+        row[n:] = self.max_num_seqs
+        np.add(position, 1, out=length, casting="unsafe")
 
     def _record_copies(self) -> None:
         if self._copied is not None:

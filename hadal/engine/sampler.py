@@ -8,9 +8,9 @@ the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,14 +59,20 @@ class Sampler:
         self.max_num_seqs = max_num_seqs
         self.device = device
         self._batch: _Batch | None = None
+        self._host_token: Tensor | None = None  # pinned
         self._count_SV: Tensor | None = None  # int32: tokens of the output, by the request's slot
         self._in_prompt_SV: Tensor | None = None  # bool
         self._counted: dict[
             int, tuple[Request, int]
         ] = {}  # slot -> whose counts it holds, of how many tokens
 
-    def sample(self, logits_BV: Tensor, requests: list[Request]) -> Sampled:
-        """The next token of each request, from the logits after its last token. May change `logits_BV`."""
+    def sample(
+        self, logits_BV: Tensor, requests: list[Request], then: Callable[[Tensor], None] | None = None
+    ) -> Sampled:
+        """The next token of each request, from the logits after its last token. May change `logits_BV`.
+
+        `then` gets the tokens on the device before the host waits for them: what it starts runs meanwhile.
+        """
         batch = self._batch
         if batch is None or batch.requests != requests:
             batch = self._batch = self._build(requests)
@@ -79,13 +85,28 @@ class Sampler:
         if batch.penalized:
             self._count(batch, token_B)
         entries = self._logprobs(logits_BV, token_B, batch) if batch.logprob_rows else None
-        tokens = token_B.tolist()
+        tokens = self._read(token_B, then)
         if min(tokens) < 0 or errors:
             for row, token in enumerate(tokens):
                 if token < 0 and row not in errors:
                     errors[row] = "the model's output is not finite (NaN or infinite logits)"
             tokens = [FAILED if row in errors else token for row, token in enumerate(tokens)]
         return Sampled(tokens, self._entries(entries, batch, tokens) if entries else None, errors)
+
+    def _read(self, token_B: Tensor, then: Callable[[Tensor], None] | None) -> list[int]:
+        """Tokens on the host. On a GPU their copy goes first, then what `then` starts; only the copy is
+        awaited."""
+        if then is None or not token_B.is_cuda:
+            return cast(list[int], token_B.tolist())
+        if self._host_token is None:
+            self._host_token = torch.empty(self.max_num_seqs, dtype=token_B.dtype, pin_memory=True)
+        host = self._host_token[: token_B.shape[0]]
+        host.copy_(token_B, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        then(token_B)
+        copied.synchronize()
+        return cast(list[int], host.tolist())
 
     # --- settings ---
 

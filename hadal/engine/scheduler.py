@@ -303,6 +303,19 @@ class Scheduler:
             self.stats.prefix_queries += request.prompt_len
             self.stats.prefix_hits += request.cached_tokens
 
+    def reserve(self, request: Request, num_tokens: int) -> bool:
+        """Pages for `num_tokens` of a running request from those that are free; False (and nothing taken) if
+        too few.
+
+        For a step that is started before it is planned: nobody is preempted for it.
+        """
+        missing = self.pages.pages_for(num_tokens) - len(request.pages)
+        pages = self.pages.allocate(missing) if missing > 0 else []
+        if pages is None:
+            return False
+        request.pages.extend(pages)
+        return True
+
     # --- after the step ----------------------------------------------------------------------------
     def commit(self, plan: Schedule, rejected: Mapping[str, int] | None = None) -> None:
         """The step is done: its keys are in the cache, so that its full pages can be shared.

@@ -1,4 +1,4 @@
-"""The C++ kernels of `csrc/cpu.cpp`: built once with the machine's compiler, kept in the cache, called by ctypes.
+"""The C++ kernels of `csrc/cpu.cpp`: built once by the machine's compiler, cached, called through ctypes.
 
 The build takes seconds, on first use; the library's name carries a hash of source, compiler and processor.
 Without a compiler `available()` is False, the torch references run instead, and `hadal doctor` says so.
