@@ -11,7 +11,7 @@ import base64
 import binascii
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -34,11 +34,22 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Model:
-    """One entry of /v1/models. `context`: tokens; None if the server does not say."""
+    """One entry of /v1/models. `context`: tokens; None if the server does not say.
+
+    `thinking`: "always", "optional" or "never"; "" if the server does not say. `sampling`: what holds where a
+    request sets nothing.
+    """
 
     id: str
     context: int | None = None
     description: str = ""
+    thinking: str = ""
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def lets_choose_thinking(self) -> bool:
+        """Whether a switch for reasoning can have an effect, as far as is known."""
+        return self.thinking in ("optional", "")
 
 
 class Client:
@@ -136,7 +147,17 @@ def presented_key(authorization: str) -> str:
 def _model(entry: Mapping[str, Any]) -> Model:
     context = entry.get("max_model_len") or entry.get("context_length")
     text = entry.get("description") or entry.get("title") or ""
-    return Model(str(entry["id"]), context if isinstance(context, int) else None, str(text))
+    own = entry.get("hadal")
+    own = own if isinstance(own, Mapping) else {}
+    sampling = own.get("sampling")
+    known = sampling if isinstance(sampling, Mapping) else {}
+    return Model(
+        str(entry["id"]),
+        context if isinstance(context, int) else None,
+        str(text),
+        str(own.get("thinking") or ""),
+        {str(name): value for name, value in known.items() if isinstance(value, int | float)},
+    )
 
 
 def _refusal(status: int, content: bytes, headers: Mapping[str, str]) -> ServerError:

@@ -16,7 +16,7 @@ import gradio as gr
 
 from hadal.ui import models as about
 from hadal.ui.answer import Runs
-from hadal.ui.api import Client, ServerError, presented_key
+from hadal.ui.api import Client, Model, ServerError, presented_key
 from hadal.ui.conversation import UNTITLED, Conversation, ConversationError, messages, title_of, turn_at
 from hadal.ui.settings import DEFAULTS, SettingsError, from_panel
 
@@ -64,6 +64,7 @@ class ChatPage:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.runs = Runs()
+        self.offered: dict[str, Model] = {}  # as the server last listed them
         self.current = gr.BrowserState(None, storage_key="hadal.current", secret="not-a-secret")
         with gr.Sidebar(position="left", width=280, elem_id="hadal-left") as self.left:
             self._lay_out_list()
@@ -112,17 +113,13 @@ class ChatPage:
             label="System prompt", lines=3, max_lines=10, placeholder="None", elem_id="hadal-system"
         )
         self.thinking = gr.Checkbox(
-            DEFAULTS.thinking, label="Think before answering", elem_id="hadal-thinking"
+            bool(DEFAULTS.thinking), label="Think before answering", elem_id="hadal-thinking"
         )
-        self.temperature = gr.Slider(
-            0,
-            2,
-            DEFAULTS.temperature,
-            step=0.05,
-            label="Temperature",
-            info="0 always takes the likeliest token",
+        own = about.own_value((), None, "temperature")
+        self.temperature = gr.Textbox(
+            label="Temperature", info="0 always takes the likeliest token", placeholder=own, max_lines=1
         )
-        self.top_p = gr.Slider(0.01, 1, DEFAULTS.top_p, step=0.01, label="Top-p", info="1 is off")
+        self.top_p = gr.Textbox(label="Top-p", info="1 is off", placeholder=own, max_lines=1)
         self.top_k = gr.Slider(0, 200, DEFAULTS.top_k, step=1, label="Top-k", info="0 is off")
         self.max_tokens = gr.Textbox(
             label="Most tokens", placeholder="As many as the context holds", max_lines=1
@@ -184,7 +181,8 @@ class ChatPage:
     def _wire_start(self) -> None:
         """On load: the browser's memory first, then the conversation, then the server's models."""
         site: Any = gr.context.Context.root_block
-        facts = [self.model, self.note, self.chat, self.box, self.key]
+        advice = [self.thinking, self.temperature, self.top_p]
+        facts = [self.model, self.note, self.chat, self.box, self.key, *advice]
         start = site.load(
             None,
             self.settings,
@@ -251,8 +249,9 @@ class ChatPage:
         except ServerError as error:
             alarm = gr.HTML(value=f'<span class="hadal-alarm">{html.escape(str(error))}</span>')
             wanted = ["hadal-wanted"] if error.status == 401 else []
-            return gr.skip(), alarm, gr.skip(), gr.skip(), gr.Textbox(elem_classes=wanted)
-        ids = [model.id for model in offered]
+            return gr.skip(), alarm, gr.skip(), gr.skip(), gr.Textbox(elem_classes=wanted), *[gr.skip()] * 3
+        self.offered = {model.id: model for model in offered}
+        ids = list(self.offered)
         chosen = chosen if chosen in ids else next(iter(ids), None)
         return (
             gr.Dropdown(choices=ids, value=chosen),
@@ -260,6 +259,9 @@ class ChatPage:
             gr.Chatbot(examples=about.questions(chosen)),
             gr.Textbox(placeholder=about.prompt_hint(chosen)),
             gr.Textbox(elem_classes=[]),
+            gr.Checkbox(visible=chosen is None or self.offered[chosen].lets_choose_thinking),
+            gr.Textbox(placeholder=about.own_value(offered, chosen, "temperature")),
+            gr.Textbox(placeholder=about.own_value(offered, chosen, "top_p")),
         )
 
     def show(self, current: object) -> Any:
@@ -311,6 +313,9 @@ class ChatPage:
         try:
             settings = from_panel(values)
             settings = replace(settings, key=_key(settings.key, request))
+            model = self.offered.get(settings.model or "")
+            if model and not model.lets_choose_thinking:
+                settings = replace(settings, thinking=None)
         except SettingsError as error:
             raise gr.Error(str(error), title="Settings", print_exception=False) from error
         conversation.ask(question, time.time())

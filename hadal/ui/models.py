@@ -56,6 +56,13 @@ def questions(model: str | None) -> list[Any]:
     return [{"text": text, "display_text": text} for text in chosen]
 
 
+def own_value(models: Sequence[Model], chosen: str | None, setting: str) -> str:
+    """Placeholder of an empty setting: what holds then."""
+    model = next((m for m in models if m.id == chosen), None)
+    value = model.sampling.get(setting) if model else None
+    return "The model's own" if value is None else f"The model's own: {value:g}"
+
+
 def prompt_hint(model: str | None) -> str:
     """Placeholder of the message box."""
     return "Ask a number puzzle…" if model and is_mini(model) else "Ask anything…"

@@ -1,11 +1,12 @@
 """What the visitor may set in the side panel, its defaults and bounds, and the request that comes of it.
 
-Defaults: DeepSeek's advice for R1 is temperature 0.6 and top-p 0.95 (https://github.com/deepseek-ai/DeepSeek-R1,
-"Usage Recommendations"). The server checks every value again.
+Temperature and top-p are sent only where the visitor sets them: else the model's own hold (R1 asks for 0.6
+and 0.95, hadal-mini for 0). The server checks every value again.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,13 @@ from hadal.ui.conversation import Conversation, api_messages
 
 @dataclass(frozen=True)
 class Settings:
-    """In the order of the panel's components. `top_k` 0, `max_tokens` None and `seed` None mean: not sent."""
+    """In the order of the panel's components. None, and 0 for `top_k`, mean: not sent."""
 
     model: str | None = None
     system: str = ""
-    thinking: bool = True
-    temperature: float = 0.6
-    top_p: float = 0.95
+    thinking: bool | None = True
+    temperature: float | None = None
+    top_p: float | None = None
     top_k: int = 0
     max_tokens: int | None = None
     seed: int | None = None
@@ -30,6 +31,7 @@ class Settings:
 
 DEFAULTS = Settings()
 MAX_WHOLE = 2**31 - 1
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]*)?|\.[0-9]+")
 
 
 class SettingsError(ValueError):
@@ -45,19 +47,24 @@ def from_panel(values: Sequence[Any]) -> Settings:
         thinking=bool(thinking),
         temperature=_number("Temperature", temperature, 0.0, 2.0),
         top_p=_number("Top-p", top_p, 0.01, 1.0),
-        top_k=int(_number("Top-k", top_k, 0, 200)),
+        top_k=int(_number("Top-k", top_k, 0, 200) or 0),
         max_tokens=_whole("Most tokens", max_tokens, 1),
         seed=_whole("Seed", seed, 0),
         key=str(key or "").strip(),
     )
 
 
-def _number(name: str, value: object, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+def _number(name: str, value: object, least: float, most: float) -> float | None:
+    text = "" if value is None else str(value).strip()
+    if not text:
+        return None
+    number = float(text) if _NUMBER.fullmatch(text) else float("nan")
+    if not least <= number <= most:
+        shown = text[:20]
         raise SettingsError(
-            f"{name} is {value!r}: it must be a number from {least:g} to {most:g}. See Settings."
+            f"{name} is {shown!r}: it must be empty or a number from {least:g} to {most:g}. See Settings."
         )
-    return float(value)
+    return number
 
 
 def _whole(name: str, value: object, least: int) -> int | None:
@@ -77,14 +84,13 @@ def request_body(conversation: Conversation, settings: Settings) -> dict[str, An
     body: dict[str, Any] = {
         "model": settings.model or "",
         "messages": api_messages(conversation, settings.system),
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "thinking": {"type": "enabled" if settings.thinking else "disabled"},
     }
+    if settings.thinking is not None:
+        body["thinking"] = {"type": "enabled" if settings.thinking else "disabled"}
     if settings.top_k:
         body["top_k"] = settings.top_k
-    if settings.max_tokens is not None:
-        body["max_tokens"] = settings.max_tokens
-    if settings.seed is not None:
-        body["seed"] = settings.seed
+    for name in ("temperature", "top_p", "max_tokens", "seed"):
+        value = getattr(settings, name)
+        if value is not None:
+            body[name] = value
     return body

@@ -80,7 +80,11 @@ class Fake:
             return refused
         entries = [
             {"id": self.model, "object": "model", "max_model_len": 2048},
-            {"id": "other", "object": "model"},
+            {
+                "id": "other",
+                "object": "model",
+                "hadal": {"thinking": "always", "sampling": {"temperature": 0.25}},
+            },
         ]
         return {"object": "list", "data": entries}
 
@@ -101,7 +105,7 @@ class Fake:
 
     async def _stream(self, body: dict[str, Any], question: str) -> AsyncIterator[str]:
         reasoning, answer, pause = script(question, len(self.requests))
-        if body["thinking"]["type"] == "disabled":
+        if body.get("thinking", {}).get("type") == "disabled":
             reasoning = ""
         finished = False
         try:

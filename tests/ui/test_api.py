@@ -33,7 +33,10 @@ async def ask(talk: Client, question: str, key: str = "") -> list[dict[str, Any]
 
 def test_models() -> None:
     models = asyncio.run(client(Fake()).models())
-    assert models == [Model("hadal-mini", 2048, ""), Model("other", None, "")]
+    assert models == [
+        Model("hadal-mini", 2048, ""),
+        Model("other", None, "", "always", {"temperature": 0.25}),
+    ]
 
 
 def test_chat_streams_chunks_and_asks_for_usage() -> None:

@@ -285,7 +285,7 @@ def test_settings_reach_the_request_and_survive_a_reload(visit: Visit, live: Liv
     page.click("#hadal-right .toggle-button")
     page.fill("#hadal-system textarea", "Answer in French.")
     page.uncheck("#hadal-thinking input")
-    page.get_by_label("number input for Temperature").fill("0.25")
+    page.get_by_label("Temperature").fill("0.25")
     page.get_by_label("Seed").fill("7")
     page.get_by_label("Most tokens").fill("99")
     page.get_by_label("Most tokens").blur()
@@ -305,6 +305,20 @@ def test_settings_reach_the_request_and_survive_a_reload(visit: Visit, live: Liv
     visit.ask("2 + 2")
     assert live.fake.requests[-1]["thinking"] == {"type": "enabled"}
     assert "seed" not in live.fake.requests[-1]
+
+
+def test_a_model_without_the_choice_shows_no_switch_for_thinking(visit: Visit, live: Live) -> None:
+    page = visit.page
+    page.click("#hadal-right .toggle-button")
+    page.uncheck("#hadal-thinking input")
+    page.click("#hadal-model input")
+    page.get_by_role("option", name="other").click()
+    expect(page.locator("#hadal-thinking input")).to_have_count(0)
+    expect(page.get_by_label("Temperature")).to_have_attribute("placeholder", "The model's own: 0.25")
+    visit.ask("1 + 1")
+    body = live.fake.requests[-1]
+    assert body["model"] == "other"
+    assert not {"thinking", "temperature", "top_p"} & body.keys()
 
 
 def test_a_bad_setting_is_named(visit: Visit) -> None:

@@ -14,6 +14,12 @@ def test_the_model_on_board_is_called_what_it_is() -> None:
     assert "What is" in texts and "Combien" in texts and "Coloque" in texts
 
 
+def test_an_empty_setting_says_what_holds() -> None:
+    known = [Model("a", sampling={"temperature": 0.0}), Model("b")]
+    assert models.own_value(known, "a", "temperature") == "The model's own: 0"
+    assert models.own_value(known, "a", "top_p") == models.own_value(known, "b", "top_p") == "The model's own"
+
+
 def test_other_models_speak_for_themselves() -> None:
     distill = Model("distill", None, "Qwen2.5-Math-1.5B fine-tuned on R1's outputs; not R1")
     assert models.note([distill], "distill") == (

@@ -77,7 +77,7 @@ def test_the_visitors_key_reaches_the_engine(visit: Visit, scripted: FakeAsyncEn
     )
     _, params, salt = scripted.seen[-1]
     assert salt == hashlib.sha256(KEY.encode()).hexdigest()
-    assert (params.temperature, params.top_p, params.max_tokens) == (0.6, 0.95, None)
+    assert (params.temperature, params.top_p, params.max_tokens) == (1.0, 1.0, None)  # nothing was set
 
 
 def test_stop_aborts_in_the_engine(visit: Visit, scripted: FakeAsyncEngine) -> None:
@@ -129,9 +129,7 @@ def test_the_model_on_board_answers(browser: Any) -> None:
         context = browser.new_context(viewport={"width": 1280, "height": 800})
         visit = Visit(context, running.url)
         expect(visit.page.locator("#hadal-note")).to_contain_text("number puzzles only")
-        visit.page.click("#hadal-right .toggle-button")
-        visit.page.get_by_label("number input for Temperature").fill("0")  # the same words on every run
-        visit.page.click("#hadal-right .toggle-button")
+        expect(visit.page.locator("#hadal-thinking input")).to_have_count(0)  # it always thinks
         visit.page.get_by_text("What is 347 + 586?").click()
         visit.idle()
         answer = visit.page.locator(ANSWERS)

@@ -10,7 +10,7 @@ import pytest
 from hadal.ui.conversation import Conversation
 from hadal.ui.settings import DEFAULTS, Settings, SettingsError, from_panel, request_body
 
-PANEL = ["m", "sys", True, 0.6, 0.95, 0, "", None, " key "]
+PANEL = ["m", "sys", True, "0.6", " .95 ", 0, "", None, " key "]
 
 
 def test_panel_to_settings() -> None:
@@ -24,10 +24,12 @@ def test_panel_to_settings() -> None:
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (3, 2.5, "Temperature is 2.5: it must be a number from 0 to 2"),
-        (3, float("nan"), "Temperature is nan"),
-        (4, 0, "Top-p is 0: it must be a number from 0.01 to 1"),
-        (5, "7", "Top-k is '7'"),
+        (3, "2.5", "Temperature is '2.5': it must be empty or a number from 0 to 2"),
+        (3, float("nan"), "Temperature is 'nan'"),
+        (3, "1e-1", "Temperature is '1e-1'"),
+        (3, "٣", "Temperature is '٣'"),
+        (4, "0", "Top-p is '0': it must be empty or a number from 0.01 to 1"),
+        (5, "-7", "Top-k is '-7'"),
         (6, "0", "Most tokens is '0': it must be empty or a whole number from 1"),
         (6, "1e9", "Most tokens is '1e9'"),
         (7, "-3", "Seed is '-3'"),
@@ -52,11 +54,13 @@ def test_request_body() -> None:
     assert body == {
         "model": "m",
         "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}],
-        "temperature": 0.6,
-        "top_p": 0.95,
         "thinking": {"type": "disabled"},
         "top_k": 5,
         "max_tokens": 9,
         "seed": 0,
     }
-    assert not {"top_k", "max_tokens", "seed"} & request_body(conversation, DEFAULTS).keys()
+    own = request_body(conversation, DEFAULTS)
+    assert own.keys() == {"model", "messages", "thinking"}  # the rest is the model's own
+    assert "thinking" not in request_body(conversation, Settings(thinking=None))
+    greedy = request_body(conversation, Settings(temperature=0.0, top_p=1.0))
+    assert (greedy["temperature"], greedy["top_p"]) == (0.0, 1.0)
