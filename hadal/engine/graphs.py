@@ -79,6 +79,7 @@ class DecodeGraphs:
         graph.replay()
         return hidden_BD
 
+    @torch.no_grad()
     def capture_all(self) -> None:
         """Capture every size now, the largest first, so that the smaller ones fit in its memory."""
         for size in reversed(self.sizes):

@@ -26,6 +26,14 @@ from hadal.config import Moe
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
 HEADERS = [SOURCE.with_name("pool.h")]
+# sums may be reordered; not -ffast-math, which would flush subnormal numbers to zero in the whole process
+MATH = [
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fassociative-math",
+    "-freciprocal-math",
+]
 FLAGS = [
     "-O3",
     "-march=native",

@@ -30,6 +30,11 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
 
 def ffn(x_TD: Tensor, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
     """Dense SwiGLU feed-forward network."""
+    if use_triton(x_TD, gate_up_2ID):
+        from hadal.ops.triton import linear as fast
+
+        if fast.wants(x_TD, gate_up_2ID):
+            return linear(fast.linear(x_TD, gate_up_2ID, swiglu=True), down_DI)
     return linear(swiglu(linear(x_TD, gate_up_2ID)), down_DI)
 
 

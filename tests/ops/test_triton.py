@@ -227,3 +227,21 @@ def poison_unused(cache: torch.Tensor, table: torch.Tensor, lengths: list[int], 
         for t in range(n):
             visible[table[s, t // page], t % page] = True
     cache[~visible] = float("nan")
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 32])
+@pytest.mark.parametrize("outs,width", [(19, 33), (70, 130)])
+def test_linear_of_few_rows(rows, outs, width, dtype):
+    from hadal.ops.triton import linear as few
+
+    if dtype == torch.float32 and CUDA:
+        pytest.skip("the dispatcher gives these kernels BF16 only; FP32 tiles exceed shared memory")
+    x = draw(rows, width + 3, dtype=dtype)[:, :width]
+    w = draw(2 * outs, width, dtype=dtype, scale=width**-0.5)
+    bias = draw(2 * outs, dtype=dtype)
+    close(few.linear(x, w, bias), torch.nn.functional.linear(x.double(), w.double(), bias.double()), dtype)
+    gate, up = (x.double() @ w.double().T).chunk(2, -1)
+    close(few.linear(x, w, swiglu=True), torch.nn.functional.silu(gate) * up, dtype)
+    assert few.wants(x, w) == (dtype == torch.bfloat16)
