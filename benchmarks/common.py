@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 from pathlib import Path
 from statistics import median
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hadal.cli.machine import cpu, usable_cores
 from hadal.config import Gqa, ModelConfig, Rope, preset
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,8 +37,8 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "cpu": _processor(),
-        "cores": os.cpu_count(),
+        "cpu": cpu().name,
+        "cores": usable_cores(),
     }
     for name in ("transformers", "triton"):
         try:
@@ -49,16 +49,6 @@ def machine(device: str) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
 
 
 def save(name: str, result: dict[str, Any], folder: str | None = None) -> Path:

@@ -8,11 +8,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-# Before torch is imported anywhere: tests run side by side, so each process takes its share of the cores.
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+# Before torch is imported anywhere: tests that run side by side (pytest -n) take one core each.
+_SIDE_BY_SIDE = "PYTEST_XDIST_WORKER_COUNT" in os.environ
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-_THREADS = str(max(1, min(4, _CORES // _WORKERS)))
-os.environ.setdefault("OMP_NUM_THREADS", _THREADS)
+os.environ.setdefault("OMP_NUM_THREADS", "1" if _SIDE_BY_SIDE else str(min(4, _CORES)))
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # No test talks to the world: telemetry is off, and a test that wants a hub points HF_ENDPOINT at 127.0.0.1.

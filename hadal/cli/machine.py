@@ -93,16 +93,9 @@ def usable_cores() -> int:
 
 def memory() -> Memory:
     """Main memory that this process may have: the machine's, or its container's limit if less."""
-    import psutil
+    from hadal.engine.host import host_memory
 
-    machine = psutil.virtual_memory()
-    total, available = int(machine.total), int(machine.available)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text("ascii"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text("ascii"))
-        if limit < total:
-            total, available = limit, min(available, max(0, limit - used))
-    return Memory(total, available)
+    return Memory(*host_memory())
 
 
 def gpus() -> list[Gpu]:

@@ -24,12 +24,10 @@ from hadal.cli.machine import cache_folder
 from hadal.cli.options import Sampling
 from hadal.cli.speaker import Answer, Piece, Speaker
 from hadal.cli.terminal import (
-    BOLD,
     DIM,
     CliError,
     error_line,
     fields,
-    has_colour,
     human_seconds,
     is_terminal,
     note,
@@ -379,8 +377,3 @@ def leave(status: int) -> None:
     """End the verb with a status; 0 simply returns."""
     if status:
         raise typer.Exit(status)
-
-
-def title_line(text: str) -> None:
-    """The first line of a conversation, to stderr: what the model truly is."""
-    print(paint(text, BOLD, sys.stderr) if has_colour(sys.stderr) else text, file=sys.stderr, flush=True)

@@ -10,12 +10,11 @@ whole token budget at the end of the longest context.
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
-import psutil
 import torch
 
 from hadal.config import ModelConfig
+from hadal.engine.host import host_memory
 from hadal.engine.request import EngineError
 from hadal.model.context import Cache, Context
 from hadal.model.transformer import Transformer
@@ -29,18 +28,8 @@ def gib(number: float) -> str:
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, within the limit of its
-    container."""
-    free = int(psutil.virtual_memory().available)
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return max(free, 0)
+    """Bytes that this process may still take."""
+    return host_memory()[1]
 
 
 @torch.no_grad()

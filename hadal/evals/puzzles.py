@@ -235,7 +235,7 @@ def _failures(asked: list[Sample], said: list[str], right: list[bool]) -> list[F
     return failures
 
 
-# ---- the table and the model card --------------------------------------------------------------------
+# ---- the table, for the model card ---------------------------------------------------------------------
 
 _TITLES = {
     "addition": "Addition (to 6 digits)",
@@ -304,75 +304,3 @@ def accuracy_section(report: Report) -> str:
             " The wordings come from the same templates as in training: other wordings will do worse.",
         ]
     )
-
-
-def _kind(row: Row) -> str:
-    return "" if row["kind"] == "all" else f", kind `{row['kind']}`"
-
-
-def _weakest(report: Report) -> list[str]:
-    rows = [
-        row for row in report["tasks"] + report["by_kind"] if row["total"] >= 20 and row["accuracy"] < 0.9
-    ]
-    unique = {(row["task"], row["kind"]): row for row in rows}
-    listed = sorted(unique.values(), key=lambda row: row["accuracy"])[:8]
-    return [
-        f"- {_TITLES.get(row['task'], row['task'])}{_kind(row)}:"
-        f" {_share(row)} ({row['correct']}/{row['total']})."
-        for row in listed
-    ]
-
-
-CANNOT = """\
-- It knows nothing of the world: no facts, no conversation, no translation, no code, no text to write. It was
-  trained to say so, but a question that looks like a puzzle may still get a puzzle's answer.
-- Numbers longer than in the table above; three-digit times three-digit products; divisors above 25; sums and
-  products of decimals; fractions, percentages, powers, roots; equations with x on both sides or squared;
-  Countdown with five or more numbers, and four-number solutions that do not split into two pairs.
-- Word problems, beyond a few fixed forms ("I have 12 apples and get 35 more").
-- Other languages than English, French and Portuguese.
-- It checks almost nothing: a wrong step is written with the same confidence as a right one. Check it."""
-
-
-def model_card(report: Report, config: Any, recipe: Mapping[str, Any]) -> str:
-    """A model card as Markdown. `config` is the model's `ModelConfig`; `recipe` reproduces the training."""
-    n = config.parameters()
-    moe = config.moe
-    experts = f", {moe.n_routed_experts} routed experts, {moe.num_experts_per_tok} a token" if moe else ""
-    weakest = _weakest(report)
-    lines = [
-        "# hadal-mini",
-        "",
-        "A very small reasoning model of the DeepSeek-V3 architecture that solves number puzzles, asked in",
-        "English, French or Portuguese. It reasons between `<think>` and `</think>`, then answers in bold.",
-        "",
-        f"- **Parameters:** {n.main:,}, of which {n.active:,} are active for a token; the MTP module has"
-        f" {n.mtp_unique:,} more.",
-        f"- **Shape:** `{config.model_type}`, {config.num_hidden_layers} layers, width {config.hidden_size},"
-        f" {config.num_attention_heads} heads{experts}; vocabulary {config.vocab_size:,}.",
-        "- **Training data:** written by the seeded generators in `hadal/data/puzzles`; no other text.",
-        "- **Licence:** Apache-2.0.",
-        "",
-        "## Accuracy on unseen problems",
-        "",
-        accuracy_section(report),
-        "",
-        "## What it cannot do",
-        "",
-        *(["Weakest in the measurement above:", "", *weakest, "", "And beyond it:", ""] if weakest else []),
-        CANNOT,
-        "",
-        "## How it was made",
-        "",
-        *(f"- `{name}`: {value}" for name, value in _flat(recipe)),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{name}.")
-        else:
-            yield f"{before}{name}", value

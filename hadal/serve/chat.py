@@ -20,12 +20,11 @@ from starlette.responses import Response
 from hadal.engine.request import Update
 from hadal.serve.answer import Answer, Delta
 from hadal.serve.chat_request import ChatRequest, read_chat
-from hadal.serve.errors import ApiError
 from hadal.serve.generation import Job, make_jobs
 from hadal.serve.jsontext import dumps
 from hadal.serve.shapes import Usage, new_id
 from hadal.serve.state import App, Visit
-from hadal.serve.streaming import SSE, SSE_COMMENT, SSE_DONE, LiveStream, sse, unless_gone
+from hadal.serve.streaming import SSE, SSE_COMMENT, SSE_DONE, LiveStream, sse, sse_error, unless_gone
 
 
 async def chat_completions(request: Request) -> Response:
@@ -36,12 +35,8 @@ async def chat_completions(request: Request) -> Response:
     visit.note(model=chat.served.name, stream=chat.stream)
     talk = _Talk(visit, chat)
     if chat.stream:
-        return LiveStream(talk.events(), app.settings, SSE, _error_event, SSE_COMMENT)
+        return LiveStream(talk.events(), app.settings, SSE, sse_error, SSE_COMMENT)
     return Response(dumps(await unless_gone(request, talk.answer())), media_type="application/json")
-
-
-def _error_event(error: ApiError) -> bytes:
-    return sse(dumps(error.openai_body())) + SSE_DONE
 
 
 class _Talk:

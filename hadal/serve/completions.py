@@ -18,7 +18,7 @@ from starlette.responses import Response
 from hadal.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprob, Update
 from hadal.serve.chat_request import stream_options
 from hadal.serve.constraints import Constraint, read_response_format
-from hadal.serve.errors import ApiError, bad
+from hadal.serve.errors import bad
 from hadal.serve.fields import Fields
 from hadal.serve.generation import Job, make_jobs
 from hadal.serve.jsontext import dumps
@@ -27,7 +27,7 @@ from hadal.serve.prompts import Encoder, prompt_list
 from hadal.serve.sampling import HARMLESS, MAX_N, MAX_SEQUENCES, make_params, sampling_fields
 from hadal.serve.shapes import LegacyLogprobs, Usage, new_id
 from hadal.serve.state import App, Visit
-from hadal.serve.streaming import SSE, SSE_COMMENT, SSE_DONE, LiveStream, sse, unless_gone
+from hadal.serve.streaming import SSE, SSE_COMMENT, SSE_DONE, LiveStream, sse, sse_error, unless_gone
 
 # (before the prefix, between, after the suffix) by family; the tokens tell which one a model has.
 FIM_TOKENS = (
@@ -126,12 +126,8 @@ async def completions(request: Request) -> Response:
     visit.note(model=wanted.served.name, stream=wanted.stream)
     run = _Run(visit, wanted)
     if wanted.stream:
-        return LiveStream(run.events(), app.settings, SSE, _error_event, SSE_COMMENT)
+        return LiveStream(run.events(), app.settings, SSE, sse_error, SSE_COMMENT)
     return Response(dumps(await unless_gone(request, run.answer())), media_type="application/json")
-
-
-def _error_event(error: ApiError) -> bytes:
-    return sse(dumps(error.openai_body())) + SSE_DONE
 
 
 async def encode_prompts(wanted: CompletionRequest) -> list[list[int]]:

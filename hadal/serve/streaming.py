@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from hadal.serve.body import ClientGone
 from hadal.serve.errors import ApiError, error_response
+from hadal.serve.jsontext import dumps
 from hadal.serve.settings import Settings
 
 T = TypeVar("T")
@@ -145,3 +146,8 @@ def sse(data: bytes) -> bytes:
 
 
 SSE_DONE = b"data: [DONE]\n\n"
+
+
+def sse_error(error: ApiError) -> bytes:
+    """A failure in the middle of an OpenAI stream, and its end."""
+    return sse(dumps(error.openai_body())) + SSE_DONE

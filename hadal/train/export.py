@@ -17,6 +17,17 @@ from hadal.train.recipe import Recipe
 from hadal.weights.writer import save
 
 CARD = "README.md"
+PUZZLE_LIMITS = """\
+It solves the kinds of puzzles listed above, in English, French and Portuguese, and nothing else:
+
+- It has read no other text: it knows no facts of the world, and cannot chat, translate or write code. It was
+  trained to say so, but a question that looks like a puzzle may still get a puzzle's answer.
+- Numbers longer than in the table above; three-digit times three-digit products; divisors above 25; sums and
+  products of decimals; fractions, percentages, powers, roots; equations with x on both sides or squared;
+  Countdown with five or more numbers, and four-number solutions that do not split into two pairs.
+- Word problems beyond a few fixed forms ("I have 12 apples and get 35 more"), and wordings far from those
+  that it was trained on.
+- It checks almost nothing: a wrong step is written with the same confidence as a right one. Check it."""
 ACCURACY_BEGIN, ACCURACY_END = "<!-- accuracy: begin -->", "<!-- accuracy: end -->"
 
 
@@ -186,9 +197,4 @@ def _limits(recipe: Recipe) -> str:
         return (
             "It knows what its training text taught it, and nothing has been done to make it safe or helpful."
         )
-    return (
-        "It solves the kinds of puzzles listed above, in English, French and Portuguese, and nothing else:\n"
-        "it has read no other text, knows no facts of the world, and cannot chat, translate or write code.\n"
-        "Longer numbers than those it was trained on, and wordings far from them, lead it astray; a wrong\n"
-        "step in its reasoning is written with the same confidence as a right one. Check what matters."
-    )
+    return PUZZLE_LIMITS

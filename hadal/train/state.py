@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hadal.weights.writer import sync_to_disk
+
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(tmp|old)-step-\d{8,}")
@@ -67,16 +69,16 @@ def save(
     _write_json(temporary / "state.json", {"format": FORMAT, **state, "step": step})
     files = sorted(temporary.iterdir())
     for file in files:
-        _flush(file)
+        sync_to_disk(file)
     _write_json(
         temporary / "manifest.json", {"format": FORMAT, "files": {f.name: _fingerprint(f) for f in files}}
     )
-    _flush(temporary / "manifest.json")
-    _flush(temporary)
+    sync_to_disk(temporary / "manifest.json")
+    sync_to_disk(temporary)
     if final.exists():  # it has lost its manifest: no checkpoint
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _flush(root)
+    sync_to_disk(root)
     for old in checkpoints(root)[:-keep]:
         os.rename(old.path, root / f".old-{old.path.name}")
     _remove_leftovers(root)
@@ -153,15 +155,6 @@ def _check(path: Path, want: Mapping[str, Any]) -> None:
             f"{path} is damaged (its bytes do not have the recorded SHA-256); delete {path.parent} to resume "
             "from the checkpoint before it"
         )
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(root: Path) -> None:

@@ -300,8 +300,8 @@ def _write_json(path: Path, value: Any) -> FileHash:
 def _publish(building: Path, folder: Path) -> None:
     """Sync a finished folder and rename it into place; an old one is moved aside first, and removed after."""
     for path in building.iterdir():
-        _sync(path)
-    _sync(building)
+        sync_to_disk(path)
+    sync_to_disk(building)
     building.chmod(0o755)
     if not folder.exists():
         building.rename(folder)
@@ -314,10 +314,11 @@ def _publish(building: Path, folder: Path) -> None:
             aside.rename(folder)
             raise
         shutil.rmtree(aside)
-    _sync(folder.parent)
+    sync_to_disk(folder.parent)
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,13 +6,11 @@ import json
 
 import pytest
 
-from hadal.config import ModelConfig
 from hadal.data.puzzles import LANGUAGES, TASKS, is_held_out
 from hadal.evals.puzzles import (
     accuracy_section,
     engine_generate,
     evaluate,
-    model_card,
     problems,
     table,
     wilson,
@@ -121,7 +119,7 @@ def test_an_engine_is_asked_greedily_in_its_own_template() -> None:
     assert evaluate(engine, samples=3, tasks=["addition"])["tasks"][0]["total"] == 3
 
 
-def test_table_and_card() -> None:
+def test_table() -> None:
     answers = known(30)
     report = evaluate(
         lambda prompts: [answers[p] if "÷" not in answers[p] else "</think>?" for p in prompts], samples=30
@@ -131,25 +129,3 @@ def test_table_and_card() -> None:
     assert lines[2].startswith("| Addition (to 6 digits) | 30/30 | 100.0% | 88.6–100.0% | 100.0% | 100")
     assert "0/30 | 0.0% | 0.0–11.4%" in lines[5]
     assert "450 distinct problems" in accuracy_section(report) and "seed 0" in accuracy_section(report)
-    card = model_card(report, _config(), {"run": {"seed": 1}, "train": {"tokens": 10}})
-    assert "Division with remainder (to 4 digits, divisors to 25): 0.0% (0/30)." in card
-    assert (
-        "It knows nothing of the world" in card
-        and "- `run.seed`: 1" in card
-        and "`deepseek_v3`, 2 layers" in card
-    )
-
-
-def _config() -> ModelConfig:
-    from hadal.config import Mla, Moe, Rope
-
-    return ModelConfig(
-        model_type="deepseek_v3", vocab_size=1024, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, rope=Rope(), num_nextn_predict_layers=1, rms_norm_eps=1e-6,
-        attention=Mla(q_lora_rank=32, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
-                      v_head_dim=16),
-        moe=Moe(n_routed_experts=16, n_shared_experts=1, num_experts_per_tok=4, moe_intermediate_size=32,
-                first_k_dense_replace=1, n_group=1, topk_group=1, routed_scaling_factor=1.0,
-                topk_method="noaux_tc"),
-        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=0, eos_token_id=(1,),
-    )  # fmt: skip

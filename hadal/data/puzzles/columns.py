@@ -148,8 +148,3 @@ def divide_exact(a: int, b: int) -> list[str]:
     if b <= 10 and a // b <= 10:
         return [f"{a}÷{b}={a // b}"]
     return divide(a, b)
-
-
-def product_step(a: int, b: int) -> list[str]:
-    """a × b as a step inside a longer solution."""
-    return multiply(a, b)
