@@ -17,13 +17,13 @@ def report(device: torch.device | None = None) -> list[Row]:
     """Rows for `device`, by default the one that a model is loaded on: CUDA where there is one."""
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = _cuda(device) if device.type == "cuda" else _cpu()
+    with torch.inference_mode():
+        probe = torch.empty(1, device=device)
+        rows = _cuda(dispatch.use_triton(probe)) if probe.is_cuda else _cpu(dispatch.use_cpu_kernels(probe))
     return [*rows, *_everywhere(device)]
 
 
-def _cpu() -> list[Row]:
-    with torch.inference_mode():
-        fast = dispatch.use_cpu_kernels(torch.empty(1))
+def _cpu(fast: bool) -> list[Row]:
     library, built = cpu.status()
     if not fast:
         why = "HADAL_OPS=reference forces the references" if library else built
@@ -41,29 +41,25 @@ def _cpu() -> list[Row]:
         ("gate", f"C++ to {SMALL_T} tokens, then torch", "one thread beats several torch operations"),
         ("norms", "C++", "the residual addition in the same pass"),
         ("rotary embedding", "C++", "in the layout of the checkpoint"),
-        ("MLA decode", "C++, absorbed, paged", "reads the cached latent where it lies, once for all heads"),
+        ("MLA decode", "C++, absorbed, paged", "reads the latent where it lies; a whole block in one call"),
         ("GQA decode", "C++, paged", "reads cached keys and values where they lie"),
     ]
 
 
-def _cuda(device: torch.device) -> list[Row]:
-    with torch.inference_mode():
-        fast = dispatch.use_triton(torch.empty(1, device=device))
-    rows = [("linear layers", "torch (cuBLAS)", "the vendor's matrix products")]
+def _cuda(fast: bool) -> list[Row]:
     grouped = "torch grouped products in BF16, expert by expert in FP32"
     if not fast:
         forced = dispatch.forced_reference()
         why = "HADAL_OPS=reference forces the references" if forced else "triton is not installed"
-        rows.append(("routed experts", grouped, why))
+        rows = [("linear layers", "torch (cuBLAS)", why), ("routed experts", grouped, why)]
         rows += [(name, "torch", why) for name in ("gate", "norms", "rotary embedding")]
         return [*rows, *((f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA"))]
+    from hadal.ops.triton.linear import MAX_INPUTS, MAX_ROWS
+
+    few = f"Triton to {MAX_ROWS} rows of {MAX_INPUTS} BF16 inputs, then torch (cuBLAS)"
     return [
-        *rows,
-        (
-            "routed experts",
-            f"Triton to 256 tokens in BF16, then {grouped}",
-            "few tokens: one read of weights",
-        ),
+        ("linear layers", few, "few rows: the weights are read once, at the memory's rate"),
+        ("routed experts", f"Triton to 256 tokens, then {grouped}", "few tokens: one read of the weights"),
         ("gate", "Triton", "scores, groups and top-k in one kernel"),
         ("norms", "Triton", "the residual addition in the same kernel"),
         ("rotary embedding", "Triton", "one kernel for both pair layouts"),

@@ -33,6 +33,16 @@ def test_every_operation_has_a_path_and_a_reason():
     assert all(path and reason and "\n" not in path + reason for _, path, reason in rows)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_report_of_a_gpu_has_the_same_operations(fast):
+    pytest.importorskip("triton")
+    from hadal.ops import report
+
+    rows = report._cuda(fast)
+    assert [operation for operation, _, _ in rows] == OPERATIONS[: len(rows)]
+    assert all(path.startswith("Triton" if fast else "torch") and reason for _, path, reason in rows)
+
+
 def run(name: str, rows: int) -> None:
     """The operation `name` on `rows` tokens, as inference calls it."""
     x, page = torch.randn(rows, 16), torch.zeros(1, 4, 16)

@@ -59,7 +59,7 @@ def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, swiglu
     block_n, block_k, warps, stages = (16, 256, 2, 4 if swiglu else 5) if N <= 8192 else (64, 128, 4, 3)
     _linear_kernel[(triton.cdiv(N, block_n),)](
         x_MK, weight_NK, x_MK if bias_N is None else bias_N, out, M, N, K, x_MK.stride(0),
-        BIAS=bias_N is not None, SWIGLU=swiglu, BLOCK_M=16 if M <= 16 else 32, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
-        num_stages=stages,
+        BIAS=bias_N is not None, SWIGLU=swiglu, BLOCK_M=16 if M <= 16 else 32, BLOCK_N=block_n,
+        BLOCK_K=block_k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
