@@ -26,20 +26,16 @@ from hadal.config import Moe
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
 HEADERS = [SOURCE.with_name("pool.h")]
-# sums may be reordered; not -ffast-math, which would flush subnormal numbers to zero in the whole process
-MATH = [
+# Sums may be reordered. Not -ffast-math: it flushes subnormal numbers to zero, in the whole process.
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fno-signed-zeros",
     "-fassociative-math",
     "-freciprocal-math",
-]
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-mprefer-vector-width=512",
-    "-ffast-math",
-    "-fno-finite-math-only",
     "-std=c++17",
 ]
 
