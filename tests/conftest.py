@@ -18,6 +18,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # lm-eval imports libraries that look for their hosts
+os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
 
 # Nor does one read or write the user's own caches. Set here, since huggingface_hub reads these at its import;
 # child processes inherit them.

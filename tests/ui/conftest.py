@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from tests.ui.live import listener, serving
 
 
 class Sockets:
-    """Every address that this process connects to or looks up, while `on` (audit hooks stay)."""
+    """Every address that this process connects to or looks up while `on` (audit hooks stay) and a test of this
+    room runs: another room's tests may share the process."""
 
     def __init__(self) -> None:
         self.on = False
@@ -23,7 +25,7 @@ class Sockets:
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.on:
+        if not self.on or "tests/ui/" not in os.environ.get("PYTEST_CURRENT_TEST", "tests/ui/"):
             return
         if event == "socket.connect" and isinstance(args[1], tuple):
             self.seen.add(str(args[1][0]))

@@ -24,18 +24,18 @@ HTML = {"accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
 
 def test_the_root_answers_by_what_is_asked_for(live: Live) -> None:
     for accept in ("*/*", "application/json", ""):
-        answer = httpx.get(live.url + "/", headers={"accept": accept})
+        answer = httpx.get(live.url + "/", headers={"accept": accept}, timeout=60)
         assert (answer.status_code, answer.text) == (200, "Ollama is running")
-    page = httpx.get(live.url + "/", headers=HTML)
+    page = httpx.get(live.url + "/", headers=HTML, timeout=60)
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "<title>Hadal</title>" in page.text and "gradio_config" in page.text
-    head = httpx.head(live.url + "/", headers=HTML)
+    head = httpx.head(live.url + "/", headers=HTML, timeout=60)
     assert head.status_code == 200 and head.content == b""
-    assert httpx.post(live.url + "/", headers=HTML).status_code == 405  # the server's own answer
+    assert httpx.post(live.url + "/", headers=HTML, timeout=60).status_code == 405  # the server's own answer
 
 
 def test_html_names_nothing_outside_and_its_policy_covers_its_scripts(live: Live) -> None:
-    page = httpx.get(live.url + "/", headers={**HTML, "accept-encoding": "br, gzip"})
+    page = httpx.get(live.url + "/", headers={**HTML, "accept-encoding": "br, gzip"}, timeout=60)
     policy = page.headers["content-security-policy"]
     assert "'unsafe-inline'" not in re.search(r"script-src[^;]*", policy).group()  # type: ignore[union-attr]
     for rule in (
@@ -83,10 +83,10 @@ def test_other_doors_stay_shut(live: Live, method: str, path: str) -> None:
 
 
 def test_assets_are_kept_and_own_files_are_checked(live: Live) -> None:
-    page = httpx.get(live.url + "/", headers=HTML).text
+    page = httpx.get(live.url + "/", headers=HTML, timeout=60).text
     asset = re.search(r"/assets/index-[\w-]+\.js", page)
     assert asset is not None
-    assert "immutable" in httpx.get(live.url + asset.group()).headers["cache-control"]
+    assert "immutable" in httpx.get(live.url + asset.group(), timeout=60).headers["cache-control"]
     for name in ("page.js", "page.css", "favicon.svg"):
         own = httpx.get(f"{live.url}/_hadal/{name}")
         assert own.status_code == 200 and own.headers["cache-control"] == "no-cache"
@@ -95,11 +95,11 @@ def test_assets_are_kept_and_own_files_are_checked(live: Live) -> None:
 def test_a_giant_question_is_hung_up_on(live: Live) -> None:
     huge = b'{"data": ["' + b"x" * (site.MAX_REQUEST_BYTES + 1) + b'"]}'
     try:
-        answer = httpx.post(live.url + "/gradio_api/queue/join", content=huge)
+        answer = httpx.post(live.url + "/gradio_api/queue/join", content=huge, timeout=60)
         assert answer.status_code >= 400
     except httpx.HTTPError:
         pass  # the connection was closed: as good
-    assert httpx.get(live.url + "/", headers=HTML).status_code == 200
+    assert httpx.get(live.url + "/", headers=HTML, timeout=60).status_code == 200
 
 
 def test_the_config_holds_no_key_and_no_public_endpoint(live_with_key: Live) -> None:
