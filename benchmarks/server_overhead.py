@@ -1,10 +1,11 @@
-"""What streaming over HTTP costs: tokens per second of 32 streams through the server against the engine alone.
+"""What streaming over HTTP costs: tokens per second of 32 streams through the server and the engine alone.
 
     python benchmarks/server_overhead.py                          # hadal-mini, this machine
     python benchmarks/server_overhead.py --model qwen-0.5b        # random weights of that shape
 
-Both sides run in one process on the same engine, in turn, `--rounds` times: 32 requests at once, prompt and output
-lengths equal, greedy, end of text ignored. The HTTP clients are plain asyncio streams in a process of their own.
+Both sides run in one process on the same engine, in turn, `--rounds` times: 32 requests at once, prompt and
+output lengths equal, greedy, end of text ignored. The HTTP clients are plain asyncio streams in a process of
+their own.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def build(name: str) -> Engine:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="hadal-mini", choices=["hadal-mini", *list(shapes())])
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=96)
@@ -120,9 +123,11 @@ def main() -> None:
             rates["server"].append(http_tokens / http_seconds)
     jobs.send(None)
     cost = 1 - median(s / e for s, e in zip(rates["server"], rates["engine"], strict=True))
-    print(f"{args.model}: engine {median(rates['engine']):,.0f} tok/s, server {median(rates['server']):,.0f}; "
-          f"streaming {args.clients} clients costs {cost:.1%}")  # fmt: skip
-    row = [args.model, args.clients, round(median(rates["engine"]), 1), round(median(rates["server"]), 1), f"{cost:.1%}"]
+    direct, streamed = median(rates["engine"]), median(rates["server"])
+    print(
+        f"{args.model}: engine {direct:,.0f} tok/s, server {streamed:,.0f}; {args.clients} clients: {cost:.1%}"
+    )
+    row = [args.model, args.clients, round(direct, 1), round(streamed, 1), f"{cost:.1%}"]
     columns = ["model", "clients", "engine, tok/s", "through the server, tok/s", "cost"]
     result = {"title": f"Server overhead, {args.model}", "columns": columns, "rows": [row], "rates": rates}
     save(f"server_overhead_{args.model}", {"machine": machine("cpu"), **result}, args.out)

@@ -53,7 +53,7 @@ class Terminal:
         os.write(self.leader, text.encode())
 
     def interrupt(self, at_prompt: bool = False) -> None:
-        """What Ctrl-C does on a terminal. At a prompt, a hand takes longer than the moment in which Python has
+        """What Ctrl-C does on a terminal. At a prompt, a hand is slower than the moment in which Python has
         printed it but does not wait yet: a signal in between is noticed at the next key only."""
         if at_prompt:
             time.sleep(0.3)

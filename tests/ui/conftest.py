@@ -16,8 +16,8 @@ from tests.ui.live import listener, serving
 
 
 class Sockets:
-    """Every address that this process connects to or looks up while `on` (audit hooks stay) and a test of this
-    room runs: another room's tests may share the process."""
+    """Every address that this process connects to or looks up while `on` (audit hooks stay) and a test of
+    this room runs: another room's tests may share the process."""
 
     def __init__(self) -> None:
         self.on = False
