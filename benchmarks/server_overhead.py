@@ -124,9 +124,8 @@ def main() -> None:
     jobs.send(None)
     cost = 1 - median(s / e for s, e in zip(rates["server"], rates["engine"], strict=True))
     direct, streamed = median(rates["engine"]), median(rates["server"])
-    print(
-        f"{args.model}: engine {direct:,.0f} tok/s, server {streamed:,.0f}; {args.clients} clients: {cost:.1%}"
-    )
+    print(f"{args.model}: engine {direct:,.0f} tok/s, through the server {streamed:,.0f};")
+    print(f"streaming {args.clients} clients costs {cost:.1%}")
     row = [args.model, args.clients, round(direct, 1), round(streamed, 1), f"{cost:.1%}"]
     columns = ["model", "clients", "engine, tok/s", "through the server, tok/s", "cost"]
     result = {"title": f"Server overhead, {args.model}", "columns": columns, "rows": [row], "rates": rates}
