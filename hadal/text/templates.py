@@ -111,16 +111,14 @@ def ends_in_reasoning(parts: Sequence[Part]) -> bool:
 
 
 def text_of(parts: Sequence[Part]) -> str:
-    """The prompt as text, as the published Jinja would render it. For eyes and tests: encode the parts, not
-    this."""
+    """The prompt as the published Jinja would render it. For eyes and tests: encode the parts, not this."""
     return "".join(part if isinstance(part, str) else part.content for part in parts)
 
 
 def template_options(options: Mapping[str, Any] | None) -> dict[str, bool]:
     """The checked `chat_template_kwargs` of a request: {"thinking": bool} or {}.
 
-    `enable_thinking` is another name of `thinking`. Everything else is refused, a `chat_template` first of
-    all.
+    `enable_thinking` is another name of `thinking`. Everything else is refused, `chat_template` first of all.
     """
     if not options:
         return {}
@@ -233,8 +231,7 @@ class _Base:
             )
         if thinking is False and self.always_thinks:
             raise TemplateError(
-                f"{self.name} always reasons before it answers: leave thinking out or set it to true",
-                "thinking",
+                f"{self.name} always reasons before it answers: leave thinking out", "thinking"
             )
         options = _Options(
             messages=read_messages(messages),
@@ -405,10 +402,8 @@ class _V31(_Base):
 class _Plain(_Base):
     def _parts(self, options: _Options) -> Parts:
         if len(options.messages) != 1 or options.messages[0].role != "user":
-            raise TemplateError(
-                "a base model has no chat template: send one user message, or use completions",
-                "messages",
-            )
+            message = "a base model has no chat template: send one user message, or use completions"
+            raise TemplateError(message, "messages")
         return [BOS, options.messages[0].content or ""]
 
 
