@@ -126,9 +126,8 @@ def template_options(options: Mapping[str, Any] | None) -> dict[str, bool]:
     values = set()
     for name, value in options.items():
         if not isinstance(value, bool):
-            raise TemplateError(
-                f"{name} must be true or false, not {value!r}", f"chat_template_kwargs.{name}"
-            )
+            message = f"{name} must be true or false, not {value!r}"
+            raise TemplateError(message, f"chat_template_kwargs.{name}")
         values.add(value)
     if len(values) > 1:
         raise TemplateError("thinking and enable_thinking contradict each other", "chat_template_kwargs")
@@ -226,9 +225,7 @@ class _Base:
         add_generation_prompt: bool = True,
     ) -> Parts:
         if thinking and not self.supports_thinking:
-            raise TemplateError(
-                f"{self.name} has no thinking mode: leave thinking out or set it to false", "thinking"
-            )
+            raise TemplateError(f"{self.name} has no thinking mode: leave thinking out", "thinking")
         if thinking is False and self.always_thinks:
             raise TemplateError(
                 f"{self.name} always reasons before it answers: leave thinking out", "thinking"
