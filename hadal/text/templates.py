@@ -419,7 +419,7 @@ TEMPLATES: Final[Mapping[str, Template]] = {
         _V31("deepseek-v3.1-terminus", revised=True),
         _r1("r1-distill-qwen", None),
         _r1("r1-distill-llama", None),
-        replace(_r1("hadal-mini", "v3"), always_thinks=True),
+        replace(_r1("hadal-mini", None), always_thinks=True),
         _Plain("plain"),
     )
 }

@@ -47,7 +47,6 @@ WITH_TOOLS = [
     "deepseek-r1-0528",
     "deepseek-v3.1",
     "deepseek-v3.1-terminus",
-    "hadal-mini",
 ]
 
 SYSTEM = {"role": "system", "content": "You are kind."}
@@ -356,7 +355,7 @@ def test_v31_tool_definitions_are_those_of_the_model_card() -> None:
 
 
 def test_v3_and_r1_tool_definitions_show_their_own_form_of_call() -> None:
-    for name, end in [("deepseek-v3", ""), ("deepseek-r1", "<think>\n"), ("hadal-mini", "<think>\n")]:
+    for name, end in [("deepseek-v3", ""), ("deepseek-r1", "<think>\n")]:
         text = ours(name, [SYSTEM, HELLO], tools=TOOLS)
         assert text.startswith(f"{BOS}You are kind.\n\n## Tools\n")
         assert (
@@ -364,6 +363,12 @@ def test_v3_and_r1_tool_definitions_show_their_own_form_of_call() -> None:
             in text
         )
         assert text.endswith(f"<｜User｜>{HELLO['content']}<｜Assistant｜>{end}")
+
+
+def test_a_model_that_never_saw_tools_refuses_them() -> None:
+    assert not TEMPLATES["hadal-mini"].supports_tools
+    with pytest.raises(TemplateError, match="tools"):
+        ours("hadal-mini", [SYSTEM, HELLO], tools=TOOLS)
 
 
 def test_no_tools_change_nothing() -> None:
