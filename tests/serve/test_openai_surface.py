@@ -563,7 +563,7 @@ def test_thinking_off_is_refused_where_the_model_always_thinks(fields: dict[str,
 @pytest.mark.parametrize(
     ("template", "thinking", "tools"),
     [
-        ("hadal-mini", "always", True),
+        ("hadal-mini", "always", False),
         ("deepseek-r1", "optional", True),
         ("deepseek-v3.1", "optional", True),
         ("deepseek-v3", "never", True),
