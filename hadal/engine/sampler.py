@@ -85,7 +85,8 @@ class Sampler:
         if batch.penalized:
             self._count(batch, token_B)
         entries = self._logprobs(logits_BV, token_B, batch) if batch.logprob_rows else None
-        tokens = self._read(token_B, then)
+        # log-probabilities are read after the tokens: nothing may be started before them
+        tokens = self._read(token_B, None if entries else then)
         if min(tokens) < 0 or errors:
             for row, token in enumerate(tokens):
                 if token < 0 and row not in errors:

@@ -50,7 +50,7 @@ class MlaAttention(nn.Module):
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Attention output [T, D] of normed hidden states."""
         assert ctx.rotation_T2r is not None
-        if 0 < ctx.num_decodes == ctx.num_tokens <= SMALL_M and use_cpu_kernels(x_TD, self.o_proj.weight):
+        if 0 < ctx.num_decodes == ctx.num_tokens <= SMALL_M and self._fusable(x_TD, ctx):
             return self._fused_decode(x_TD, ctx)
         q_nope_THn, q_rope_THR = self._queries(x_TD)
         kv_TC = self.kv_a_proj_with_mqa(x_TD)
@@ -65,6 +65,19 @@ class MlaAttention(nn.Module):
             entry_TC = write_latent(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, pages, ctx.slot_T)
             out = self._cached(q_nope_THn, q_rope_THR, entry_TC, ctx)
         return self.o_proj(out)
+
+    def _fusable(self, x_SD: Tensor, ctx: Context) -> bool:
+        """Whether one CPU call may do it all: no gradients, one dtype, indices as the kernel reads them."""
+        if (
+            torch.is_grad_enabled()
+            or ctx.cache is None
+            or ctx.block_table_SP is None
+            or ctx.context_len_S is None
+        ):
+            return False
+        table, length = ctx.block_table_SP, ctx.context_len_S
+        plain = table.dtype == length.dtype == torch.int32 and table.stride(1) == 1 and length.is_contiguous()
+        return plain and use_cpu_kernels(x_SD, self.o_proj.weight, ctx.cache.layers[self.layer])
 
     def _fused_decode(self, x_SD: Tensor, ctx: Context) -> Tensor:
         """The absorbed form of a few sequences on CPU in one call; the same operations as below."""

@@ -85,7 +85,7 @@ class Moe(nn.Module):
 
     def forward(self, x_TD: Tensor, residual_TD: Tensor, ctx: Context) -> Tensor:
         """residual + Σ_k w_k · expert_k(x) + shared(x)."""
-        few = x_TD.shape[0] <= SMALL_M and not ctx.record_routing
+        few = x_TD.shape[0] <= SMALL_M and not ctx.record_routing and not torch.is_grad_enabled()
         if few and use_cpu_kernels(x_TD, self.experts.down_proj):
             return cpu.moe_block(x_TD, residual_TD, self._weights(), self.gate.moe)
         if ctx.record_routing:

@@ -58,8 +58,8 @@ def status() -> tuple[Any, str]:
         library = ctypes.CDLL(str(path))
         library.set_threads(torch.get_num_threads())
         return library, f"{path.name}, built by {Path(compiler).name}"
-    except (OSError, subprocess.CalledProcessError) as error:
-        detail = getattr(error, "stderr", "") or str(error)
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = str(getattr(error, "stderr", None) or error)
         return (
             None,
             f"the kernels could not be built: {detail.strip().splitlines()[-1] if detail.strip() else error}",

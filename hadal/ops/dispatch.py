@@ -28,13 +28,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether any of them is in a graph that is being recorded: then no kernel without a backward may run."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def use_triton(*tensors: Tensor) -> bool:
     """Inference on CUDA with Triton present."""
-    return tensors[0].is_cuda and has_triton() and not forced_reference() and not _needs_grad(*tensors)
+    return tensors[0].is_cuda and has_triton() and not forced_reference() and not needs_grad(*tensors)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -43,7 +44,7 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 def use_cpu_kernels(*tensors: Tensor) -> bool:
     """Inference on CPU with the C++ library built, FP32 or BF16 throughout."""
     first = tensors[0]
-    if not first.is_cpu or first.dtype not in _KERNEL_DTYPES or _needs_grad(*tensors):
+    if not first.is_cpu or first.dtype not in _KERNEL_DTYPES or needs_grad(*tensors):
         return False
     return _kernels_ready() and all(t.dtype == first.dtype for t in tensors)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from hadal.ops import cpu
-from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.linear import SMALL_M, linear
 
 
@@ -30,7 +30,7 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
 
 def ffn(x_TD: Tensor, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
     """Dense SwiGLU feed-forward network."""
-    if use_triton(x_TD, gate_up_2ID):
+    if use_triton(x_TD, gate_up_2ID, down_DI):
         from hadal.ops.triton import linear as fast
 
         if fast.wants(x_TD, gate_up_2ID):
@@ -70,7 +70,7 @@ def combine(
     residual_TD: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of each token's K rows, FP32 inside, undoing `dispatch`; then + shared + residual."""
-    if use_triton(row_ND, weight_TK):
+    if use_triton(row_ND, weight_TK) and not needs_grad(shared_TD, residual_TD):
         from hadal.ops.triton.experts import combine as fast
 
         return fast(row_ND, order, weight_TK, shared_TD, residual_TD)
@@ -122,12 +122,13 @@ def experts(
     The shared expert's output and the residual stream are added in the same pass where they are given.
     """
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
-    if use_triton(x_TD, gate_up_E2ID) and x_TD.shape[0] <= 256:
+    frozen = not needs_grad(*args)
+    if frozen and use_triton(x_TD) and 0 < x_TD.shape[0] <= 256:
         from hadal.ops.triton.experts import experts as fast
 
         return fast(*args)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
-    if use_cpu_kernels(x_TD, gate_up_E2ID) and x_TD.shape[0] <= SMALL_M:
+    if frozen and use_cpu_kernels(x_TD, gate_up_E2ID) and x_TD.shape[0] <= SMALL_M:
         return _plus(cpu.experts(*args[:5]), shared_TD, residual_TD)
     return experts_by_segment(*args)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hadal.ops import cpu
-from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 
 SMALL_M = 32  # rows up to which the weight-streaming CPU kernel beats a general matrix product
 
@@ -21,13 +21,13 @@ def native_bf16() -> bool:
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Matrix product with a weight stored [out, in]. Few rows on CPU go through a weight-streaming kernel."""
-    if use_cpu_kernels(x_TI, weight_OI):
+    if use_cpu_kernels(x_TI, weight_OI) and not needs_grad(bias_O):
         if x_TI.shape[0] <= SMALL_M and x_TI.dim() == 2:
             return cpu.linear(x_TI, weight_OI, bias_O)
         if x_TI.dtype == torch.bfloat16 and not native_bf16():  # emulated BF16 runs at a third of FP32's rate
             bias = None if bias_O is None else bias_O.float()
             return torch.nn.functional.linear(x_TI.float(), weight_OI.float(), bias).to(x_TI.dtype)
-    if use_triton(x_TI, weight_OI):
+    if use_triton(x_TI, weight_OI) and not needs_grad(bias_O):
         from hadal.ops.triton import linear as fast
 
         if fast.wants(x_TI, weight_OI):

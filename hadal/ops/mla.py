@@ -27,7 +27,7 @@ def write_latent(
     kv_TC: Tensor, norm_L: Tensor, eps: float, rotation_T2r: Tensor, cache_PBC: Tensor, slot_T: Tensor
 ) -> Tensor:
     """`latent_entry`, stored in the cache at each token's slot (page · page_size + offset); returns them."""
-    if use_triton(kv_TC):
+    if use_triton(kv_TC, norm_L):
         from hadal.ops.triton.mla import write_latent as fast
 
         return fast(kv_TC, norm_L, eps, rotation_T2r, cache_PBC, slot_T)
@@ -40,7 +40,7 @@ def write_latent(
 
 def absorbed_query(q_nope_SHn: Tensor, q_rope_SHR: Tensor, rotation_S2r: Tensor, up_HnL: Tensor) -> Tensor:
     """Queries over cached entries, [S, H, C]: W_UK absorbed into the nope part, the rope part rotated."""
-    if use_triton(q_nope_SHn):
+    if use_triton(q_nope_SHn, q_rope_SHR, up_HnL):
         from hadal.ops.triton.rope import rotate_into
 
         (S, H, _), rank = q_nope_SHn.shape, up_HnL.shape[2]
@@ -48,7 +48,7 @@ def absorbed_query(q_nope_SHn: Tensor, q_rope_SHR: Tensor, rotation_S2r: Tensor,
         torch.bmm(q_nope_SHn.transpose(0, 1), up_HnL, out=q_SHC[..., :rank].transpose(0, 1))
         rotate_into(q_rope_SHR, rotation_S2r, q_SHC[..., rank:], interleaved=True)
         return q_SHC
-    if use_cpu_kernels(q_nope_SHn, up_HnL) and q_nope_SHn.shape[0] <= SMALL_M:
+    if use_cpu_kernels(q_nope_SHn, q_rope_SHR, up_HnL) and q_nope_SHn.shape[0] <= SMALL_M:
         return cpu.absorbed_query(q_nope_SHn, q_rope_SHR, rotation_S2r, up_HnL)
     return torch.cat(
         [per_head(q_nope_SHn, up_HnL, across=True), rotate_interleaved(q_rope_SHR, rotation_S2r)], -1

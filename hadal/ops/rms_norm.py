@@ -22,7 +22,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the last dimension of x [..., D] with weight [D]."""
-    if use_triton(x):
+    if use_triton(x, weight):
         from hadal.ops.triton.norm import rms_norm as fast
 
         return fast(x, weight, eps)
@@ -35,7 +35,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(x + delta, RMSNorm(x + delta)): the residual addition fused with the norm that follows it."""
-    if use_triton(x):
+    if use_triton(x, delta, weight):
         from hadal.ops.triton.norm import add_rms_norm as fast
 
         return fast(x, delta, weight, eps)

@@ -131,3 +131,20 @@ def test_gqa_decode(heads, groups, dtype):
     q, cache = draw(3, heads, width, dtype=dtype), cache.to(dtype)
     want = paged.gqa_decode_reference(q.double(), cache.double().nan_to_num(0), table, context, 0.2)
     close(cpu.gqa_decode(q, cache, table, context, 0.2), want, dtype)
+
+
+def test_no_tokens_are_no_crash():
+    from hadal.ops.experts import experts
+
+    gate_up, down = draw(3, 10, 8), draw(3, 8, 5)
+    with torch.no_grad():
+        none = cpu.experts(
+            torch.zeros(0, 8), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2), gate_up, down
+        )
+    assert none.shape == (0, 8)
+    frozen, weight = draw(2, 8), torch.rand(2, 2, requires_grad=True)
+    expert = torch.tensor([[0, 1], [2, 0]])
+    experts(
+        frozen, expert, weight, gate_up, down
+    ).sum().backward()  # the gate alone learns: its gradient is not lost
+    assert weight.grad is not None and weight.grad.abs().sum() > 0

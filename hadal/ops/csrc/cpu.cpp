@@ -255,6 +255,7 @@ void experts(const T* x, const int64_t* expert, const float* weight, const T* ga
   std::vector<float> keep;
   std::vector<const float*> at;
   rows_of(x, T_, D, D, keep, at);
+  if (T_ == 0) return;
   std::vector<std::vector<int64_t>> pairs(E);
   for (int64_t p = 0; p < T_ * K; ++p) pairs[expert[p]].push_back(p);
   std::vector<int64_t> used;

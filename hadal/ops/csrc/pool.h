@@ -20,6 +20,10 @@ inline void relax() { _mm_pause(); }
 inline void relax() { std::this_thread::yield(); }
 #endif
 
+#ifndef POOL_PAUSE
+#define POOL_PAUSE()  // tests widen the moment in which a job is written and not yet handed out
+#endif
+
 class Pool {
  public:
   typedef void (*Piece)(void* job, int64_t index);
@@ -51,8 +55,9 @@ class Pool {
     job_.store(job, std::memory_order_relaxed);
     count_.store(count, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
+    POOL_PAUSE();
     uint64_t epoch = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket_.store(epoch << 32, std::memory_order_seq_cst);
+    ticket_.store(epoch << 32 | uint64_t(count), std::memory_order_seq_cst);
     if (asleep_.load(std::memory_order_seq_cst)) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
@@ -63,17 +68,18 @@ class Pool {
   }
 
  private:
-  // Begin and finish one piece, if any is left. A ticket is (epoch, next index): taking one fails when the job has
-  // changed since it was read, so a slow worker never runs a piece of one job with the function of another.
+  // Begin and finish one piece, if any is left. A ticket is (epoch, pieces left). While pieces of an epoch are left,
+  // `run` has not returned and its job's fields stand; a ticket with none left says so by itself. So taking one
+  // succeeds only with the fields of its own epoch, however long ago they were read.
   bool take() {
     uint64_t seen = ticket_.load(std::memory_order_acquire);
     for (;;) {
-      int64_t index = int64_t(seen & 0xffffffffu), count = count_.load(std::memory_order_relaxed);
+      int64_t left = int64_t(seen & 0xffffffffu), count = count_.load(std::memory_order_relaxed);
       Piece piece = piece_.load(std::memory_order_relaxed);
       void* job = job_.load(std::memory_order_relaxed);
-      if (index >= count) return false;
-      if (ticket_.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) {
-        piece(job, index);
+      if (left == 0) return false;
+      if (ticket_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) {
+        piece(job, count - left);
         done_.fetch_add(1, std::memory_order_release);
         return true;
       }
