@@ -1,4 +1,4 @@
-"""The thread pool under a widened race: every piece of every job runs exactly once, and `run` waits for all."""
+"""The thread pool under a widened race: every piece of every job runs exactly once."""
 
 from __future__ import annotations
 
