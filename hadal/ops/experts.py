@@ -15,6 +15,8 @@ from hadal.ops import cpu
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.linear import SMALL_M, linear
 
+SMALL_EXPERT = 1 << 16  # weights of a matrix up to which one CPU call for all experts beats a product for each
+
 
 def swiglu(gate_up_T2I: Tensor) -> Tensor:
     """silu(gate) ⊙ up of the stacked product [T, 2I] → [T, I]."""
@@ -129,6 +131,7 @@ def experts(
         return fast(*args)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
-    if frozen and use_cpu_kernels(x_TD, gate_up_E2ID) and x_TD.shape[0] <= SMALL_M:
+    small = x_TD.shape[0] <= SMALL_M or (x_TD.shape[0] <= 1024 and down_EDI[0].numel() <= SMALL_EXPERT)
+    if frozen and small and use_cpu_kernels(x_TD, gate_up_E2ID):
         return _plus(cpu.experts(*args[:5]), shared_TD, residual_TD)
     return experts_by_segment(*args)
