@@ -56,11 +56,12 @@ def sockets() -> Sockets:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Headless Chromium. Not for the session: Playwright keeps an event loop running meanwhile."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
     from tests.conftest import find_chromium
     from tests.ui.visits import ARGS
 
+    expect.set_options(timeout=20_000)  # patient: the machine may be busy
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=find_chromium(), args=ARGS)
         yield chromium
