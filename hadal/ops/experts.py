@@ -15,7 +15,7 @@ from hadal.ops import cpu
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.linear import SMALL_M, linear
 
-SMALL_EXPERT = 1 << 16  # weights of a matrix up to which one CPU call for all experts beats a product for each
+SMALL_EXPERT = 1 << 16  # weights of a matrix up to which one CPU call for all experts is the faster way
 
 
 def swiglu(gate_up_T2I: Tensor) -> Tensor:

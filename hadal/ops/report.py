@@ -37,7 +37,11 @@ def _cpu(fast: bool) -> list[Row]:
         wide = "BF16 goes through FP32 there, since this processor would emulate it"
     return [
         ("linear layers", f"C++ to {small} rows, then torch", f"{built}; {wide}"),
-        ("routed experts", f"C++ to {small} tokens, then torch by expert", "reads only the chosen experts"),
+        (
+            "routed experts",
+            f"C++ to {small} tokens (1,024 of small experts), then torch",
+            "reads only the chosen experts",
+        ),
         ("gate", f"C++ to {SMALL_T} tokens, then torch", "one thread beats several torch operations"),
         ("norms", "C++", "the residual addition in the same pass"),
         ("rotary embedding", "C++", "in the layout of the checkpoint"),
