@@ -190,9 +190,9 @@ class ChatPage:
             js="(...v) => window.hadal.boot(v)",
             **HIDDEN,
         )
-        start.then(self.show, self.current, [self.chat], **HIDDEN).then(
-            self.connect, [self.model, self.key], facts, **HIDDEN
-        )
+        shown = start.then(self.show, self.current, [self.chat], **HIDDEN)
+        shown = shown.then(None, None, [], js="() => window.hadal.settled()", **HIDDEN)
+        shown.then(self.connect, [self.model, self.key], facts, **HIDDEN)
         gr.on([self.key.submit, self.key.blur], self.connect, [self.model, self.key], facts, **HIDDEN)
         self.model.input(self.connect, [self.model, self.key], facts, **HIDDEN)
         keep: dict[str, Any] = {"js": "(...v) => { window.hadal.keep(v); return []; }", **HIDDEN}
@@ -223,7 +223,8 @@ class ChatPage:
             """Stop what runs, let the browser choose the conversation, show it."""
             step = event(self.halt, None, None, **HIDDEN)
             step = step.then(None, inputs, [self.current, self.list, self.title], js=js, **HIDDEN)
-            step.then(self.show, self.current, self.chat, **HIDDEN)
+            step = step.then(self.show, self.current, self.chat, **HIDDEN)
+            step.then(None, None, [], js="() => window.hadal.settled()", **HIDDEN)
 
         switch(self.new.click, "() => window.hadal.fresh()", None)
         switch(self.list.input, "(id) => window.hadal.open(id)", self.list)

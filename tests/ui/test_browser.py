@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,23 @@ def test_switching_while_it_thinks_stops_and_keeps_the_answer(visit: Visit) -> N
     expect(visit.page.locator(FIGURES, has_text="Stopped")).to_have_count(1)
     expect(visit.page.locator(FIGURES)).to_have_count(1)
     expect(visit.page.locator(ANSWERS)).to_have_count(1)
+
+
+def test_a_question_asked_while_a_slow_server_switches_is_not_lost(visit: Visit) -> None:
+    visit.ask("1 + 1")
+    page = visit.page
+    slow = 0.4  # seconds that each of the page's calls takes on its way
+    page.route("**/gradio_api/queue/join*", lambda route: (time.sleep(slow), route.continue_()))
+    page.click("#hadal-new")
+    page.fill(BOX, "2 + 2")
+    page.press(BOX, "Enter")
+    expect(page.locator(FIGURES)).to_have_count(1)
+    visit.idle()
+    page.unroute_all()
+    visit.settled()
+    page.wait_for_timeout(300)
+    expect(page.locator(ANSWERS)).to_contain_text("The sum is 4")
+    assert set(visit.stored()) == {"1 + 1", "2 + 2"}
 
 
 def test_two_tabs_do_not_overwrite_each_other(visit: Visit) -> None:

@@ -57,6 +57,7 @@ class Visit:
         self.page.fill(BOX, "")
         self.page.evaluate("localStorage.clear(); sessionStorage.clear()")
         self.page.click("#hadal-new")
+        self.settled()
         expect(self.page.locator(".hadal-welcome")).to_be_visible()
         self.foreign.clear()
         self.complaints.clear()
@@ -77,12 +78,17 @@ class Visit:
 
     def ask(self, question: str, *, answered: bool = True) -> None:
         """Send a question; wait for the small print under its answer."""
+        self.settled()
         before = self.page.locator(ANSWERS).count()
         self.page.fill(BOX, question)
         self.page.press(BOX, "Enter")
         if answered:
             expect(self.page.locator(ANSWERS)).to_have_count(before + 1)
             self.idle()
+
+    def settled(self) -> None:
+        """The conversation that was chosen stands."""
+        self.page.wait_for_function("!document.body.classList.contains('hadal-switching')")
 
     def idle(self) -> None:
         """The message box takes a question again."""

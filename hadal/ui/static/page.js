@@ -55,6 +55,38 @@ window.hadal = (() => {
     return [chat, list(chat.id), update({ visible: false })];
   };
 
+  /* Showing another conversation takes two trips to the server. A question sent between them would be drawn
+   * and then wiped out, so the box takes none until the conversation stands; `settled` ends that. */
+  const SWITCHING = "hadal-switching";
+  let patience = 0;
+  function switching() {
+    document.body.classList.add(SWITCHING);
+    lock(true);
+    clearTimeout(patience);
+    patience = setTimeout(settled, 10000); // a server that went away must not leave the box locked
+  }
+  function settled() {
+    clearTimeout(patience);
+    document.body.classList.remove(SWITCHING);
+    lock(false);
+    return [];
+  }
+  function lock(on) {
+    const box = document.querySelector("#hadal-box textarea");
+    if (box) box.readOnly = on;
+  }
+  function hold(event) {
+    if (!document.body.classList.contains(SWITCHING)) return;
+    if (event.type === "keydown" && event.key !== "Enter") return;
+    if (!event.target.closest("#hadal-box, #hadal-chat .examples")) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+  }
+  document.addEventListener("keydown", hold, true);
+  document.addEventListener("click", hold, true);
+  document.addEventListener("click", (e) => e.target.closest("#hadal-new, #hadal-delete") && switching(), true);
+  document.addEventListener("input", (e) => e.target.closest("#hadal-list") && switching(), true);
+
   function boot(values) {
     const kept = fetchJson(localStorage, SETTINGS);
     const settings = Array.isArray(kept) && kept.length === values.length ? kept : values;
@@ -62,6 +94,7 @@ window.hadal = (() => {
     const chat = (id && fetchJson(localStorage, PREFIX + id)) || all()[0] || empty();
     sessionStorage.setItem("hadal.open", chat.id);
     document.body.classList.add("hadal-ready");
+    switching();
     name("#hadal-left", "Conversations");
     name("#hadal-right", "Settings");
     return [chat, update({ open: !narrow() }), ...settings];
@@ -142,5 +175,5 @@ window.hadal = (() => {
   }
   document.addEventListener("click", copyAnswer);
 
-  return { boot, keep, save, fresh, open, remove, askTitle, rename, download };
+  return { boot, settled, keep, save, fresh, open, remove, askTitle, rename, download };
 })();
