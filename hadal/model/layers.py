@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hadal.ops.experts import ffn
 from hadal.ops.linear import linear
+from hadal.ops.packed import Packed
 from hadal.ops.rms_norm import add_rms_norm, rms_norm
 
 
@@ -23,12 +24,20 @@ class Like(TypedDict):
 
 
 class Linear(nn.Module):
-    """y = x·Wᵀ (+ b); weight [out, in]."""
+    """y = x·Wᵀ (+ b); weight [out, in], or packed (hadal/ops/packed.py)."""
+
+    weight: nn.Parameter | Packed
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, **like: Unpack[Like]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **like))
         self.bias = nn.Parameter(torch.empty(outputs, **like)) if bias else None
+
+    @property
+    def matrix(self) -> nn.Parameter:
+        """The weight where it is never packed: looked up by rows, viewed by heads, or trained."""
+        assert isinstance(self.weight, nn.Parameter), "this weight is packed"
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

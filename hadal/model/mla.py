@@ -85,11 +85,11 @@ class MlaAttention(nn.Module):
         assert ctx.block_table_SP is not None and ctx.context_len_S is not None
         a = self.a
         if a.q_lora_rank is None:
-            query = [None, None, self.q_proj.weight]
+            query = [None, None, self.q_proj.matrix]
         else:
-            query = [self.q_a_proj.weight, self.q_a_layernorm.weight, self.q_b_proj.weight]
-        latent = [self.kv_a_proj_with_mqa.weight, self.kv_a_layernorm.weight]
-        weights = [*query, *latent, self.kv_b_proj.weight, self.o_proj.weight]
+            query = [self.q_a_proj.matrix, self.q_a_layernorm.weight, self.q_b_proj.matrix]
+        latent = [self.kv_a_proj_with_mqa.matrix, self.kv_a_layernorm.weight]
+        weights = [*query, *latent, self.kv_b_proj.matrix, self.o_proj.matrix]
         widths = (a.q_lora_rank or 0, a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim)
         return cpu.mla_block(
             x_SD, weights, ctx.rotation_T2r, ctx.cache.layers[self.layer], ctx.slot_T, ctx.block_table_SP,
@@ -150,7 +150,7 @@ class MlaAttention(nn.Module):
         """One query token a sequence over the latent cache; [S, H·v]."""
         assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None
         d, n = ctx.num_decodes, self.a.qk_nope_head_dim
-        w_HwL = self.kv_b_proj.weight.view(self.heads, n + self.a.v_head_dim, self.a.kv_lora_rank)
+        w_HwL = self.kv_b_proj.matrix.view(self.heads, n + self.a.v_head_dim, self.a.kv_lora_rank)
         assert ctx.rotation_T2r is not None
         z_SHL = mla_decode(
             absorbed_query(q_nope_SHn, q_rope_SHR, ctx.rotation_T2r[:d], w_HwL[:, :n]),

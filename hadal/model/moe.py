@@ -18,6 +18,7 @@ from hadal.ops.dispatch import use_cpu_kernels
 from hadal.ops.experts import experts
 from hadal.ops.gate import gate
 from hadal.ops.linear import SMALL_M
+from hadal.ops.packed import Packed
 
 
 class Gate(nn.Module):
@@ -46,7 +47,10 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, stacked by global index."""
+    """The routed experts, stacked by global index; packed or not."""
+
+    gate_up_proj: nn.Parameter | Packed
+    down_proj: nn.Parameter | Packed
 
     def __init__(self, config: ModelConfig, **like: Unpack[Like]) -> None:
         super().__init__()
@@ -99,8 +103,9 @@ class Moe(nn.Module):
     def _weights(self) -> list[Tensor | None]:
         """Gate, bias, routed and shared matrices, in the order of the fused kernel."""
         s = self.shared_experts
-        shared = [None, None] if s is None else [s.gate_up_proj.weight, s.down_proj.weight]
+        shared = [None, None] if s is None else [s.gate_up_proj.matrix, s.down_proj.matrix]
         g, e = self.gate, self.experts
+        assert isinstance(e.gate_up_proj, Tensor) and isinstance(e.down_proj, Tensor)
         return [g.weight, g.e_score_correction_bias, e.gate_up_proj, e.down_proj, *shared]
 
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

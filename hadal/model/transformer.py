@@ -55,11 +55,11 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embed_tokens.weight.device
+        return self.embed_tokens.matrix.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        return self.embed_tokens.matrix.dtype
 
     # --- forward --------------------------------------------------------------------------------------------
     def forward(self, token_T: Tensor, context: Context) -> Tensor:
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
 
     def embed(self, token_T: Tensor) -> Tensor:
         """Token embeddings [T, D]."""
-        return embedding(token_T, self.embed_tokens.weight)
+        return embedding(token_T, self.embed_tokens.matrix)
 
     def prepare(self, context: Context) -> None:
         """Look up the rotations of the context's positions, once for all layers."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hadal.ops.packed import Packed
 
 
 @functools.cache
@@ -33,18 +37,24 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def use_triton(*tensors: Tensor) -> bool:
-    """Inference on CUDA with Triton present."""
-    return tensors[0].is_cuda and has_triton() and not forced_reference() and not needs_grad(*tensors)
+def use_triton(first: Tensor, *others: Tensor | Packed) -> bool:
+    """Inference on CUDA with Triton present; packed weights have kernels of their own."""
+    if not first.is_cuda or not has_triton() or forced_reference():
+        return False
+    tensors = [first, *(t for t in others if isinstance(t, Tensor))]
+    return len(tensors) == 1 + len(others) and not needs_grad(*tensors)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def use_cpu_kernels(*tensors: Tensor) -> bool:
-    """Inference on CPU with the C++ library built, FP32 or BF16 throughout."""
-    first = tensors[0]
-    if not first.is_cpu or first.dtype not in _KERNEL_DTYPES or needs_grad(*tensors):
+def use_cpu_kernels(first: Tensor, *others: Tensor | Packed) -> bool:
+    """Inference on CPU with the C++ library built, FP32 or BF16 throughout; packed weights have kernels of
+    their own."""
+    if not first.is_cpu or first.dtype not in _KERNEL_DTYPES:
+        return False
+    tensors = [first, *(t for t in others if isinstance(t, Tensor))]
+    if len(tensors) <= len(others) or needs_grad(*tensors):
         return False
     return _kernels_ready() and all(t.dtype == first.dtype for t in tensors)
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hadal.ops import cpu
+from hadal.ops import cpu, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.linear import SMALL_M, linear
+from hadal.ops.packed import Packed
 
 SMALL_EXPERT = 1 << 16  # weights of a matrix up to which one CPU call for all experts is the faster way
 
@@ -30,8 +31,10 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
     return silu(gate) * up
 
 
-def ffn(x_TD: Tensor, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
+def ffn(x_TD: Tensor, gate_up_2ID: Tensor | Packed, down_DI: Tensor | Packed) -> Tensor:
     """Dense SwiGLU feed-forward network."""
+    if isinstance(gate_up_2ID, Packed) or isinstance(down_DI, Packed):
+        return linear(swiglu(linear(x_TD, gate_up_2ID)), down_DI)
     if use_triton(x_TD, gate_up_2ID, down_DI):
         from hadal.ops.triton import linear as fast
 
@@ -116,13 +119,17 @@ def experts_by_segment(
 
 
 def experts(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor,
+    gate_up_E2ID: Tensor | Packed, down_EDI: Tensor | Packed,
     shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The routed experts on x [T, D]: expert [T, K] int64, weight [T, K] FP32 → [T, D]. No token is dropped.
 
     The shared expert's output and the residual stream are added in the same pass where they are given.
     """
+    if isinstance(gate_up_E2ID, Packed) or isinstance(down_EDI, Packed):
+        assert isinstance(gate_up_E2ID, Packed) and isinstance(down_EDI, Packed)
+        return packed.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     frozen = not needs_grad(*args)
     if frozen and use_triton(x_TD) and 0 < x_TD.shape[0] <= 256:

@@ -7,8 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from hadal.ops import cpu
+from hadal.ops import cpu, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
+from hadal.ops.packed import Packed
 
 SMALL_M = 32  # rows up to which the weight-streaming CPU kernel beats a general matrix product
 
@@ -19,8 +20,10 @@ def native_bf16() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
     """Matrix product with a weight stored [out, in]. Few rows on CPU go through a weight-streaming kernel."""
+    if isinstance(weight_OI, Packed):
+        return packed.linear(x_TI, weight_OI, bias_O)
     if use_cpu_kernels(x_TI, weight_OI) and not needs_grad(bias_O):
         if x_TI.shape[0] <= SMALL_M and x_TI.dim() == 2:
             return cpu.linear(x_TI, weight_OI, bias_O)

@@ -82,7 +82,7 @@ def cross_entropies(
     model: Transformer, micro: MicroBatch, context: Context, z_loss: float = 0.0
 ) -> list[Tensor]:
     """nll_T of the main model and of each MTP depth, in nats."""
-    head_VD = (model.embed_tokens if model.lm_head is None else model.lm_head).weight
+    head_VD = (model.embed_tokens if model.lm_head is None else model.lm_head).matrix
     hidden_TD = model(micro.token_KT[0], context)
     out = [linear_cross_entropy(model.norm(hidden_TD), head_VD, micro.target_KT[0], z_loss=z_loss)]
     for depth, module in enumerate(model.mtp):
