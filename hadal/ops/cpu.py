@@ -48,13 +48,18 @@ def cache_folder() -> Path:
 @functools.cache
 def status() -> tuple[Any, str]:
     """(library or None, why). Builds it if it is not in the cache."""
+    return load_library(SOURCE, FLAGS)
+
+
+def load_library(source: Path, flags: list[str]) -> tuple[Any, str]:
+    """(library or None, why) of one source file with `set_threads`, built if it is not in the cache."""
     if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
         return None, f"no kernels for {platform.machine()}"
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None, "no C++ compiler (install g++ or clang++ for several times the speed)"
     try:
-        path = _build(compiler)
+        path = _build(compiler, source, flags)
         library = ctypes.CDLL(str(path))
         library.set_threads(torch.get_num_threads())
         return library, f"{path.name}, built by {Path(compiler).name}"
@@ -79,19 +84,19 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _build(compiler: str) -> Path:
+def _build(compiler: str, source: Path, flags: list[str]) -> Path:
     """Compile into the cache under a name that no other source, flags, compiler or processor shares."""
-    flags = [f for f in FLAGS if "prefer-vector" not in f or platform.machine() in ("x86_64", "AMD64")]
+    flags = [f for f in flags if "prefer-vector" not in f or platform.machine() in ("x86_64", "AMD64")]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = "".join(file.read_text() for file in [SOURCE, *HEADERS])
+    sources = "".join(file.read_text() for file in [source, *HEADERS])
     key = "\0".join([sources, " ".join(flags), version, _processor()])
-    path = cache_folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    path = cache_folder() / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        library = f"{folder}/cpu.so"
-        command = [compiler, *flags, "-fPIC", "-shared", "-pthread", str(SOURCE), "-o", library]
+        library = f"{folder}/{source.stem}.so"
+        command = [compiler, *flags, "-fPIC", "-shared", "-pthread", str(source), "-o", library]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
         os.replace(library, path)
     return path
