@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hadal.cli.machine import cpu, usable_cores
-from hadal.config import Gqa, ModelConfig, Rope, preset
+from hadal.config import Gqa, Mla, ModelConfig, Moe, Rope, preset
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,6 +21,11 @@ def shapes() -> dict[str, ModelConfig]:
     """Models raced, with random weights: their shapes are what counts."""
     return {
         "hadal-mini": preset("hadal-mini").config,
+        "ds-410m": ModelConfig(  # the V3 architecture: 410M parameters, 134M a token
+            "deepseek_v3", 32768, 1024, 3072, 12, 8, Mla(512, 512, 128, 64, 128), Rope(1e4),
+            Moe(32, 1, 4, 256, 1, 1, "sigmoid", "noaux_tc", 1, 1, True, 1.0),
+            max_position_embeddings=4096, bos_token_id=0, eos_token_id=(1,),
+        ),
         "qwen-0.5b": ModelConfig(
             "qwen2", 151936, 896, 4864, 24, 14, Gqa(2, 64, True), Rope(1e6), tie_word_embeddings=True,
             max_position_embeddings=4096, bos_token_id=1, eos_token_id=(2,),
