@@ -1,9 +1,7 @@
 """How fast an answer came, and what share of the machine's limit that is.
 
-One decoded token at batch 1 reads the active weights (all but the input embedding, of which it reads one row)
-and the cache of every token before it: bytes = active parameters × bytes each + context × KV bytes per token.
-Share = bytes per token × tokens per second / measured memory bandwidth. In a batch of B the tokens of a step
-share experts: of a layer's E routed experts, E · (1 − (1 − k/E)^B) are read on average.
+Share = bytes per token × tokens per second / measured memory bandwidth; the bytes are those of
+`hadal.plan.speed`.
 """
 
 from __future__ import annotations
@@ -12,44 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hadal.cli.terminal import human_seconds
-from hadal.config import Mla, ModelConfig
 
 if TYPE_CHECKING:
     from hadal.engine import Update
-
-
-def routed_parameters(config: ModelConfig) -> int:
-    """Parameters of one layer's worth of *one* routed expert, times the layers that have experts."""
-    if config.moe is None:
-        return 0
-    layers = sum(config.is_moe_layer(i) for i in range(config.num_hidden_layers))
-    return 3 * config.hidden_size * config.moe.moe_intermediate_size * layers
-
-
-def weight_bytes_per_step(config: ModelConfig, bytes_per_weight: float, batch: int = 1) -> float:
-    """Bytes of weights that one decode step of `batch` sequences reads."""
-    active = config.parameters().active_with_head
-    if config.moe is not None:
-        experts, chosen = config.moe.n_routed_experts, config.moe.num_experts_per_tok
-        touched = experts * (1 - (1 - chosen / experts) ** batch)
-        active += int((touched - chosen) * routed_parameters(config))
-    return active * bytes_per_weight
-
-
-def step_bytes(
-    config: ModelConfig, context: float, *, bytes_per_weight: float, bytes_per_value: float, batch: int = 1
-) -> float:
-    """Bytes that one decode step reads: weights once, and each sequence's cache of `context` tokens."""
-    cache = batch * context * config.kv_bytes_per_token(bytes_per_value)
-    return weight_bytes_per_step(config, bytes_per_weight, batch) + cache
-
-
-def prefill_flops(config: ModelConfig, tokens: int) -> float:
-    """FLOP of a prefill of `tokens`: 2 per active weight and token, plus causal attention."""
-    heads, a = config.num_attention_heads, config.attention
-    per_pair = a.qk_head_dim + a.v_head_dim if isinstance(a, Mla) else 2 * a.head_dim
-    attention = 2 * heads * per_pair * tokens * (tokens + 1) / 2 * config.num_hidden_layers
-    return 2 * config.parameters().active_core * tokens + attention
 
 
 @dataclass(frozen=True)

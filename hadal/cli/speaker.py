@@ -15,9 +15,10 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 from urllib.parse import urlsplit
 
-from hadal.cli.meter import Rate, step_bytes
+from hadal.cli.meter import Rate
 from hadal.cli.options import Sampling
 from hadal.cli.terminal import CliError
+from hadal.plan.speed import step_bytes
 
 if TYPE_CHECKING:
     from hadal.engine import Engine
