@@ -9,6 +9,7 @@ infinity. Peak host memory is the weights plus a few pieces.
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping as Named
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from hadal.model.transformer import Transformer
 from hadal.ops.fp8 import dequantise_blocks
+from hadal.ops.packed import Packed
 from hadal.weights.errors import WeightsError
 from hadal.weights.header import Stored
 from hadal.weights.layout import CONFIG, Folder, open_folder
 from hadal.weights.manifest import Progress, verify_files
 from hadal.weights.mapped import Mapping
 from hadal.weights.names import SCALE_SUFFIX, Slot
+from hadal.weights.quantise import HEAD, check_kind, copy_fp8, packed_weights, put_packed
 
 _THREADS = 4
 _THREADS_FROM_BYTES = 1_000_000_000  # each thread keeps about 10 MB: too much beside a small model
@@ -40,11 +43,14 @@ def load(
     with_mtp: bool = True,
     verify: Literal["header", "full"] = "header",
     max_positions: int | None = None,
+    quantize: str | None = None,
 ) -> Transformer:
     """The model of a published folder, on `device` in `dtype` (gate biases stay FP32), in eval mode.
 
-    with_mtp: False leaves the MTP modules out. verify: "full" first compares every file with its SHA-256
-    (from `manifest.json`, or the hub cache's blob names). progress: called with (bytes read, bytes in all).
+    quantize: "fp8", "int8" or "int4" keeps the matrices packed (hadal/weights/quantise.py), quantised as
+    they are read; published FP8 blocks are taken over unchanged by "fp8". with_mtp: False leaves the MTP
+    modules out. verify: "full" first compares every file with its SHA-256 (from `manifest.json`, or the hub
+    cache's blob names). progress: called with (bytes read, bytes in all).
     Raises WeightsError or ConfigError, naming file and tensor; a partly loaded model is never returned.
     """
     path = Path(folder)
@@ -55,7 +61,11 @@ def load(
         verify_files(path, [*opened.files, CONFIG])
     config = opened.config if with_mtp else replace(opened.config, num_nextn_predict_layers=0)
     with torch.inference_mode(False):  # its tensors must be ordinary ones: the model may be trained later
-        model = Transformer(config, dtype=dtype, device=device, max_positions=max_positions)
+        build_on = "meta" if quantize else device
+        model = Transformer(config, dtype=dtype, device=build_on, max_positions=max_positions)
+        if quantize:
+            put_packed(model, check_kind(quantize))
+            model.to_empty(device=device)
         load_into(model, opened, progress=progress)
     return model.eval()
 
@@ -63,8 +73,14 @@ def load(
 @torch.no_grad()
 def load_into(model: Transformer, folder: Folder, *, progress: Progress | None = None) -> None:
     """Fill every parameter of a model from an opened folder. The model's shapes must be the folder's."""
-    state = model.state_dict()
+    packed = packed_weights(model)
+    state: dict[str, Tensor | Packed] = {
+        name: tensor for name, tensor in model.state_dict().items() if name.rpartition(".")[0] not in packed
+    }
+    state |= packed
+    tied_head = packed.get(HEAD) if folder.config.tie_word_embeddings else None
     unfilled = set(state) - {slot.slot.parameter for slot in folder.expected.values()}
+    unfilled -= {HEAD} if tied_head is not None else set()
     if unfilled:
         raise WeightsError(f"{folder.path} does not fill {sorted(unfilled)[0]}; load its own {CONFIG}")
     counter = _Counter(folder.nbytes, progress)
@@ -76,6 +92,10 @@ def load_into(model: Transformer, folder: Folder, *, progress: Progress | None =
             for shard in tensors:
                 _run(pool, work.fill, shard)
             _run(pool, work.compare, copies)
+    if tied_head is not None:
+        tied_head.write(model.embed_tokens.matrix)
+    for weight in packed.values():
+        weight.prepare()
 
 
 def _by_shard(folder: Folder) -> tuple[list[list[Slot]], list[Slot]]:
@@ -106,13 +126,16 @@ def _run(pool: ThreadPoolExecutor, work: Callable[[Slot], None], slots: list[Slo
 @dataclass(frozen=True)
 class _Work:
     folder: Folder
-    state: dict[str, Tensor]
+    state: dict[str, Tensor | Packed]
     files: Mapping
     counter: _Counter
 
     def fill(self, slot: Slot) -> None:
         """Copy one stored tensor to its rows, dequantised and converted, and check that it is finite."""
         stored = self.folder.stored[slot.name]
+        weight = self.state[slot.parameter]
+        if isinstance(weight, Packed):
+            return self._fill_packed(slot, stored, weight)
         target = place(self.state, slot)
         scale = self._scale(slot)
         block = self.folder.config.fp8.weight_block_size if self.folder.config.fp8 else (1, 1)
@@ -124,6 +147,25 @@ class _Work:
             part.copy_(rows)
             del rows
             _check_finite(slot, stored, part)
+            self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
+
+    def _fill_packed(self, slot: Slot, stored: Stored, weight: Packed) -> None:
+        """Quantise one stored tensor into its rows; FP8 blocks that may stay FP8 are copied."""
+        scale, fp8 = self._scale(slot), self.folder.config.fp8
+        block = fp8.weight_block_size if fp8 and scale is not None else (1, 1)
+        same = scale is not None and weight.kind == "fp8" and block[1] == weight.group
+        for start, stop, rows in self.files.pieces(stored, max(block[0], weight.rows)):
+            some = None if scale is None else scale[start // block[0] : -(-stop // block[0])]
+            if same and some is not None and block[0] % weight.rows == 0:
+                _check_codes(slot, stored, rows)
+                copy_fp8(weight, rows, some, slot, start, block[0])
+            else:
+                part = rows.to(weight.device)
+                if some is not None:
+                    part = dequantise_blocks(part, some.to(part.device), block)
+                _check_finite(slot, stored, part)
+                weight.write(part, slot.index, slot.row + start)
+            del rows
             self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
 
     def _scale(self, slot: Slot) -> Tensor | None:
@@ -144,6 +186,9 @@ class _Work:
     def compare(self, slot: Slot) -> None:
         """A stored copy (MTP's embedding and head, a tied head) must equal the parameter that it repeats."""
         stored = self.folder.stored[slot.name]
+        if isinstance(self.state[slot.parameter], Packed):
+            self.counter.add(stored.nbytes)  # a packed head holds no more what could be compared
+            return
         target = place(self.state, slot)
         for start, stop, rows in self.files.pieces(stored):
             part = target[start:stop]
@@ -155,9 +200,10 @@ class _Work:
             self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
 
 
-def place(state: dict[str, Tensor], slot: Slot) -> Tensor:
+def place(state: Named[str, Tensor | Packed], slot: Slot) -> Tensor:
     """The rows of a parameter that a slot names (a view). WeightsError for a parameter of another shape."""
     parameter = state[slot.parameter]
+    assert isinstance(parameter, Tensor), f"{slot.parameter} is packed"
     if slot.index is not None:
         parameter = parameter[slot.index]
     rows = parameter[slot.row : slot.row + slot.shape[0]]
@@ -175,6 +221,12 @@ def _check_finite(slot: Slot, stored: Stored, rows: Tensor) -> None:
     if not bool(torch.isfinite(low) & torch.isfinite(high)):
         as_read = "" if str(rows.dtype) in _EXACT.get(stored.dtype, ()) else f" (read as {rows.dtype})"
         raise WeightsError(f"{stored.file}: {slot.name} holds NaN or infinity{as_read}; fetch the file again")
+
+
+def _check_codes(slot: Slot, stored: Stored, rows: Tensor) -> None:
+    """E4M3 has NaN (0x7F, 0xFF) but no infinity."""
+    if bool(((rows.view(torch.uint8) & 0x7F) == 0x7F).any()):
+        raise WeightsError(f"{stored.file}: {slot.name} holds NaN; fetch the file again")
 
 
 _EXACT = {"F32": ("torch.float32",), "BF16": ("torch.bfloat16", "torch.float32"), "F16": ("torch.float16",)}

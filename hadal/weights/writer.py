@@ -31,6 +31,7 @@ from hadal.weights.layout import CONFIG, INDEX, SINGLE
 from hadal.weights.manifest import FileHash, Progress, hash_file, write_manifest
 from hadal.weights.mapped import PIECE_BYTES
 from hadal.weights.names import SCALE_SUFFIX, Expected, Slot, expected_tensors
+from hadal.weights.quantise import packed_weights
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
@@ -71,8 +72,14 @@ def save(
     fp8: quantise in blocks (True: 128×128 with FP32 scales; `Fp8(scale_fmt="ue8m0")`: power-of-two scales).
     dtype: of what is not quantised (default: BF16 with fp8, else the model's). metadata: kept in
     `config.json` under "hadal". files_from: a folder whose tokenizer and generation files are copied.
-    Raises WeightsError: the folder exists (and not `overwrite`), a NaN or infinity by name, no space.
+    Raises WeightsError: the folder exists (and not `overwrite`), a packed model, a NaN or infinity by name,
+    no space.
     """
+    for name, packed in packed_weights(model).items():
+        raise WeightsError(
+            f"{name} is packed in {packed.kind}, its own values are gone; save the model that it was packed "
+            "from, or convert the folder"
+        )
     target = make_target(model.config, fp8, dtype or (torch.bfloat16 if fp8 else model.dtype), metadata)
     state = model.state_dict()
 
