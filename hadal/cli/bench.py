@@ -106,7 +106,7 @@ def measure(engine: Engine, batch: int, prompt: int, output: int, repeats: int) 
     import torch
 
     from hadal.cli import machine
-    from hadal.cli.meter import prefill_flops, step_bytes
+    from hadal.plan.speed import prefill_flops, step_bytes
 
     draw = random.Random(0)
     _once(engine, batch, prompt, 2, draw)  # warm up
