@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import Mla, ModelConfig
+from hadal.ops.invariant import Stream
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Context:
     routing: list[Routing] = field(default_factory=list)
     captured: dict[int, Tensor] = field(default_factory=dict)
     rotation_T2r: Tensor | None = None  # cos and sin of the positions, set by the Transformer once a pass
+    _stream: Stream | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Context:
@@ -56,6 +58,13 @@ class Context:
     @property
     def num_tokens(self) -> int:
         return self.position_T.shape[0]
+
+    def stream(self) -> Stream:
+        """The sequences as the exact kernels take them; built once a pass."""
+        if self._stream is None:
+            page = 0 if self.cache is None else self.cache.page_size
+            self._stream = Stream.build(self.position_T, self.cu_seqlens, self.block_table_SP, page)
+        return self._stream
 
     def lengths(self, first: int = 0) -> list[int]:
         """Query tokens of each sequence from number `first` on."""

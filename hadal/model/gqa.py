@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from hadal.config import Gqa, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear
+from hadal.ops import invariant
 from hadal.ops.attention import attention
+from hadal.ops.exact import is_exact
 from hadal.ops.paged import gather_pages, gqa_decode
 from hadal.ops.rope import rotate_half
 
@@ -38,7 +40,9 @@ class GqaAttention(nn.Module):
         qkv = self.qkv_proj(x_TD).unflatten(-1, (-1, self.a.head_dim))
         qk = rotate_half(qkv[:, : self.heads + G], ctx.rotation_T2r)
         q_THC, k_TGC, v_TGC = qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.heads + G :]
-        if ctx.cache is None:
+        if is_exact():
+            out = self._exact(q_THC, torch.stack([k_TGC, v_TGC], 1), ctx)
+        elif ctx.cache is None:
             lengths = ctx.lengths()
             out = attention(q_THC, k_TGC, v_TGC, lengths, lengths, self.scale)
         else:
@@ -46,6 +50,14 @@ class GqaAttention(nn.Module):
             ctx.cache.write(self.layer, ctx.slot_T, torch.stack([k_TGC, v_TGC], 1))
             out = self._cached(q_THC, k_TGC, v_TGC, ctx)
         return self.o_proj(out.flatten(1))
+
+    def _exact(self, q_THC: Tensor, entries: Tensor, ctx: Context) -> Tensor:
+        """One form for every token, cached or packed; entries [T, 2, G, C]."""
+        if ctx.cache is not None:
+            assert ctx.slot_T is not None
+            ctx.cache.write(self.layer, ctx.slot_T, entries)
+            entries = ctx.cache.layers[self.layer]
+        return invariant.gqa_attention(q_THC, entries, ctx.stream(), self.scale)
 
     def _cached(self, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, ctx: Context) -> Tensor:
         assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
-from hadal.ops import cpu
+from hadal.ops import cpu, invariant
 from hadal.ops.attention import attention
 from hadal.ops.dispatch import use_cpu_kernels
+from hadal.ops.exact import is_exact
 from hadal.ops.linear import SMALL_M, per_head
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages, mla_decode
@@ -50,6 +51,8 @@ class MlaAttention(nn.Module):
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """Attention output [T, D] of normed hidden states."""
         assert ctx.rotation_T2r is not None
+        if is_exact():
+            return self._exact(x_TD, ctx)
         if 0 < ctx.num_decodes == ctx.num_tokens <= SMALL_M and self._fusable(x_TD, ctx):
             return self._fused_decode(x_TD, ctx)
         q_nope_THn, q_rope_THR = self._queries(x_TD)
@@ -96,13 +99,32 @@ class MlaAttention(nn.Module):
             ctx.context_len_S, (self.heads, *widths), self.kv_a_layernorm.eps, self.scale,
         )  # fmt: skip
 
-    def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.a
-        if a.q_lora_rank is None:
+    def _exact(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        """The absorbed form for every token, cached or packed: one form for scoring and sampling."""
+        assert ctx.rotation_T2r is not None
+        norm = self.kv_a_layernorm
+        entries = latent_entry(self.kv_a_proj_with_mqa(x_TD), norm.weight, norm.eps, ctx.rotation_T2r)
+        if ctx.cache is not None:
+            assert ctx.slot_T is not None
+            ctx.cache.write(self.layer, ctx.slot_T, entries)
+            entries = ctx.cache.layers[self.layer]
+        out = invariant.mla_attention(
+            self._query_heads(x_TD), ctx.rotation_T2r, entries, self.kv_b_proj.matrix, ctx.stream(),
+            self.a.kv_lora_rank, self.scale,
+        )  # fmt: skip
+        return self.o_proj(out)
+
+    def _query_heads(self, x_TD: Tensor) -> Tensor:
+        """[T, H, n + R], not rotated."""
+        if self.a.q_lora_rank is None:
             q = self.q_proj(x_TD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([a.qk_nope_head_dim, a.qk_rope_head_dim], -1)
+        return q.unflatten(-1, (self.heads, -1))
+
+    def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        widths = [self.a.qk_nope_head_dim, self.a.qk_rope_head_dim]
+        q_nope, q_rope = self._query_heads(x_TD).split(widths, -1)
         return q_nope, q_rope
 
     def _expanded(

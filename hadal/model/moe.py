@@ -15,6 +15,7 @@ from hadal.model.context import Context, Routing
 from hadal.model.layers import Ffn, Like
 from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels
+from hadal.ops.exact import is_exact
 from hadal.ops.experts import experts
 from hadal.ops.gate import gate
 from hadal.ops.linear import SMALL_M
@@ -111,4 +112,8 @@ class Moe(nn.Module):
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from hadal.ops.gate import gate_reference
 
+        if is_exact():
+            expert_TK, weight_TK, score_TE = self.gate(x_TD)
+            assert score_TE is not None
+            return expert_TK, weight_TK, score_TE
         return gate_reference(x_TD, self.gate.weight, self.gate.e_score_correction_bias, self.gate.moe)

@@ -18,6 +18,8 @@ from hadal.model.block import Block
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.model.mtp import Mtp
+from hadal.ops import invariant
+from hadal.ops.exact import is_exact
 from hadal.ops.linear import linear
 from hadal.ops.rope import rotation_table
 
@@ -90,6 +92,8 @@ class Transformer(nn.Module):
     def head(self, normed_TD: Tensor) -> Tensor:
         """FP32 logits of hidden states that are normed already."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if is_exact():  # never rounded to BF16: the trainer's losses see the same numbers
+            return invariant.linear(normed_TD, weight, wide=True)
         logits_TV = linear(normed_TD, weight)
         return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
 

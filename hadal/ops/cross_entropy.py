@@ -20,6 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hadal.ops import invariant
+from hadal.ops.exact import is_exact
+
 CHUNK_BYTES = 256 * 2**20
 """Most memory that one chunk of FP32 logits may take."""
 
@@ -70,8 +73,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=_wide(hidden_TD))
         lse_T = torch.empty_like(loss_T)
         for part in _chunks(hidden_TD.shape[0], chunk):
-            logits_TV = _matmul_wide(hidden_TD[part], weight_VD.T)
-            lse_T[part] = logits_TV.logsumexp(-1)
+            if is_exact():  # the bits that `Transformer.logits` and the sampler's log-probabilities have
+                logits_TV = invariant.linear(hidden_TD[part], weight_VD, wide=True)
+                lse_T[part] = invariant.logsumexp(logits_TV)
+            else:
+                logits_TV = _matmul_wide(hidden_TD[part], weight_VD.T)
+                lse_T[part] = logits_TV.logsumexp(-1)
             loss_T[part] = lse_T[part] - logits_TV.gather(1, target_T[part, None])[:, 0]
         if z_loss:
             loss_T += z_loss * lse_T.square()

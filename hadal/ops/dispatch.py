@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hadal.ops.exact import is_exact
+
 if TYPE_CHECKING:
     from hadal.ops.packed import Packed
 
@@ -38,8 +40,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def use_triton(first: Tensor, *others: Tensor | Packed) -> bool:
-    """Inference on CUDA with Triton present; packed weights have kernels of their own."""
-    if not first.is_cuda or not has_triton() or forced_reference():
+    """Inference on CUDA with Triton present; packed weights have kernels of their own, and so has exact
+    mode."""
+    if is_exact() or not first.is_cuda or not has_triton() or forced_reference():
         return False
     tensors = [first, *(t for t in others if isinstance(t, Tensor))]
     return len(tensors) == 1 + len(others) and not needs_grad(*tensors)
@@ -50,8 +53,8 @@ _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 def use_cpu_kernels(first: Tensor, *others: Tensor | Packed) -> bool:
     """Inference on CPU with the C++ library built, FP32 or BF16 throughout; packed weights have kernels of
-    their own."""
-    if not first.is_cpu or first.dtype not in _KERNEL_DTYPES:
+    their own, and so has exact mode."""
+    if is_exact() or not first.is_cpu or first.dtype not in _KERNEL_DTYPES:
         return False
     tensors = [first, *(t for t in others if isinstance(t, Tensor))]
     if len(tensors) <= len(others) or needs_grad(*tensors):

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hadal.config import Moe
 from hadal.ops import cpu
+
+if TYPE_CHECKING:
+    from hadal.ops.invariant import Stream
 
 SOURCE = cpu.SOURCE.with_name("exact.cpp")
 # No reassociation, no reciprocals, no contraction: FMAs are written where they are wanted.
@@ -119,9 +122,7 @@ def swiglu(x_T2I: Tensor) -> Tensor:
     return out
 
 
-def gate(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
-) -> tuple[Tensor, Tensor, Tensor]:
+def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor, Tensor]:
     """(experts int64 [T, K], weights FP32 [T, K], scores FP32 [T, E])."""
     x_TD, (T, D) = x_TD.contiguous(), x_TD.shape
     E, K = moe.n_routed_experts, moe.num_experts_per_tok
@@ -147,19 +148,20 @@ def experts(
     return out
 
 
-Where = tuple[Tensor, Tensor, Tensor | None, int]
-"""Of a stream's sequences: first tokens and the end [S + 1], positions of the first tokens [S], pages (or
-None where the entries are packed), page size."""
-
-
-def _stream(where: Where) -> tuple[list[int | None], list[int]]:
-    start, begin, table, page = where
-    pointers = [start.data_ptr(), begin.data_ptr(), None if table is None else table.data_ptr()]
-    return pointers, [begin.shape[0], 0 if table is None else table.stride(0), page]
+def _stream(stream: Stream) -> tuple[list[int | None], list[int]]:
+    table = stream.table
+    pointers = [stream.start.data_ptr(), stream.begin.data_ptr(), None if table is None else table.data_ptr()]
+    return pointers, [stream.begin.shape[0], 0 if table is None else table.stride(0), stream.page_size]
 
 
 def mla(
-    q_THw: Tensor, rotation_T2r: Tensor, entries: Tensor, kv_b: Tensor, where: Where, rank: int, scale: float
+    q_THw: Tensor,
+    rotation_T2r: Tensor,
+    entries: Tensor,
+    kv_b: Tensor,
+    stream: Stream,
+    rank: int,
+    scale: float,
 ) -> Tensor:
     """Attention of unrotated queries [T, H, n + R] over latent entries; [T, H·v]."""
     q_THw, rotation, (T, H, width) = q_THw.contiguous(), rotation_T2r.contiguous(), q_THw.shape
@@ -167,7 +169,7 @@ def mla(
     nope = width - rope
     values = kv_b.shape[0] // H - nope
     out = q_THw.new_empty((T, H * values))
-    pointers, sizes = _stream(where)
+    pointers, sizes = _stream(stream)
     _function("mla", q_THw.dtype)(
         q_THw.data_ptr(), rotation.data_ptr(), entries.data_ptr(), kv_b.data_ptr(), out.data_ptr(),
         *pointers, *sizes, H, nope, rope, rank, values, H * width, scale,
@@ -175,10 +177,10 @@ def mla(
     return out
 
 
-def gqa(q_THC: Tensor, entries: Tensor, where: Where, groups: int, scale: float) -> Tensor:
+def gqa(q_THC: Tensor, entries: Tensor, stream: Stream, groups: int, scale: float) -> Tensor:
     """Attention of rotated queries over entries [.., 2, G, C]; [T, H, C]."""
     q_THC = q_THC if q_THC.stride(2) == 1 else q_THC.contiguous()
-    (T, H, C), (pointers, sizes) = q_THC.shape, _stream(where)
+    (T, H, C), (pointers, sizes) = q_THC.shape, _stream(stream)
     out = q_THC.new_empty((T, H, C))
     _function("gqa", q_THC.dtype)(
         q_THC.data_ptr(), entries.data_ptr(), out.data_ptr(), *pointers, *sizes, H, groups, C,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hadal.ops import cpu, packed
+from hadal.ops import cpu, invariant, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
+from hadal.ops.exact import is_exact
 from hadal.ops.linear import SMALL_M, linear
 from hadal.ops.packed import Packed
 
@@ -21,6 +22,8 @@ SMALL_EXPERT = 1 << 16  # weights of a matrix up to which one CPU call for all e
 
 def swiglu(gate_up_T2I: Tensor) -> Tensor:
     """silu(gate) ⊙ up of the stacked product [T, 2I] → [T, I]."""
+    if is_exact():
+        return invariant.swiglu(gate_up_T2I)
     if use_triton(gate_up_T2I):
         from hadal.ops.triton.experts import swiglu as fast
 
@@ -127,6 +130,8 @@ def experts(
 
     The shared expert's output and the residual stream are added in the same pass where they are given.
     """
+    if is_exact():
+        return invariant.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     if isinstance(gate_up_E2ID, Packed) or isinstance(down_EDI, Packed):
         assert isinstance(gate_up_E2ID, Packed) and isinstance(down_EDI, Packed)
         return packed.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)

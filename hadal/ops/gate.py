@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hadal.config import Moe
-from hadal.ops import cpu
+from hadal.ops import cpu, invariant
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.exact import is_exact
 
 SMALL_T = 64  # tokens up to which the CPU kernel, one thread, beats the torch operations
 
@@ -64,6 +65,8 @@ def gate(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gate; fused on CUDA for inference, where the scores are not kept (None)."""
+    if is_exact():
+        return invariant.gate(x_TD, weight_ED, bias_E, moe)
     if use_triton(x_TD, weight_ED):
         from hadal.ops.triton.gate import gate as fast
 

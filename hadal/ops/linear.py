@@ -7,8 +7,9 @@ import functools
 import torch
 from torch import Tensor
 
-from hadal.ops import cpu, packed
+from hadal.ops import cpu, invariant, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
+from hadal.ops.exact import is_exact
 from hadal.ops.packed import Packed
 
 SMALL_M = 32  # rows up to which the weight-streaming CPU kernel beats a general matrix product
@@ -22,6 +23,8 @@ def native_bf16() -> bool:
 
 def linear(x_TI: Tensor, weight_OI: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
     """Matrix product with a weight stored [out, in]. Few rows on CPU go through a weight-streaming kernel."""
+    if is_exact():
+        return invariant.linear(x_TI, weight_OI, bias_O)
     if isinstance(weight_OI, Packed):
         return packed.linear(x_TI, weight_OI, bias_O)
     if use_cpu_kernels(x_TI, weight_OI) and not needs_grad(bias_O):

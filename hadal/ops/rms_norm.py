@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hadal.ops import cpu
+from hadal.ops import cpu, invariant
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.exact import is_exact
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -22,6 +23,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of the last dimension of x [..., D] with weight [D]."""
+    if is_exact():
+        return invariant.rms_norm(x, weight, eps)
     if use_triton(x, weight):
         from hadal.ops.triton.norm import rms_norm as fast
 

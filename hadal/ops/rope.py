@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hadal.config import Rope
-from hadal.ops import cpu
+from hadal.ops import cpu, invariant
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.exact import is_exact
 
 
 def frequencies(rope: Rope, dim: int) -> Tensor:
@@ -77,6 +78,8 @@ def rotate_half(x_THR: Tensor, rotation_T2r: Tensor) -> Tensor:
 
 def _fast_rotate(x: Tensor, rotation_T2r: Tensor, interleaved: bool) -> Tensor | None:
     """One kernel on CUDA or CPU for inference; None where the differentiable form must run."""
+    if is_exact():
+        return invariant.rotate(x, rotation_T2r, interleaved)
     if use_triton(x):
         from hadal.ops.triton.rope import rotate
 
