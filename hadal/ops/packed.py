@@ -14,19 +14,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil, gcd
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from hadal.config.packing import BITS, FP8_ROWS, GROUP, KINDS, Kind
 from hadal.ops.fp8 import dequantise_blocks, quantise_blocks
 
-Kind = Literal["fp8", "int8", "int4"]
-KINDS: tuple[Kind, ...] = ("fp8", "int8", "int4")
-GROUP: dict[Kind, int] = {"fp8": 128, "int8": 128, "int4": 32}  # input channels that share a scale
-BITS: dict[Kind, int] = {"fp8": 8, "int8": 8, "int4": 4}
-FP8_ROWS = 128
+__all__ = [
+    "BITS",
+    "GROUP",
+    "KINDS",
+    "Kind",
+    "Packed",
+    "block_rows",
+    "dequantise",
+    "experts",
+    "linear",
+    "pack",
+    "quantise",
+]
+
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # INT4 scales that are tried, as shares of the one that fits all
 
 

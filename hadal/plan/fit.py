@@ -17,14 +17,15 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from hadal.config import PRESETS, Mla, ModelConfig
+from hadal.config.packing import packed_bytes
 
-WeightDtype = Literal["fp8", "bf16", "fp32"]
+WeightDtype = Literal["int4", "int8", "fp8", "bf16", "fp32"]
 USABLE = 0.9
 MIN_CONTEXT = 4096
 STEP_TOKENS = 2048
 STEP_SEQUENCES = 64
 GPU_RUNTIME_BYTES = 600_000_000
-_DTYPE_NAMES = {"fp8": "FP8 blocks", "bf16": "BF16", "fp32": "FP32"}
+_DTYPE_NAMES = {"int4": "INT4", "int8": "INT8", "fp8": "FP8 blocks", "bf16": "BF16", "fp32": "FP32"}
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,9 @@ def needed(
 
 
 def memory_bytes(config: ModelConfig, weight_dtype: WeightDtype, *, with_mtp: bool = True) -> int:
-    """Bytes of the weights in memory: as stored, but embedding and head of MTP modules are shared, not
-    copied.
-    """
+    """Bytes of the weights in memory: as the engine keeps them, embedding and head of MTP modules shared."""
+    if weight_dtype in ("fp8", "int8", "int4"):
+        return packed_bytes(config, weight_dtype, mtp=with_mtp)
     if not with_mtp:
         config = replace(config, num_nextn_predict_layers=0)
     copies = config.parameters().mtp_copies * (4 if weight_dtype == "fp32" else 2)

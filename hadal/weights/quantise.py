@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hadal.config import ModelConfig
 from hadal.model.layers import Linear
 from hadal.model.transformer import Transformer
-from hadal.ops.packed import BITS, GROUP, KINDS, Kind, Packed, block_rows
+from hadal.ops.packed import KINDS, Kind, Packed, block_rows
 from hadal.weights.errors import WeightsError
 from hadal.weights.names import Slot, slots
 
@@ -63,25 +63,6 @@ def packed_shapes(
     if config.tie_word_embeddings and kind != "fp8":
         found[HEAD] = ((config.vocab_size, config.hidden_size), 1)
     return found
-
-
-def weight_bytes(config: ModelConfig, kind: Kind, dtype_bytes: int = 2, *, with_mtp: bool = True) -> int:
-    """Bytes in memory of a model whose weights are packed, the rest taking `dtype_bytes` a value."""
-    packed = packed_shapes(config, kind, with_mtp=with_mtp)
-    total = 0
-    for name, (shape, rows) in packed.items():
-        *lead, outs, width = shape
-        own = kind_of(name, kind)
-        n = 1
-        for size in lead:
-            n *= size
-        columns = ceil(width * BITS[own] / 8)
-        scales = (ceil(outs / rows) * 4 if own == "fp8" else outs * 2) * ceil(width / GROUP[own])
-        total += n * (outs * columns + scales)
-    for slot in slots(config, with_mtp=with_mtp).values():
-        if not slot.copy and slot.parameter not in packed:
-            total += slot.elements * (4 if slot.kind == "float32" else dtype_bytes)
-    return total
 
 
 @torch.no_grad()

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hadal.config import Fp8, preset
+from hadal.config.packing import packed_bytes
 from hadal.model.context import Context
 from hadal.model.transformer import Transformer
 from hadal.ops.packed import KINDS, Kind, pack
 from hadal.weights import WeightsError, load, save
-from hadal.weights.quantise import packed_shapes, packed_weights, quantise_model, weight_bytes
+from hadal.weights.quantise import packed_shapes, packed_weights, quantise_model
 from tests.weights import tiny
 from tests.weights.helpers import edit, random_model
 
@@ -84,15 +85,18 @@ def test_bytes_are_known_beforehand(name: str, kind: Kind, monkeypatch: pytest.M
     monkeypatch.setattr("hadal.ops.dispatch._kernels_ready", lambda: False)
     model = quantise_model(random_model(tiny.ALL[name], dtype=torch.bfloat16), kind)
     real = sum(t.nbytes for t in model.state_dict().values())
-    assert real == weight_bytes(model.config, kind)
+    known = packed_bytes(model.config, kind)
+    assert real == known if kind != "fp8" else 1 <= real / known < 1.05  # tiny widths make smaller blocks
+    if model.config.num_nextn_predict_layers:
+        assert packed_bytes(model.config, kind, mtp=False) < known
 
 
 def test_sizes_of_published_models() -> None:
     lite = preset("deepseek-v2-lite").config
-    assert 8.2e9 < weight_bytes(lite, "int4") < 9.6e9
-    assert 15.7e9 < weight_bytes(lite, "int8") < 16.8e9
+    assert 8.2e9 < packed_bytes(lite, "int4") < 9.6e9
+    assert 15.7e9 < packed_bytes(lite, "int8") < 16.8e9
     v3 = replace(preset("deepseek-v3").config, num_nextn_predict_layers=0)
-    assert 671e9 < weight_bytes(v3, "fp8") < 676e9
+    assert 671e9 < packed_bytes(v3, "fp8") < 676e9
 
 
 @pytest.mark.parametrize("kind", KINDS)
