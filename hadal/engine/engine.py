@@ -45,6 +45,9 @@ from hadal.engine.sampler import Sampled, Sampler
 from hadal.engine.scheduler import Schedule, Scheduler
 from hadal.model.context import Cache
 from hadal.model.transformer import Transformer
+from hadal.ops.exact import exact as exact_operations
+from hadal.ops.exact import unavailable
+from hadal.ops.packed import Packed
 from hadal.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     finished: dict[str, int]  # by finish_reason
+    exact: bool = False  # batch-invariant operations
 
 
 @dataclass
@@ -107,9 +111,14 @@ class Engine(OfflineApi):
         prefix_caching: bool = True,
         cuda_graphs: bool = True,
         capture_at_start: bool = False,
+        exact: bool = False,
         seed: int | None = None,
     ) -> None:
-        """Raises EngineError when the cache cannot hold one context."""
+        """`exact`: batch-invariant operations (docs/exact.md). Raises EngineError when the cache cannot hold
+        one context, or where exact mode cannot be kept."""
+        if exact:
+            _check_exact(model)
+        self.exact = exact
         on_gpu = model.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(model.device)  # kernels and streams of our own go to the current device
@@ -150,15 +159,16 @@ class Engine(OfflineApi):
         self.max_num_seqs = seats
         pages = PageAllocator(num_pages, page_size, prefix_caching=prefix_caching)
         self.scheduler = Scheduler(pages, max_num_seqs=seats, max_num_batched_tokens=budget)
-        self.runner = Runner(
-            model,
-            Cache(model.config, num_pages, page_size, model.dtype, model.device),
-            max_num_seqs=seats,
-            max_num_batched_tokens=budget,
-            max_model_len=self.max_model_len,
-            cuda_graphs=cuda_graphs,
-            capture_at_start=capture_at_start,
-        )
+        with exact_operations(exact):  # graphs captured at the start are of its operations, too
+            self.runner = Runner(
+                model,
+                Cache(model.config, num_pages, page_size, model.dtype, model.device),
+                max_num_seqs=seats,
+                max_num_batched_tokens=budget,
+                max_model_len=self.max_model_len,
+                cuda_graphs=cuda_graphs,
+                capture_at_start=capture_at_start,
+            )
         self.sampler = Sampler(self.vocab_size, seats, model.device)
         self.failure: str | None = None  # why the engine cannot go on at all
         self._requests: dict[str, Request] = {}
@@ -190,8 +200,9 @@ class Engine(OfflineApi):
         ]
         if plan.sequences:
             try:
-                output = self.runner.run(plan)
-                sampled = self._sample(output, self._next_step(plan))
+                with exact_operations(self.exact):
+                    output = self.runner.run(plan)
+                    sampled = self._sample(output, self._next_step(plan))
                 updates += self._commit(plan, output, sampled)
             except Exception as error:
                 updates += self._fail(plan, error)
@@ -414,7 +425,18 @@ class Engine(OfflineApi):
             prompt_tokens=totals.prompt_tokens,
             generation_tokens=totals.generation_tokens,
             finished=dict(totals.finished),
+            exact=self.exact,
         )
+
+
+def _check_exact(model: Transformer) -> None:
+    """Raises EngineError, with the remedy, where exact mode cannot be kept on this machine or these weights."""
+    why = unavailable(model.device, model.dtype)
+    packed = next((m.kind for m in model.modules() if isinstance(m, Packed)), None)
+    if why is None and packed is not None:
+        why = f"exact mode has no operations on {packed} weights; load them unquantised"
+    if why is not None:
+        raise EngineError(why)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
