@@ -38,16 +38,19 @@ from hadal.engine.request import (
     TokenLogprob,
     Update,
     check_token_ids,
+    merge_updates,
     resolve_max_tokens,
 )
 from hadal.engine.runner import Runner, StepOutput
 from hadal.engine.sampler import Sampled, Sampler
 from hadal.engine.scheduler import Schedule, Scheduler
+from hadal.engine.speculation import SpeculationOptions, SpeculationStats, Speculator, max_rows
 from hadal.model.context import Cache
 from hadal.model.transformer import Transformer
 from hadal.ops.exact import exact as exact_operations
 from hadal.ops.exact import unavailable
 from hadal.ops.packed import Packed
+from hadal.ops.sampling import FAILED
 from hadal.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -74,6 +77,7 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     finished: dict[str, int]  # by finish_reason
+    speculation: SpeculationStats | None = None
     exact: bool = False  # batch-invariant operations
 
 
@@ -92,6 +96,11 @@ class Engine(OfflineApi):
     token ids that go in and come out; `max_model_len` bounds prompt + output. Without a tokenizer, requests
     are token ids and have no text. Sizes that are None are chosen for the device; `cache_bytes` overrides
     what is measured.
+
+    speculation: "auto", "mtp", "ngram" or "off", with num_speculative_tokens drafts a sequence while at most
+    speculation_max_batch sequences run; see docs/speculation.md. speculation_adaptive False: no rest where it
+    is slower. speculation_forced_acceptance, for measurements only: accept each draft with this probability;
+    the output is then not the model's.
     """
 
     def __init__(
@@ -113,9 +122,22 @@ class Engine(OfflineApi):
         capture_at_start: bool = False,
         exact: bool = False,
         seed: int | None = None,
+        speculation: str = "auto",
+        num_speculative_tokens: int | None = None,
+        speculation_max_batch: int | None = None,
+        speculation_adaptive: bool = True,
+        speculation_forced_acceptance: float | None = None,
     ) -> None:
         """`exact`: batch-invariant operations (docs/exact.md). Raises EngineError when the cache cannot hold
-        one context, or where exact mode cannot be kept."""
+        one context, for options that do not fit, or where exact mode cannot be kept."""
+        wishes = SpeculationOptions(
+            speculation,
+            num_speculative_tokens,
+            speculation_max_batch,
+            speculation_adaptive,
+            speculation_forced_acceptance,
+        )
+        method = wishes.resolve(model.config, model.device)
         if exact:
             _check_exact(model)
         self.exact = exact
@@ -127,10 +149,12 @@ class Engine(OfflineApi):
         if max_model_len is not None and not 2 <= max_model_len <= model.max_positions:
             raise EngineError(f"max_model_len must be from 2 to {model.max_positions}, not {max_model_len}")
         longest = model.max_positions
+        rows = max_rows(wishes, method, seats, model.device)
+        extra_layers = 1 if method == "mtp" else 0
         if cache_bytes is None:
             cache_bytes, longest = cache_budget(
                 model,
-                max_num_seqs=seats,
+                max_rows=rows,
                 num_tokens=budget,
                 max_model_len=max_model_len,
                 page_size=page_size,
@@ -144,6 +168,7 @@ class Engine(OfflineApi):
             longest=longest,
             page_size=page_size,
             dtype=model.dtype,
+            extra_layers=extra_layers,
         )
         self.model, self.config = model, model.config
         self.tokenizer, self.template = tokenizer, template
@@ -158,23 +183,30 @@ class Engine(OfflineApi):
         )
         self.max_num_seqs = seats
         pages = PageAllocator(num_pages, page_size, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(pages, max_num_seqs=seats, max_num_batched_tokens=budget)
+        self.scheduler = Scheduler(
+            pages, max_num_seqs=seats, max_num_batched_tokens=budget, hash_ahead=extra_layers
+        )
         with exact_operations(exact):  # graphs captured at the start are of its operations, too
             self.runner = Runner(
                 model,
-                Cache(model.config, num_pages, page_size, model.dtype, model.device),
+                Cache(model.config, num_pages, page_size, model.dtype, model.device, extra_layers),
                 max_num_seqs=seats,
                 max_num_batched_tokens=budget,
                 max_model_len=self.max_model_len,
                 cuda_graphs=cuda_graphs,
                 capture_at_start=capture_at_start,
+                max_rows=rows,
             )
         self.sampler = Sampler(self.vocab_size, seats, model.device)
+        self.speculation = (
+            Speculator(wishes, method, self.runner, self.sampler, self.scheduler) if method else None
+        )
         self.failure: str | None = None  # why the engine cannot go on at all
         self._requests: dict[str, Request] = {}
         self._totals = _Totals()
         self._names = itertools.count()
         self._seeds = random.Random(seed)
+        self._seeded = seed is not None
         self._owner: str | None = None  # who else runs step()
         self._eos = frozenset(tokenizer.eos_ids if tokenizer else model.config.eos_token_id)
 
@@ -194,6 +226,7 @@ class Engine(OfflineApi):
     def step(self) -> list[tuple[str, Update]]:
         """One step for everybody: who computes what, compute, draw, book. Returns what became known."""
         self._check_alive()
+        begin = time.monotonic()
         plan = self.scheduler.schedule()
         updates = [
             self._end(request, "abort", "the deadline passed in the queue") for request in plan.expired
@@ -202,16 +235,20 @@ class Engine(OfflineApi):
             try:
                 with exact_operations(self.exact):
                     output = self.runner.run(plan)
-                    sampled = self._sample(output, self._next_step(plan))
+                    sampled = self._sample(plan, output)
                 updates += self._commit(plan, output, sampled)
+                if self.speculation is not None:
+                    self.speculation.observe(plan, time.monotonic() - begin, len(sampled.tokens))
             except Exception as error:
                 updates += self._fail(plan, error)
         return self._deliver(updates)
 
-    def _sample(self, output: StepOutput, then: Callable[[torch.Tensor], None] | None) -> Sampled:
+    def _sample(self, plan: Schedule, output: StepOutput) -> Sampled:
+        if self.speculation is not None and self.speculation.engaged(plan):
+            return self.speculation.sample(plan, output)
         if output.logits_BV is None:
             return Sampled([])
-        return self.sampler.sample(output.logits_BV, output.requests, then)
+        return self.sampler.sample(output.logits_BV, output.requests, self._next_step(plan))
 
     def _next_step(self, plan: Schedule) -> Callable[[torch.Tensor], None] | None:
         """What starts the decode step after this one on the GPU, before this one's tokens are read.
@@ -220,6 +257,8 @@ class Engine(OfflineApi):
         decides whether it counts.
         """
         if not self.runner.can_look_ahead(plan) or self.scheduler.waiting:
+            return None
+        if self.speculation is not None and self.speculation.expects_drafts():
             return None
         goes_on = [
             row
@@ -234,29 +273,50 @@ class Engine(OfflineApi):
         for request, entries in output.prompt_logprobs:
             request.prompt_logprobs += entries
         updates = []
-        for row, (request, token) in enumerate(zip(output.requests, sampled.tokens, strict=True)):
-            logprob = sampled.logprobs[row] if sampled.logprobs else None
-            updates.append((request, self._advance(request, token, logprob, sampled.errors.get(row), now)))
+        rejected: dict[str, int] = {}
+        new = zip(output.requests, output.num_drafts, sampled.by_request(), strict=True)
+        for row, (request, drafted, (tokens, logprobs)) in enumerate(new):
+            known = request.num_generated
+            updates.append((request, self._advance(request, tokens, logprobs, sampled.errors.get(row), now)))
+            emitted = request.num_generated - known
+            self._totals.generation_tokens += emitted
+            if drafted and self.speculation is not None:
+                rejected[request.request_id] = self.speculation.count(request, drafted, emitted)
         updates += [self._embedded(request, vector, now) for request, vector in output.embeddings]
-        self.scheduler.commit(plan)
+        self.scheduler.commit(plan, rejected)
         for request, update in updates:
             if update.finish_reason is not None:
                 self._remove(request, update.finish_reason)
+        if self.speculation is not None:
+            self.speculation.attach(plan)
         self._totals.steps += 1
-        self._totals.generation_tokens += len(output.requests)
         return updates
 
     def _advance(
-        self, request: Request, token: int, logprob: TokenLogprob | None, error: str | None, now: float
+        self,
+        request: Request,
+        tokens: Sequence[int],
+        logprobs: Sequence[TokenLogprob | None],
+        error: str | None,
+        now: float,
     ) -> Update:
+        """Take in new tokens, up to one that ends the request or failed."""
         if request.metrics.first_token is None:
             self._totals.prompt_tokens += request.prompt_len
-        if error is None:
+        taken: list[Update] = []
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if error is not None and token == FAILED:
+                break
             try:
-                return advance(request, token, logprob, now)
+                taken.append(advance(request, token, logprob, now))
             except Exception as fault:  # its text or its grammar: nobody else's fault
                 error = f"the new token could not be taken in: {fault}"
-        return ended(request, "error", now, error)
+                break
+            if taken[-1].finish_reason is not None:
+                return merge_updates(taken)
+        if error is not None:
+            taken.append(ended(request, "error", now, error))
+        return merge_updates(taken)
 
     def _embedded(self, request: Request, vector: torch.Tensor, now: float) -> tuple[Request, Update]:
         self._totals.prompt_tokens += request.prompt_len
@@ -297,6 +357,8 @@ class Engine(OfflineApi):
     def _remove(self, request: Request, reason: FinishReason) -> None:
         """Forget a request. What a faulty one left in the cache is not to be shared."""
         self.scheduler.finish(request, poisoned=reason == "error")
+        if self.speculation is not None:
+            self.speculation.forget(request)
         self._requests.pop(request.request_id, None)
         self._totals.finished[reason] += 1
 
@@ -371,6 +433,7 @@ class Engine(OfflineApi):
             pooling=pooling,
             on_update=on_update,
             eos_ids=frozenset() if params.ignore_eos else self._eos,
+            repeatable=params.is_greedy or params.seed is not None or self._seeded,
         )
         self.scheduler.check_fits(request.prompt_len, request.max_len)
         if self.tokenizer is not None and pooling is None:
@@ -425,6 +488,7 @@ class Engine(OfflineApi):
             prompt_tokens=totals.prompt_tokens,
             generation_tokens=totals.generation_tokens,
             finished=dict(totals.finished),
+            speculation=None if self.speculation is None else self.speculation.snapshot(),
             exact=self.exact,
         )
 

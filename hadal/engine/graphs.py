@@ -1,9 +1,9 @@
 """Decode steps as CUDA graphs: static shapes for a few batch sizes, captured on first use or at start.
 
-A step of n sequences with one token each is padded to the next size; a padding row computes token 0 on the
-scratch page (page 0), which nobody reads. The graph covers embedding to last block and leaves hidden
-states; head and sampling follow outside, on the n real rows. Inputs are two static buffers, filled by one
-copy each, and the block table on the device. All graphs share one memory pool.
+A step of n rows (a sequence's next token, or one of its drafts) is padded to the next size; a padding row
+computes token 0 on the scratch page (page 0), which nobody reads. The graph covers embedding to last block
+and leaves hidden states; head and sampling follow outside, on the n real rows. Inputs are two static
+buffers, filled by one copy each, and the block table on the device. All graphs share one memory pool.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class DecodeGraphs:
     """`table_SP`: the block table on the device, one row a slot and a last row of zeros for padding."""
 
-    def __init__(self, model: Transformer, cache: Cache, table_SP: Tensor, max_num_seqs: int) -> None:
+    def __init__(self, model: Transformer, cache: Cache, table_SP: Tensor, max_rows: int) -> None:
         self.model, self.cache, self.table_SP = model, cache, table_SP
         # above 256 rows only the grouped products of BF16 experts run without asking the host for counts
         free = model.config.moe is None or model.dtype == torch.bfloat16
-        self.sizes = graph_sizes(max_num_seqs if free else min(max_num_seqs, 256))
+        self.sizes = graph_sizes(max_rows if free else min(max_rows, 256))
         self.broken: str | None = None  # why graphs are off, if they failed
         device = table_SP.device
-        self._long = torch.zeros(3 * max_num_seqs, dtype=torch.int64, device=device)
-        self._int = torch.zeros(2 * max_num_seqs, dtype=torch.int32, device=device)
+        self._long = torch.zeros(3 * max_rows, dtype=torch.int64, device=device)
+        self._int = torch.zeros(2 * max_rows, dtype=torch.int32, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -53,6 +53,10 @@ class DecodeGraphs:
         """The smallest size with room for `rows`; None when graphs are off."""
         if self.broken is not None or not 0 < rows <= self.sizes[-1]:
             return None
+        return self.size_of(rows)
+
+    def size_of(self, rows: int) -> int:
+        """The smallest size with room for `rows`, which must be at most the largest."""
         return self.sizes[bisect.bisect_left(self.sizes, rows)]
 
     def run(self, size: int, host_long: Tensor, host_int: Tensor) -> Tensor:
@@ -64,6 +68,9 @@ class DecodeGraphs:
         """
         self._long[: 3 * size].copy_(host_long, non_blocking=True)
         self._int[: 2 * size].copy_(host_int, non_blocking=True)
+        return self._replay(size)
+
+    def _replay(self, size: int) -> Tensor:
         if size not in self._graphs and self.broken is None:
             self._try_capture(size)
         if size in self._graphs:
@@ -104,6 +111,9 @@ class DecodeGraphs:
             context_len_S=length_B,
             num_decodes=size,
         )
+        return self._compute(token_B, context)
+
+    def _compute(self, token_B: Tensor, context: Context) -> Tensor:
         return self.model(token_B, context)
 
     def _try_capture(self, size: int) -> None:
@@ -129,3 +139,44 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden_BD = self._forward(size)
         self._graphs[size] = (graph, hidden_BD)
+
+
+class MtpGraphs(DecodeGraphs):
+    """Steps of the MTP block alone, on inputs that are on the device already."""
+
+    def __init__(self, model: Transformer, cache: Cache, table_SP: Tensor, max_rows: int) -> None:
+        super().__init__(model, cache, table_SP, max_rows)
+        shape = (max_rows, model.config.hidden_size)
+        self._hidden_BD = torch.zeros(shape, dtype=model.dtype, device=table_SP.device)
+
+    def follow(self, main: DecodeGraphs, hidden_TD: Tensor, next_T: Tensor) -> Tensor:
+        """Outputs [T, D] for the step that `main` has just run, whose inputs it still holds. next: the token
+        after each."""
+        n = next_T.shape[0]
+        size = self.size_of(n)
+        self._long[: 3 * size].copy_(main._long[: 3 * size])
+        self._int[: 2 * size].copy_(main._int[: 2 * size])
+        self._long[:n].copy_(next_T)
+        self._hidden_BD[:n].copy_(hidden_TD)
+        return self._replay(size)[:n]
+
+    def advance(
+        self, hidden_ND: Tensor, token_N: Tensor, position_N: Tensor, slot_N: Tensor, row_N: Tensor
+    ) -> Tensor:
+        """Outputs [N, D] of one more token for each of N sequences. row: of the block table."""
+        n = token_N.shape[0]
+        size = self.size_of(n)
+        long = self._long[: 3 * size].view(3, size)
+        length_B, row_B = self._int[: 2 * size].view(2, size)
+        long.zero_()
+        length_B.fill_(1)
+        row_B.fill_(self.table_SP.shape[0] - 1)
+        for row, values in zip(long, (token_N, position_N, slot_N), strict=True):
+            row[:n].copy_(values)
+        length_B[:n].copy_(position_N + 1)
+        row_B[:n].copy_(row_N)
+        self._hidden_BD[:n].copy_(hidden_ND)
+        return self._replay(size)[:n]
+
+    def _compute(self, token_B: Tensor, context: Context) -> Tensor:
+        return self.model.mtp_forward(self._hidden_BD[: token_B.shape[0]], token_B, context)

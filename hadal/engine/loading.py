@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hadal.config import ModelConfig
+from hadal.config.packing import Kind, packed_bytes
 from hadal.engine.memory import available_memory, gib
 from hadal.engine.request import EngineError
+from hadal.engine.speculation import SpeculationOptions
 from hadal.text.messages import TemplateError
 from hadal.text.templates import template_for
 from hadal.text.tokenizer import Tokenizer
 from hadal.weights import hub
 from hadal.weights import load as load_weights
 from hadal.weights.layout import read_config
+from hadal.weights.quantise import check_kind
 
 if TYPE_CHECKING:
     from hadal.engine.engine import Engine
@@ -46,31 +49,60 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     return picked
 
 
-def pick_dtype(config: ModelConfig, device: torch.device, dtype: str | torch.dtype = "auto") -> torch.dtype:
+def pick_dtype(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: str | torch.dtype = "auto",
+    quantize: Kind | None = None,
+) -> torch.dtype:
     """ "auto": BF16 on a GPU; on CPU FP32 for models that leave half of the free memory, BF16 for larger
-    ones."""
+    ones. What is not quantised, activations and cache included, has this dtype."""
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
             raise EngineError(f"dtype {dtype} is not supported; use auto, {', '.join(DTYPES)}")
         return dtype
     if dtype == "auto":
-        small = config.weight_bytes("fp32", mtp=False) <= _FP32_SHARE * available_memory()
+        small = weight_bytes(config, torch.float32, quantize) <= _FP32_SHARE * available_memory()
         return torch.float32 if device.type == "cpu" and small else torch.bfloat16
     if dtype not in DTYPES:
         raise EngineError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
-def check_weights_fit(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantize: Kind | None = None, *, mtp: bool = False
+) -> int:
+    """Bytes of the main model's weights in memory, and of its MTP modules' where they are loaded."""
+    if quantize is not None:
+        return packed_bytes(config, quantize, dtype.itemsize, mtp=mtp)
+    need = config.weight_bytes("fp32" if dtype == torch.float32 else "bf16", mtp=mtp)
+    copies = config.parameters().mtp_copies * dtype.itemsize if mtp else 0  # embedding and head are shared
+    return need - copies
+
+
+def check_weights_fit(
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: Kind | None = None,
+    *,
+    mtp: bool = False,
+) -> None:
     """Raises EngineError, before anything is read, when the weights alone exceed the free memory."""
-    need = config.weight_bytes("fp32" if dtype == torch.float32 else "bf16", mtp=False)
+    need = weight_bytes(config, dtype, quantize, mtp=mtp)
     free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    if need > free:
-        hint = "use dtype bfloat16, " if dtype == torch.float32 and need / 2 <= free else ""
-        raise EngineError(
-            f"the weights take {gib(need)} in {str(dtype).removeprefix('torch.')}, and {gib(free)} are free "
-            f"on {device}: {hint}free memory, or take a smaller model"
-        )
+    if need <= free:
+        return
+    what = quantize or str(dtype).removeprefix("torch.")
+    hint = ""
+    if dtype == torch.float32 and weight_bytes(config, torch.bfloat16, quantize, mtp=mtp) <= free:
+        hint = "use dtype bfloat16, "
+    elif smaller := [k for k in ("int8", "int4") if weight_bytes(config, torch.bfloat16, k, mtp=mtp) <= free]:
+        hint = f"quantize {smaller[0]}, "
+    raise EngineError(
+        f"the weights take {gib(need)} in {what}, and {gib(free)} are free on {device}: {hint}free memory, "
+        "or take a smaller model"
+    )
 
 
 def load_engine(
@@ -79,12 +111,15 @@ def load_engine(
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     max_model_len: int | None = None,
+    speculation: str = "auto",
     **options: Any,
 ) -> Engine:
     """Resolve `model` (a folder, "hadal-mini", a preset's name or a repository in the cache), load it,
-    build the engine.
+    build the engine. quantize: "fp8", "int8" or "int4" keeps the matrices packed (hadal/ops/packed.py). The
+    MTP module is read only where speculation drafts with it.
 
     Raises NotFoundError, WeightsError, TokenizerError, ConfigError or EngineError, each with cause and
     remedy.
@@ -92,19 +127,27 @@ def load_engine(
     folder = hub.resolve(model)
     config = read_config(folder)
     where = pick_device(device)
-    kind = pick_dtype(config, where, dtype)
+    packing = None if quantize is None else check_kind(quantize)
+    kind = pick_dtype(config, where, dtype, packing)
     if max_model_len is not None and not 2 <= max_model_len <= config.max_position_embeddings:
         raise EngineError(
             f"max_model_len must be from 2 to {config.max_position_embeddings}, not {max_model_len}"
         )
-    check_weights_fit(config, where, kind)
+    with_mtp = SpeculationOptions(speculation).resolve(config, where) == "mtp"
+    check_weights_fit(config, where, kind, packing, mtp=with_mtp)
     tokenizer = Tokenizer.load(folder)
     try:
         template = template_for(folder)
     except TemplateError as error:
         raise EngineError(f"{folder}: {error}") from error
     transformer = load_weights(
-        folder, dtype=kind, device=where, progress=progress, with_mtp=False, max_positions=max_model_len
+        folder,
+        dtype=kind,
+        device=where,
+        progress=progress,
+        with_mtp=with_mtp,
+        max_positions=max_model_len,
+        quantize=packing,
     )
     return engine_class(
         transformer,
@@ -113,5 +156,6 @@ def load_engine(
         name=options.pop("name", None) or (str(model) if isinstance(model, str) else folder.name),
         folder=folder,
         max_model_len=max_model_len,
+        speculation=speculation,
         **options,
     )

@@ -74,14 +74,14 @@ def release() -> None:
 def cache_budget(
     model: Transformer,
     *,
-    max_num_seqs: int,
+    max_rows: int,
     num_tokens: int,
     max_model_len: int | None,
     page_size: int,
     utilization: float,
 ) -> tuple[int, int]:
     """Bytes that the cache may take on the model's device, and the longest context that a step was found to
-    bear.
+    bear. max_rows: rows of logits that are sampled at once.
 
     Without a wish for max_model_len, a context whose attention alone exhausts the GPU is halved until it
     does not.
@@ -101,7 +101,7 @@ def cache_budget(
                     "the GPU beside the weights: lower max_model_len or max_num_batched_tokens"
                 ) from error
             length //= 2
-    sampling = max_num_seqs * model.config.vocab_size * 4 * _SAMPLING_COPIES
+    sampling = max_rows * model.config.vocab_size * 4 * _SAMPLING_COPIES
     free, total = torch.cuda.mem_get_info(model.device)
     reusable = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     return int(utilization * total) - (total - free - reusable) - peak - sampling, length
@@ -116,13 +116,14 @@ def fit_cache(
     longest: int,
     page_size: int,
     dtype: torch.dtype,
+    extra_layers: int = 0,
 ) -> tuple[int, int]:
-    """(pages, max_model_len) for a cache of at most `budget` bytes.
+    """(pages, max_model_len) for a cache of at most `budget` bytes. extra_layers: of MTP blocks.
 
     Without a wish for max_model_len it is `longest`, cut to what the budget holds. Raises EngineError
     when the wish, or not even 128 tokens, fits.
     """
-    page_bytes = Cache.bytes_per_page(config, page_size, dtype)
+    page_bytes = Cache.bytes_per_page(config, page_size, dtype, extra_layers)
     wanted = max_model_len or longest
     affordable = budget // page_bytes - 1  # one page is scratch
     room = affordable * page_size

@@ -222,6 +222,8 @@ class RequestMetrics:
     finished: float | None = None
     completion_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0  # drafts that were verified
+    accepted_tokens: int = 0  # of these, right
 
     @property
     def queue_time(self) -> float | None:
@@ -340,6 +342,8 @@ class Request:
     detokenizer: Any = None
     matcher: Matcher | None = None
     eos_ids: frozenset[int] = frozenset()  # end the request (empty with ignore_eos)
+    # the output follows from prompt and parameters alone, whatever is drafted: greedy, or with a seed
+    repeatable: bool = True
 
     token_ids: list[int] = field(init=False)
     draft_ids: list[int] = field(default_factory=list, init=False)
@@ -385,15 +389,17 @@ class Request:
             return True
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt_ids)
 
-    def hashes(self, page_size: int) -> list[bytes]:
+    def hashes(self, page_size: int, ahead: int = 0) -> list[bytes]:
         """Hash of each full page of token_ids, chained: h_i = SHA-256(h_{i-1}, tokens of page i), h_{-1} from
-        the salt. Computed once a page; equal hashes mean equal salt, page size and tokens up to there."""
+        the salt. Computed once a page; equal hashes mean equal salt, page size and tokens up to there.
+
+        ahead: tokens after a page that its content depends on, too (the same in every call)."""
         done = self.page_hashes
-        full = len(self.token_ids) // page_size
+        full = max(0, len(self.token_ids) - ahead) // page_size
         if len(done) < full:
             parent = done[-1] if done else root_hash(self.cache_salt, page_size)
             for start in range(len(done) * page_size, full * page_size, page_size):
-                page = array("i", self.token_ids[start : start + page_size])
+                page = array("i", self.token_ids[start : start + page_size + ahead])
                 parent = hashlib.sha256(parent + page.tobytes()).digest()
                 done.append(parent)
         return done

@@ -1,7 +1,9 @@
 """One rank's view of the model and its cache: from the plan of a step, through its tensors, to logits.
 
 A plan becomes one flat stream: token ids, positions, the cache slot of each token (page · page_size +
-offset), and per sequence its pages and visible length. The pages of a running sequence sit in one row of a
+offset), and per sequence its pages and visible length. A sequence with drafts is k + 1 rows of one token
+each, which share its pages and see one token more from row to row: all entries of a step are written before
+any is read, so drafts need no attention of their own. The pages of a running sequence sit in one row of a
 block table, at the row that the scheduler gave it (`Request.slot`); a row is touched only when its sequence
 gets a page. Host buffers are allocated once (pinned beside a GPU) and each kind of input crosses in one
 copy.
@@ -20,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hadal.engine.graphs import DecodeGraphs
+from hadal.engine.graphs import DecodeGraphs, MtpGraphs
 from hadal.engine.request import Request, TokenLogprob
 from hadal.engine.scheduler import Schedule, ScheduledSequence
 from hadal.model.context import Cache, Context
@@ -34,10 +36,15 @@ _LOGIT_ELEMENTS = 2**24  # at most so many logits at once for prompt log-probabi
 
 @dataclass
 class StepOutput:
-    """What a step computed. `logits_BV` has one row for each of `requests`, those whose next token is due."""
+    """What a step computed. `logits_BV` has one row for each of `requests`, those whose next token is due,
+    and one more for each of its drafts (`num_drafts`)."""
 
     requests: list[Request] = field(default_factory=list)
     logits_BV: Tensor | None = None
+    num_drafts: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # of the stream, whose logits these are
+    hidden_TD: Tensor | None = None  # of the whole stream, before the final norm; valid until the next step
+    context: Context | None = None  # None: the step was replayed
     prompt_logprobs: list[tuple[Request, list[TokenLogprob | None]]] = field(default_factory=list)
     embeddings: list[tuple[Request, Tensor]] = field(
         default_factory=list
@@ -75,18 +82,23 @@ class Runner:
         max_model_len: int,
         cuda_graphs: bool = True,
         capture_at_start: bool = False,
+        max_rows: int = 0,
     ) -> None:
+        """max_rows: of a step of single tokens and drafts; at least max_num_seqs."""
         self.model, self.cache, self.device = model, cache, model.device
         self.page_size = cache.page_size
         self.max_num_seqs = max_num_seqs
+        max_rows = max(max_rows, max_num_seqs)
+        self._max_rows = max_rows
         on_gpu = self.device.type == "cuda"
         pages = -(-max_model_len // cache.page_size)
 
         def buffer(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, pin_memory=on_gpu)
 
-        self._host_long = buffer(3 * max_num_batched_tokens, dtype=torch.int64)  # tokens, positions, slots
-        self._host_int = buffer(2 * (max_num_seqs + 1), dtype=torch.int32)  # visible lengths, table rows
+        longest = max(max_num_batched_tokens, max_rows)
+        self._host_long = buffer(3 * longest, dtype=torch.int64)  # tokens, positions, slots
+        self._host_int = buffer(2 * (max_rows + 1), dtype=torch.int32)  # visible lengths, table rows
         self._host_table = buffer(max_num_seqs + 1, pages, dtype=torch.int32)  # the last row stays 0: padding
         self._long, self._int, self._table = (
             tensor.numpy() for tensor in (self._host_long, self._host_int, self._host_table)
@@ -102,8 +114,9 @@ class Runner:
         ]
         self._ahead: Ahead | None = None
         self.graphs: DecodeGraphs | None = None
+        self._mtp_graphs: MtpGraphs | None = None
         if on_gpu and cuda_graphs:
-            self.graphs = DecodeGraphs(model, cache, self._device_table, max_num_seqs)
+            self.graphs = DecodeGraphs(model, cache, self._device_table, max_rows)
             if capture_at_start:
                 self.graphs.capture_all()
 
@@ -116,26 +129,37 @@ class Runner:
         sequences = plan.sequences
         if self._copied is not None:
             self._copied.synchronize()  # a step that samples nothing does not wait for the GPU by itself
-        self._update_table(sequences)
+        self.update_table(sequences)
         plain = self._plain_decode(plan)
         ahead, self._ahead = self._ahead, None
-        if plain and ahead is not None and (rows := ahead.rows_of(sequences)) is not None:
+        drafted = plan.num_drafted > 0
+        if plain and not drafted and ahead is not None and (rows := ahead.rows_of(sequences)) is not None:
             everyone = rows == list(range(len(rows)))
-            hidden_TD = ahead.hidden_BD[: len(rows)] if everyone else ahead.hidden_BD[self._index(rows)]
-            return StepOutput([s.request for s in sequences], self.model.logits(hidden_TD))
-        size = self.graphs.size_for(len(sequences)) if plain and self.graphs is not None else None
+            hidden_TD = ahead.hidden_BD[: len(rows)] if everyone else ahead.hidden_BD[self.index(rows)]
+            return self._decoded(plan, hidden_TD, None)
+        size = self.graphs.size_for(plan.num_tokens) if plain and self.graphs is not None else None
         if size is not None and self.graphs is not None:
-            self._fill_padded(sequences, size)
+            self._fill_padded(plan, size)
             hidden_TD = self.graphs.run(size, self._host_long[: 3 * size], self._host_int[: 2 * size])
-            hidden_TD = hidden_TD[: len(sequences)]
             self._record_copies()
-        else:
-            context, token_T = self._context(plan)
-            self._record_copies()
-            hidden_TD = self.model(token_T, context)
-            if not plain:
-                return self._output(plan, context, hidden_TD)
-        return StepOutput([s.request for s in sequences], self.model.logits(hidden_TD))
+            return self._decoded(plan, hidden_TD[: plan.num_tokens], None)
+        context, token_T = self._context(plan)
+        self._record_copies()
+        hidden_TD = self.model(token_T, context)
+        if plain:
+            return self._decoded(plan, hidden_TD, context)
+        return self._output(plan, context, hidden_TD)
+
+    def _decoded(self, plan: Schedule, hidden_TD: Tensor, context: Context | None) -> StepOutput:
+        """The output of a step of single tokens and drafts alone: every row's logits."""
+        return StepOutput(
+            requests=[s.request for s in plan.sequences],
+            logits_BV=self.model.logits(hidden_TD),
+            num_drafts=[s.num_drafts for s in plan.sequences],
+            rows=list(range(plan.num_tokens)),
+            hidden_TD=hidden_TD,
+            context=context,
+        )
 
     def look_ahead(self, plan: Schedule, goes_on: list[int], token_B: Tensor) -> None:
         """Start the next decode step of the sequences numbered `goes_on`, whose tokens were just drawn.
@@ -147,11 +171,11 @@ class Runner:
         if self.graphs is None or size is None or size not in self.graphs.captured:
             return
         sequences = [plan.sequences[row] for row in goes_on]
-        self._update_table(sequences)
+        self.update_table(sequences)
         host_long, host_int = self._ahead_buffers[0]
         self._ahead_buffers.reverse()
         self._fill_next(sequences, size, host_long.numpy(), host_int.numpy())
-        token_n = token_B if len(goes_on) == len(plan.sequences) else token_B[self._index(goes_on)]
+        token_n = token_B if len(goes_on) == len(plan.sequences) else token_B[self.index(goes_on)]
         hidden_BD = self.graphs.run_ahead(
             size, host_long[: 3 * size], host_int[: 2 * size], token_n.clamp(min=0)
         )
@@ -160,7 +184,12 @@ class Runner:
 
     def can_look_ahead(self, plan: Schedule) -> bool:
         """Whether the plan is one of single tokens on a GPU whose steps are replayed."""
-        return self.graphs is not None and self.graphs.broken is None and self._plain_decode(plan)
+        return (
+            self.graphs is not None
+            and self.graphs.broken is None
+            and not plan.num_drafted
+            and self._plain_decode(plan)
+        )
 
     def _fill_next(self, sequences: list[ScheduledSequence], size: int, longs: Array, ints: Array) -> None:
         """As `_fill_padded`, for the tokens after these; the tokens themselves are left to the caller."""
@@ -181,14 +210,15 @@ class Runner:
 
     @staticmethod
     def _plain_decode(plan: Schedule) -> bool:
-        """Single tokens only, and nothing asked but the next one (a prompt of one token may want more)."""
-        return plan.num_decodes == len(plan.sequences) and all(
+        """Single tokens and drafts only, and nothing asked but the next one (a prompt of one token may want
+        more)."""
+        return plan.num_decodes + plan.num_drafted == len(plan.sequences) and all(
             s.start >= s.request.prompt_len
             or (s.request.pooling is None and s.request.params.prompt_logprobs is None)
             for s in plan.sequences
         )
 
-    def _update_table(self, sequences: list[ScheduledSequence]) -> None:
+    def update_table(self, sequences: list[ScheduledSequence]) -> None:
         """Write what is new of each sequence's pages into its row, and send changed rows to the GPU."""
         for s in sequences:
             slot, pages = s.request.slot, s.pages
@@ -215,35 +245,53 @@ class Runner:
         position[:n] = starts
         slot[:n] = [s.pages[at // size] * size + at % size for s, at in zip(sequences, starts, strict=True)]
 
-    def _fill_padded(self, sequences: list[ScheduledSequence], size: int) -> None:
-        """A step of single tokens into the host buffers, padded to `size` rows: token 0 at position 0,
-        written to and read from the scratch page."""
-        n = len(sequences)
+    def _fill_tokens(self, s: ScheduledSequence, token: Array, position: Array, slot: Array) -> None:
+        """Inputs of one sequence's tokens, drafts last, into arrays of their number."""
+        ids = s.request.token_ids[s.start : s.start + s.num_tokens]
+        token[:] = ids + s.request.draft_ids[: s.num_drafts] if s.num_drafts else ids
+        position[:] = np.arange(s.start, s.start + s.num_tokens)
+        page = self._table[s.request.slot, position // self.page_size]
+        slot[:] = page * self.page_size + position % self.page_size
+
+    def _fill_decodes(self, plan: Schedule, token: Array, position: Array, slot: Array) -> list[int]:
+        """Inputs of single tokens and drafts; returns each row's row of the block table."""
+        d = plan.num_decodes
+        self._fill_singles(plan.sequences[:d], token, position, slot)
+        rows = [s.request.slot for s in plan.sequences[:d]]
+        for s in plan.sequences[d : d + plan.num_drafted]:
+            at = slice(len(rows), len(rows) + s.num_tokens)
+            self._fill_tokens(s, token[at], position[at], slot[at])
+            rows += [s.request.slot] * s.num_tokens
+        return rows
+
+    def _fill_padded(self, plan: Schedule, size: int) -> None:
+        """A step of single tokens and drafts into the host buffers, padded to `size` rows: token 0 at
+        position 0, written to and read from the scratch page."""
+        n = plan.num_tokens
         token, position, slot = self._long[: 3 * size].reshape(3, size)
         length, row = self._int[: 2 * size].reshape(2, size)
         token[n:] = position[n:] = slot[n:] = 0
-        self._fill_singles(sequences, token, position, slot)
-        row[:n] = [s.request.slot for s in sequences]
+        row[:n] = self._fill_decodes(plan, token, position, slot)
         row[n:] = self.max_num_seqs
         np.add(position, 1, out=length, casting="unsafe")
 
     def _context(self, plan: Schedule) -> tuple[Context, Tensor]:
-        """Inputs of any plan: single tokens first, then chunks."""
-        sequences, T, S, d = plan.sequences, plan.num_tokens, len(plan.sequences), plan.num_decodes
+        """Inputs of any plan: single tokens and drafts, a row each, then chunks."""
+        T = plan.num_tokens
         token, position, slot = self._long[: 3 * T].reshape(3, T)
-        self._fill_singles(sequences[:d], token, position, slot)
+        rows = self._fill_decodes(plan, token, position, slot)
+        d = len(rows)
         cu_seqlens = list(range(d + 1))
-        for s in sequences[d:]:
-            begin, end = cu_seqlens[-1], cu_seqlens[-1] + s.num_tokens
-            cu_seqlens.append(end)
-            ids = s.request.token_ids[s.start : s.start + s.num_tokens]
-            token[begin:end] = ids + s.request.draft_ids[: s.num_drafts] if s.num_drafts else ids
-            place = np.arange(s.start, s.start + s.num_tokens)
-            position[begin:end] = place
-            page = self._table[s.request.slot, place // self.page_size]
-            slot[begin:end] = page * self.page_size + place % self.page_size
-        lengths = [s.start + s.num_tokens for s in sequences]
-        rows = [s.request.slot for s in sequences]
+        lengths: list[int] = (position[:d] + 1).tolist()
+        for s in plan.sequences[plan.num_decodes + plan.num_drafted :]:
+            at = slice(cu_seqlens[-1], cu_seqlens[-1] + s.num_tokens)
+            self._fill_tokens(s, token[at], position[at], slot[at])
+            cu_seqlens.append(at.stop)
+            lengths.append(s.start + s.num_tokens)
+            rows.append(s.request.slot)
+        S = len(rows)
+        if self._int.size < S:  # more drafts than were announced
+            raise ValueError(f"a step of {S} rows exceeds the {self._max_rows} that this runner was made for")
         self._int[:S] = lengths
         long = self._to_device(self._host_long[: 3 * T])
         context = Context(
@@ -256,7 +304,7 @@ class Runner:
             context_lens=lengths,
             num_decodes=d,
             capture_layers=frozenset(
-                self._layer(s.request) for s in sequences if s.request.pooling is not None
+                self._layer(s.request) for s in plan.sequences if s.request.pooling is not None
             ),
         )
         return context, long[:T]
@@ -265,39 +313,78 @@ class Runner:
         """[S, P]: the first `pages` entries of these rows of the table."""
         if self.device.type == "cpu":
             return torch.from_numpy(self._table[rows, :pages])
-        return self._device_table[:, :pages].index_select(0, self._index(rows))
+        return self._device_table[:, :pages].index_select(0, self.index(rows))
 
     def _to_device(self, host: Tensor) -> Tensor:
         return host if self.device.type == "cpu" else host.to(self.device, non_blocking=True)
 
-    def _index(self, values: list[int]) -> Tensor:
+    def index(self, values: list[int]) -> Tensor:
         host = torch.tensor(values)
         return host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+
+    # --- the MTP block, for drafts ---
+
+    def use_mtp(self) -> None:
+        """Get ready to run MTP block 0, whose cache layer follows the model's."""
+        if self.graphs is not None:
+            self._mtp_graphs = MtpGraphs(self.model, self.cache, self._device_table, self._max_rows)
+
+    def mtp_follow(self, output: StepOutput, next_T: Tensor) -> Tensor:
+        """Outputs [T, D] of the MTP block for the whole stream of the step just run; next: the token after
+        each. Its entries lie where the model's lie, at the position of its hidden state."""
+        assert output.hidden_TD is not None
+        if output.context is not None:
+            return self.model.mtp_forward(output.hidden_TD, next_T, output.context)
+        assert self._mtp_graphs is not None and self.graphs is not None
+        return self._mtp_graphs.follow(self.graphs, output.hidden_TD, next_T)
+
+    def mtp_advance(
+        self, hidden_ND: Tensor, token_N: Tensor, position_N: Tensor, sequences: list[ScheduledSequence]
+    ) -> Tensor:
+        """Outputs [N, D] of the MTP block for one more token of each sequence, at these positions (on the
+        device), which the sequences' pages hold."""
+        size = self.page_size
+        rows = [s.request.slot for s in sequences]
+        pages = max(len(s.pages) for s in sequences)
+        table_NP = self._block_table(rows, pages)
+        page_N = table_NP.gather(1, (position_N // size).unsqueeze(1)).squeeze(1)
+        slot_N = page_N.long() * size + position_N % size
+        n = len(rows)
+        if self._mtp_graphs is not None and n <= self._mtp_graphs.sizes[-1]:
+            return self._mtp_graphs.advance(hidden_ND, token_N, position_N, slot_N, self.index(rows))
+        context = Context(
+            position_T=position_N,
+            cu_seqlens=range(n + 1),
+            cache=self.cache,
+            slot_T=slot_N,
+            block_table_SP=table_NP,
+            context_len_S=(position_N + 1).int(),
+            num_decodes=n,
+        )
+        return self.model.mtp_forward(hidden_ND, token_N, context)
 
     # --- what is asked of the hidden states ---
 
     def _output(self, plan: Schedule, context: Context, hidden_TD: Tensor) -> StepOutput:
-        requests: list[Request] = []
-        rows: list[int] = []
-        rest = StepOutput()
-        ends = context.cu_seqlens
-        for index, s in enumerate(plan.sequences):
-            request, last = s.request, ends[index + 1] - 1
+        out = StepOutput(hidden_TD=hidden_TD, context=context)
+        begin = 0
+        for s in plan.sequences:
+            request, end = s.request, begin + s.num_tokens
             if request.pooling is not None:
-                self._pool(s, context.captured[self._layer(request)][ends[index] : last + 1], rest)
-                continue
-            if request.params.prompt_logprobs is not None and s.start < request.prompt_len:
-                entries = self._prompt_logprobs(s, hidden_TD[ends[index] : last + 1])
-                rest.prompt_logprobs.append((request, entries))
-            if s.samples:
-                requests.append(request)
-                rows.append(last)
-        if not requests:
-            return rest
-        if len(rows) < hidden_TD.shape[0]:
-            hidden_TD = hidden_TD[self._index(rows)]
-        rest.requests, rest.logits_BV = requests, self.model.logits(hidden_TD)
-        return rest
+                self._pool(s, context.captured[self._layer(request)][begin:end], out)
+            else:
+                if request.params.prompt_logprobs is not None and s.start < request.prompt_len:
+                    entries = self._prompt_logprobs(s, hidden_TD[begin:end])
+                    out.prompt_logprobs.append((request, entries))
+                if s.samples:
+                    out.requests.append(request)
+                    out.num_drafts.append(s.num_drafts)
+                    out.rows += range(end - 1 - s.num_drafts, end)
+            begin = end
+        if out.requests:
+            everyone = len(out.rows) == hidden_TD.shape[0]
+            out.logits_BV = self.model.logits(hidden_TD if everyone else hidden_TD[self.index(out.rows)])
+        return out
 
     def _prompt_logprobs(self, s: ScheduledSequence, hidden_nD: Tensor) -> list[TokenLogprob | None]:
         """Log-probabilities of the prompt's tokens that this chunk predicts and that are not known yet: row
@@ -314,7 +401,7 @@ class Runner:
             ids = list(request.prompt_ids[begin : min(begin + step, stop)])
             row = begin - 1 - s.start
             logits_nV = self.model.logits(hidden_nD[row : row + len(ids)])
-            found = sampling.logprobs(logits_nV, self._index(ids), top_n)
+            found = sampling.logprobs(logits_nV, self.index(ids), top_n)
             values, top_values, top_ids = (tensor.tolist() for tensor in found)
             entries += [
                 TokenLogprob(ids[i], values[i], list(zip(top_ids[i], top_values[i], strict=True)))

@@ -4,11 +4,15 @@ What changes from step to step (the uniform numbers, counts of penalised tokens,
 min_tokens ban) is small; all else is built once for a composition of the batch. The mathematics is in
 hadal/ops/sampling.py. A token depends only on its own row, its request's seed and its position: never on
 the batch.
+
+With drafts (hadal/engine/speculation.py) a request has a row for its next token and one for the place after
+each draft. A row's distribution is what it would be if the drafts before it had been drawn: penalties, bans
+and logit bias count them. hadal/ops/speculative.py says which drafts stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,17 +22,47 @@ from torch import Tensor
 from hadal.engine.request import Request, TokenLogprob
 from hadal.ops import sampling
 from hadal.ops.sampling import FAILED, Filters
+from hadal.ops.speculative import NO_DRAFT, matched, rejection, settle
 
 _PYTHON_UNIFORMS = 16  # up to so many rows the hash is quicker in Python integers than in tensors
+_ACCEPT = 1  # stream of the numbers that accept drafts; tokens are drawn from stream 0, drafts from DRAFT
+DRAFT = 2
+_NOT_FINITE = "the model's output is not finite (NaN or infinite logits)"
 
 
 @dataclass
 class Sampled:
-    """Tokens in the order of the requests. A token of FAILED (−1) has its reason in `errors` by row."""
+    """Tokens in the order of the requests. A token of FAILED (−1) has its reason in `errors` by row.
+
+    `counts`: new tokens of each request, where some have several; None: one each.
+    """
 
     tokens: list[int]
     logprobs: list[TokenLogprob | None] | None = None
     errors: dict[int, str] = field(default_factory=dict)
+    counts: list[int] | None = None
+
+    def by_request(self) -> Iterator[tuple[list[int], Sequence[TokenLogprob | None]]]:
+        """Each request's new tokens and their log-probabilities, in order."""
+        begin = 0
+        for count in self.counts or [1] * len(self.tokens):
+            end = begin + count
+            logprobs = self.logprobs[begin:end] if self.logprobs else [None] * count
+            yield self.tokens[begin:end], logprobs
+            begin = end
+
+
+@dataclass
+class Verified:
+    """New tokens of S requests, still on the device, and how to read them: see `Sampler.finish`."""
+
+    requests: list[Request]
+    new_SJ: Tensor  # NO_TOKEN behind the last
+    accepted_S: Tensor
+    first: list[int]  # row of the logits where each request's begin
+    logprobs: tuple[Tensor, Tensor, Tensor] | None
+    errors: dict[int, str]  # by row of the logits
+    batch: _Batch
 
 
 @dataclass
@@ -37,6 +71,9 @@ class _Batch:
 
     requests: list[Request]
     filters: Filters
+    offsets: list[int] = field(default_factory=list)  # drafts before each row; empty: none anywhere
+    rejecting: list[int] = field(default_factory=list)  # rows with a draft that are not matched
+    rejecting_filters: Filters | None = None
     seed_B: Tensor | None = None  # int64, on the host; None: nothing is drawn
     penalized: list[int] = field(default_factory=list)  # rows
     penalties: list[Tensor] = field(default_factory=list)  # repetition, frequency, presence of those rows
@@ -73,14 +110,9 @@ class Sampler:
 
         `then` gets the tokens on the device before the host waits for them: what it starts runs meanwhile.
         """
-        batch = self._batch
-        if batch is None or batch.requests != requests:
-            batch = self._batch = self._build(requests)
+        batch = self._batch_of(requests, [])
         errors: dict[int, str] = {}
-        x_BV = logits_BV[:, : self.vocab_size]
-        if batch.changes_logits:
-            x_BV = x_BV.clone() if batch.logprob_rows else x_BV
-            self._change(x_BV, batch, errors)
+        x_BV = self._changed(logits_BV, batch, errors)
         token_B = sampling.sample(x_BV, batch.filters, self._uniform(batch))
         if batch.penalized:
             self._count(batch, token_B)
@@ -90,9 +122,100 @@ class Sampler:
         if min(tokens) < 0 or errors:
             for row, token in enumerate(tokens):
                 if token < 0 and row not in errors:
-                    errors[row] = "the model's output is not finite (NaN or infinite logits)"
+                    errors[row] = _NOT_FINITE
             tokens = [FAILED if row in errors else token for row, token in enumerate(tokens)]
         return Sampled(tokens, self._entries(entries, batch, tokens) if entries else None, errors)
+
+    # --- drafts ---
+
+    def verify(
+        self,
+        logits_RV: Tensor,
+        requests: list[Request],
+        num_drafts: list[int],
+        q_RV: Tensor | None = None,
+        forced_acceptance: float | None = None,
+    ) -> Verified:
+        """The new tokens of each request, from 1 + num_drafts rows of logits for each: those after its last
+        token and after each of its `draft_ids`. Starts the work and waits for nothing.
+
+        q_RV: what each draft was drawn from; None: they were not drawn. forced_acceptance: accept every draft
+        with this probability instead, for measurements; the output is then not the model's.
+        """
+        offsets = [j for number in num_drafts for j in range(number + 1)]
+        expanded = [r for r, number in zip(requests, num_drafts, strict=True) for _ in range(number + 1)]
+        batch = self._batch_of(expanded, offsets)
+        drafts = [
+            draft
+            for r, number in zip(requests, num_drafts, strict=True)
+            for draft in (*r.draft_ids[:number], NO_DRAFT)
+        ]
+        draft_R = self._tensor(drafts, torch.int64)
+        errors: dict[int, str] = {}
+        x_RV = self._changed(logits_RV, batch, errors)
+        token_R = sampling.sample(x_RV, batch.filters, self._uniform(batch))
+        accepted_R = matched(token_R, draft_R)
+        if batch.rejecting:
+            self._reject(x_RV, q_RV, draft_R, token_R, accepted_R, batch)
+        if forced_acceptance is not None:
+            accepted_R = (draft_R >= 0) & (self._uniform(batch, _ACCEPT) < forced_acceptance)
+        first = [row for row, offset in enumerate(offsets) if offset == 0]
+        row_SJ = self._rows(first, num_drafts)
+        draft_SK, accepted_SK = draft_R[row_SJ[:, :-1]], accepted_R[row_SJ[:, :-1]]
+        new_SJ, accepted_S = settle(draft_SK, accepted_SK, token_R[row_SJ])
+        logprobs = None
+        if batch.logprob_rows:
+            logprobs = self._logprobs(logits_RV, torch.where(accepted_R, draft_R, token_R), batch)
+        return Verified(list(requests), new_SJ, accepted_S, first, logprobs, errors, batch)
+
+    def _reject(
+        self,
+        x_RV: Tensor,
+        q_RV: Tensor | None,
+        draft_R: Tensor,
+        token_R: Tensor,
+        accepted_R: Tensor,
+        batch: _Batch,
+    ) -> None:
+        """Rejection sampling for the rows that are not matched, written into token_R and accepted_R."""
+        assert batch.rejecting_filters is not None
+        rows = self._tensor(batch.rejecting, torch.int64)
+        accepted_r, token_r = rejection(
+            sampling.probabilities(x_RV.index_select(0, rows), batch.rejecting_filters),
+            None if q_RV is None else q_RV.index_select(0, rows),
+            draft_R[rows],
+            self._uniform(batch, _ACCEPT)[rows],
+            self._uniform(batch)[rows],
+        )
+        token_R.index_copy_(0, rows, token_r)
+        accepted_R.index_copy_(0, rows, accepted_r)
+
+    def _rows(self, first: list[int], num_drafts: list[int]) -> Tensor:
+        """[S, J]: the rows of each request; behind them the last one again, which has no draft."""
+        J = max(num_drafts) + 1
+        return self._tensor(
+            [[f + min(j, n) for j in range(J)] for f, n in zip(first, num_drafts, strict=True)], torch.int64
+        )
+
+    def finish(self, verified: Verified, rows: list[list[int]]) -> Sampled:
+        """What `verify` found, once `new_SJ` was read by the host (as `rows`)."""
+        tokens: list[int] = []
+        counts: list[int] = []
+        errors: dict[int, str] = {}
+        logprobs: list[TokenLogprob | None] = []
+        found = verified.logprobs
+        entries = None if found is None else _rows_of(found, verified.batch.logprob_rows)
+        for s, (request, first, row) in enumerate(zip(verified.requests, verified.first, rows, strict=True)):
+            new = [token for token in row if token >= FAILED]
+            if first in verified.errors:
+                new = [FAILED]
+            if new[-1] == FAILED:
+                errors[s] = verified.errors.get(first, _NOT_FINITE)
+            tokens += new
+            counts.append(len(new))
+            if entries is not None:
+                logprobs += [_entry(request, token, entries.get(first + j)) for j, token in enumerate(new)]
+        return Sampled(tokens, logprobs if entries is not None else None, errors, counts)
 
     def _read(self, token_B: Tensor, then: Callable[[Tensor], None] | None) -> list[int]:
         """Tokens on the host. On a GPU their copy goes first, then what `then` starts; only the copy is
@@ -111,17 +234,24 @@ class Sampler:
 
     # --- settings ---
 
-    def _build(self, requests: list[Request]) -> _Batch:
+    def _batch_of(self, requests: list[Request], offsets: list[int]) -> _Batch:
+        batch = self._batch
+        if batch is None or batch.offsets != offsets or batch.requests != requests:
+            batch = self._batch = self._build(requests, offsets)
+        return batch
+
+    def _build(self, requests: list[Request], offsets: list[int]) -> _Batch:
         params = [request.params for request in requests]
-        filters = Filters.build(
-            [0.0 if p.is_greedy else p.temperature for p in params],
-            [p.top_k for p in params],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
-            self.device,
-        )
-        batch = _Batch(list(requests), filters)
-        if not filters.all_greedy:
+        filters = self.filters(requests)
+        batch = _Batch(list(requests), filters, list(offsets))
+        if offsets:
+            batch.rejecting = [
+                row
+                for row, (request, after) in enumerate(zip(requests, [*offsets[1:], 0], strict=True))
+                if after and not request.repeatable
+            ]
+            batch.rejecting_filters = self.filters([requests[row] for row in batch.rejecting])
+        if offsets or not filters.all_greedy:
             batch.seed_B = torch.tensor([request.seed for request in requests])
         batch.penalized = [row for row, p in enumerate(params) if p.has_penalties]
         if batch.penalized:
@@ -145,26 +275,47 @@ class Sampler:
         batch.top_n = max((params[row].logprobs or 0 for row in batch.logprob_rows), default=0)
         return batch
 
+    def filters(self, requests: Sequence[Request]) -> Filters:
+        """Temperature and cuts of one row a request."""
+        params = [request.params for request in requests]
+        return Filters.build(
+            [0.0 if p.is_greedy else p.temperature for p in params],
+            [p.top_k for p in params],
+            [p.top_p for p in params],
+            [p.min_p for p in params],
+            self.device,
+        )
+
     def _tensor(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         host = torch.tensor(values, dtype=dtype)
         if self.device.type == "cpu":
             return host
         return host.pin_memory().to(self.device, non_blocking=True)
 
-    def _uniform(self, batch: _Batch) -> Tensor | None:
+    def _uniform(self, batch: _Batch, stream: int = 0) -> Any:  # Tensor, or None where nothing is drawn
         if batch.seed_B is None:
             return None
         positions = [len(request.token_ids) for request in batch.requests]
+        if batch.offsets:
+            positions = [position + j for position, j in zip(positions, batch.offsets, strict=True)]
         if len(positions) <= _PYTHON_UNIFORMS:
             draws = [
-                sampling.uniform_reference(request.seed, position)
+                sampling.uniform_reference(request.seed, position, stream)
                 for request, position in zip(batch.requests, positions, strict=True)
             ]
             return self._tensor(draws, torch.float64)
-        u_B = sampling.uniform(batch.seed_B, torch.tensor(positions))
+        u_B = sampling.uniform(batch.seed_B, torch.tensor(positions), stream)
         return u_B if self.device.type == "cpu" else u_B.pin_memory().to(self.device, non_blocking=True)
 
     # --- changes to the logits, in place ---
+
+    def _changed(self, logits_BV: Tensor, batch: _Batch, errors: dict[int, str]) -> Tensor:
+        """Logits of the tokens that may be drawn, after all changes; may be `logits_BV` itself, changed."""
+        x_BV = logits_BV[:, : self.vocab_size]
+        if batch.changes_logits:
+            x_BV = x_BV.clone() if batch.logprob_rows else x_BV
+            self._change(x_BV, batch, errors)
+        return x_BV
 
     def _change(self, x_BV: Tensor, batch: _Batch, errors: dict[int, str]) -> None:
         if batch.penalized:
@@ -174,7 +325,7 @@ class Sampler:
             everyone = len(batch.penalized) == len(batch.requests)
             changed = sampling.penalize(
                 x_BV if everyone else x_BV.index_select(0, rows),
-                self._count_SV.index_select(0, slots),
+                self._with_drafts(self._count_SV.index_select(0, slots), batch),
                 self._in_prompt_SV.index_select(0, slots),
                 *batch.penalties,
             )
@@ -192,7 +343,8 @@ class Sampler:
         tokens: list[int] = []
         for row in batch.min_tokens:
             request = batch.requests[row]
-            if request.num_generated < request.params.min_tokens:
+            before = batch.offsets[row] if batch.offsets else 0
+            if request.num_generated + before < request.params.min_tokens:
                 ends = request.eos_ids.union(request.params.stop_token_ids)
                 tokens.extend(ends)
                 rows.extend([row] * len(ends))
@@ -232,12 +384,28 @@ class Sampler:
             if owner is request and counted == request.num_generated:
                 continue
             self._counted[request.slot] = (request, request.num_generated)
-            prompt = self._tensor(request.prompt_ids, torch.int64)
-            output = self._tensor(request.output_ids, torch.int64)
-            self._in_prompt_SV[request.slot].zero_()[prompt] = True
-            count_V = self._count_SV[request.slot].zero_()
-            count_V.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+            if owner is not request or counted > request.num_generated:
+                counted = 0
+                prompt = self._tensor(request.prompt_ids, torch.int64)
+                self._in_prompt_SV[request.slot].zero_()[prompt] = True
+                self._count_SV[request.slot].zero_()
+            output = self._tensor(request.token_ids[request.prompt_len + counted :], torch.int64)
+            self._count_SV[request.slot].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         return slots
+
+    def _with_drafts(self, count_BV: Tensor, batch: _Batch) -> Tensor:
+        """Counts of the penalised rows, each with the drafts before its place; count_BV is changed."""
+        places = [
+            (index, draft)
+            for index, row in enumerate(batch.penalized)
+            if batch.offsets
+            for draft in batch.requests[row].draft_ids[: batch.offsets[row]]
+        ]
+        if places:
+            row_N, token_N = (self._tensor(column, torch.int64) for column in zip(*places, strict=True))
+            one_N = torch.ones_like(row_N, dtype=torch.int32)
+            count_BV.index_put_((row_N, token_N), one_N, accumulate=True)
+        return count_BV
 
     def _count(self, batch: _Batch, token_B: Tensor) -> None:
         """Count the tokens just drawn, on the device. A failed row counts token 0: its request is over
@@ -262,11 +430,25 @@ class Sampler:
     def _entries(
         self, found: tuple[Tensor, Tensor, Tensor], batch: _Batch, tokens: list[int]
     ) -> list[TokenLogprob | None]:
-        entries: list[TokenLogprob | None] = [None] * len(tokens)
-        columns = (tensor.tolist() for tensor in found)
-        for row, value, top_values, top_ids in zip(batch.logprob_rows, *columns, strict=True):
-            n = batch.requests[row].params.logprobs or 0
-            entries[row] = TokenLogprob(
-                tokens[row], value, list(zip(top_ids[:n], top_values[:n], strict=True))
-            )
-        return entries
+        known = _rows_of(found, batch.logprob_rows)
+        return [
+            _entry(request, token, known.get(row))
+            for row, (request, token) in enumerate(zip(batch.requests, tokens, strict=True))
+        ]
+
+
+Found = tuple[float, list[float], list[int]]  # a token's log-probability; values and ids of the likeliest
+
+
+def _rows_of(found: tuple[Tensor, Tensor, Tensor], rows: list[int]) -> dict[int, Found]:
+    """Log-probabilities on the host, by row of the batch."""
+    columns = (tensor.tolist() for tensor in found)
+    return dict(zip(rows, zip(*columns, strict=True), strict=True))
+
+
+def _entry(request: Request, token: int, found: Found | None) -> TokenLogprob | None:
+    if found is None:
+        return None
+    value, top_values, top_ids = found
+    n = request.params.logprobs or 0
+    return TokenLogprob(token, value, list(zip(top_ids[:n], top_values[:n], strict=True)))

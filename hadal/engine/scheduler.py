@@ -45,11 +45,12 @@ class ScheduledSequence:
 
 @dataclass(slots=True)
 class Schedule:
-    """One step: single-token decodes first (`num_decodes` of them), then decodes with drafts, then prompt
-    chunks."""
+    """One step: single-token decodes first (`num_decodes` of them), then decodes with drafts (`num_drafted`),
+    then prompt chunks."""
 
     sequences: list[ScheduledSequence] = field(default_factory=list)
     num_decodes: int = 0
+    num_drafted: int = 0
     num_tokens: int = 0
     preempted: list[Request] = field(default_factory=list)
     expired: list[Request] = field(
@@ -73,8 +74,16 @@ def _key(request: Request) -> tuple[int, int]:
 class Scheduler:
     """See the module's docstring. Not thread-safe: one thread calls everything."""
 
-    def __init__(self, pages: PageAllocator, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        """Raises ValueError when the budget does not give each running sequence a token."""
+    def __init__(
+        self,
+        pages: PageAllocator,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        hash_ahead: int = 0,
+    ) -> None:
+        """hash_ahead: 1 where the entry of a page's last token depends on the token after it (MTP's does).
+        Raises ValueError when the budget does not give each running sequence a token."""
         if not 1 <= max_num_seqs <= max_num_batched_tokens:
             raise ValueError(
                 f"max_num_batched_tokens ({max_num_batched_tokens}) must be at least max_num_seqs "
@@ -83,6 +92,7 @@ class Scheduler:
         self.pages = pages
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.hash_ahead = hash_ahead
         self.stats = SchedulerStats()
         self.running: list[Request] = []  # sorted by _key, as is waiting
         self.waiting: list[Request] = []
@@ -149,7 +159,7 @@ class Scheduler:
         if self.waiting and not plan.preempted:
             self._admit(chunks, budget, now)
         plan.sequences = singles + drafted + chunks
-        plan.num_decodes = len(singles)
+        plan.num_decodes, plan.num_drafted = len(singles), len(drafted)
         for sequence in plan.sequences:
             plan.num_tokens += sequence.num_tokens
             sequence.request.num_computed = sequence.start + sequence.num_tokens
@@ -266,7 +276,7 @@ class Scheduler:
         if not self.pages.prefix_caching or request.needs_every_prompt_row:
             return []
         size = self.pages.page_size
-        return request.hashes(size)[: (len(request.token_ids) - 1) // size]
+        return request.hashes(size, self.hash_ahead)[: (len(request.token_ids) - 1) // size]
 
     def _pages_being_computed(self) -> set[bytes]:
         return {
@@ -330,10 +340,11 @@ class Scheduler:
                 continue  # finished or preempted meanwhile
             if sequence.num_drafts:
                 request.num_computed -= (rejected or {}).get(request.request_id, 0)
-                request.draft_ids.clear()
+            request.draft_ids.clear()
             full = request.num_computed // size
             if full > request.num_committed and self.pages.prefix_caching:
-                hashes = request.hashes(size)
+                hashes = request.hashes(size, self.hash_ahead)
+                full = min(full, len(hashes))  # a pooling request has no token after its last page
                 for index in range(request.num_committed, full):
                     self.pages.register(request.pages[index], hashes[index])
                 request.num_committed = full

@@ -31,6 +31,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from hadal.ops import invariant
+from hadal.ops.exact import is_exact
+
 Rows = npt.NDArray[np.float32]
 
 FAILED = -1  # token of a row without a finite logit
@@ -266,6 +269,17 @@ def filtered_probabilities(logits_BV: Tensor, filters: Filters) -> Tensor:
     return p_BV
 
 
+def probabilities(logits_BV: Tensor, filters: Filters) -> Tensor:
+    """float32 [B, V]: the distributions that `sample` draws from, each of sum 1; NaN in rows that fail."""
+    if logits_BV.device.type == "cpu":
+        l_BV = logits_BV.detach().numpy()
+        with np.errstate(invalid="ignore", divide="ignore"):  # in rows that fail
+            weight_BV = _weights_cpu(l_BV - l_BV.max(-1, keepdims=True), filters)
+            return torch.from_numpy(weight_BV / weight_BV.sum(-1, keepdims=True))
+    p_BV = filtered_probabilities(logits_BV, filters)
+    return p_BV / p_BV.sum(-1, keepdim=True)
+
+
 def top_k_cut(x_BV: Tensor, top_k: Sequence[int], top_k_B: Tensor) -> Tensor:
     """[B, 1]: the k-th largest of each row; −∞ where k is 0 or not below V. `top_k`: the same on the host."""
     V = x_BV.shape[1]
@@ -323,7 +337,10 @@ def choose(weight_BV: Tensor, u_B: Tensor) -> Tensor:
 def logprobs(logits_BV: Tensor, token_B: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     """log softmax at `token` [B], and its `top_n` largest entries: values [B, n] and ids [B, n], sorted. A
     token < 0 (FAILED) gives the value of token 0."""
-    norm_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    if is_exact():
+        norm_B1 = invariant.logsumexp(logits_BV).unsqueeze(1)
+    else:
+        norm_B1 = logits_BV.logsumexp(-1, keepdim=True)
     chosen_B = (logits_BV.gather(1, token_B.clamp(min=0).unsqueeze(1)) - norm_B1).squeeze(1)
     if top_n == 0:
         empty = logits_BV.new_empty(logits_BV.shape[0], 0)
