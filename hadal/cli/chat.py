@@ -23,6 +23,7 @@ def chat(
     fold: Annotated[bool, typer.Option("--fold", help="Print the reasoning as one line.")] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     yes: o.Yes = False,
     force: o.Force = False,
@@ -57,16 +58,8 @@ def chat(
         speaker = RemoteSpeaker(url, api_key, model)
     else:
         introduce(model or "hadal-mini", quiet=False)
-        speaker = LocalSpeaker(
-            load_engine(
-                model or "hadal-mini",
-                device=device,
-                dtype=dtype,
-                max_model_len=max_model_len,
-                yes=yes,
-                force=force,
-            )
-        )
+        asked = o.Inference(device, dtype, quantize, max_model_len)
+        speaker = LocalSpeaker(load_engine(model or "hadal-mini", asked, yes=yes, force=force))
     session = Session(speaker, sampling, system, think, fold)
     question = read_prompt(None, json=False)
     if question is not None:

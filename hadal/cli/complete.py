@@ -37,6 +37,7 @@ def complete(
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     yes: o.Yes = False,
     force: o.Force = False,
@@ -60,9 +61,8 @@ def complete(
     asked = o.Sampling(temperature, top_p, top_k, None, max_tokens, seed)
     asked.params({})
     introduce(model, quiet=json)
-    engine = load_engine(
-        model, device=device, dtype=dtype, max_model_len=max_model_len, yes=yes, force=force, quiet=json
-    )
+    how = o.Inference(device, dtype, quantize, max_model_len)
+    engine = load_engine(model, how, yes=yes, force=force, quiet=json)
     params = asked.params(engine.sampling_defaults)
     params = replace(params, stop=tuple(stop or ()), logprobs=logprobs)
     if echo and not json:

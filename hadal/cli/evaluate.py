@@ -26,6 +26,7 @@ def evaluate(
     ] = 768,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    quantize: o.Quantize = None,
     yes: o.Yes = False,
     force: o.Force = False,
     json: o.Json = False,
@@ -41,8 +42,10 @@ def evaluate(
     from hadal.cli.loading import load_engine
     from hadal.evals import puzzles
 
-    engine = load_engine(model, device=device, dtype=dtype, max_num_seqs=64, yes=yes, force=force, quiet=json)
+    asked = o.Inference(device, dtype, quantize, max_num_seqs=64)
+    engine = load_engine(model, asked, yes=yes, force=force, quiet=json)
     settings = {"model": engine.name, "device": str(engine.device), "dtype": str(engine.dtype)}
+    settings |= {"quantize": quantize} if quantize else {}
     with bar("evaluating", unit_bytes=False, quiet=json) as update:
         report = puzzles.evaluate(
             engine, samples=samples, seed=seed, max_tokens=max_tokens, settings=settings, progress=update

@@ -6,14 +6,16 @@ Nothing is downloaded or allocated before the fit is known.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
+from hadal.cli.options import Inference
 from hadal.cli.terminal import BOLD, CliError, bar, human_bytes, human_count, is_terminal, paint
 from hadal.config import PRESETS, ModelConfig
+from hadal.config.packing import Kind, resident_kind
 
 if TYPE_CHECKING:
     from hadal.engine import Engine
@@ -70,13 +72,16 @@ class Verdict:
     reason: str
 
 
-def judge(config: ModelConfig, *, device: str = "auto", dtype: str = "auto") -> Verdict:
+def judge(config: ModelConfig, asked: Inference | None = None) -> Verdict:
     """Whether a model of this configuration runs on this machine now, by arithmetic alone.
 
-    The engine holds weights in BF16 or FP32, without the MTP module, on the first GPU if there is one.
+    The engine holds weights in BF16 or FP32 or as --quantize says, without the MTP module, on the first GPU
+    if there is one.
     """
+    asked = asked or Inference()
+    device = asked.device
     from hadal.cli import machine
-    from hadal.plan.fit import fit
+    from hadal.plan.fit import WeightDtype, fit
 
     if config.dsa is not None:
         return Verdict(
@@ -85,7 +90,8 @@ def judge(config: ModelConfig, *, device: str = "auto", dtype: str = "auto") -> 
     gpus = [] if device == "cpu" else machine.gpus()
     index = int(device.partition(":")[2]) if device.startswith("cuda:") and device[5:].isdigit() else 0
     vram = gpus[index].free if index < len(gpus) else 0
-    kind: Literal["bf16", "fp32"] = "fp32" if dtype == "float32" else "bf16"
+    packed = resident_kind(config, asked.quantize)
+    kind: WeightDtype = packed or ("fp32" if asked.dtype == "float32" else "bf16")
     found = fit(config, kind, machine.memory().available, vram, with_mtp=False)
     if found.ok and found.device == "cpu" and vram:
         return Verdict(
@@ -95,39 +101,26 @@ def judge(config: ModelConfig, *, device: str = "auto", dtype: str = "auto") -> 
     return Verdict(found.ok, found.message)
 
 
-def check_fit(model: str, *, device: str = "auto", dtype: str = "auto") -> None:
+def check_fit(model: str, asked: Inference | None = None) -> None:
     """Refuse what cannot run here, before anything is downloaded or read; says what would fit."""
     from hadal.weights.info import inspect
 
-    info = inspect(model)
-    verdict = judge(info.config, device=device, dtype=dtype)
+    info, asked = inspect(model), asked or Inference()
+    verdict = judge(info.config, asked)
     if not verdict.runs:
+        smaller: tuple[Kind, ...] = ("int8", "int4")
+        for kind in smaller:
+            if asked.quantize is None and judge(info.config, replace(asked, quantize=kind)).runs:
+                raise CliError(f"{name_of(info)} {verdict.reason}; with --quantize {kind} it would fit")
         raise CliError(f"{name_of(info)} {verdict.reason}; --force tries all the same")
 
 
-def engine_options(
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    max_num_seqs: int | None = None,
-    gpu_memory_utilization: float | None = None,
-) -> dict[str, Any]:
-    """Keywords of `Engine.load`; what was not asked for is left to the engine."""
-    asked = {
-        "max_model_len": max_model_len,
-        "max_num_seqs": max_num_seqs,
-        "gpu_memory_utilization": gpu_memory_utilization,
-    }
-    return {"device": device, "dtype": dtype, **{k: v for k, v in asked.items() if v is not None}}
-
-
-def prepare_model(model: str, *, device: str, dtype: str, yes: bool = False, force: bool = False) -> Path:
+def prepare_model(model: str, asked: Inference, *, yes: bool = False, force: bool = False) -> Path:
     """The model's folder: checked for fit first, downloaded if it is missing and the user agrees."""
     from hadal.weights import NotFoundError, hub
 
     if model != "hadal-mini" and not force:
-        check_fit(model, device=device, dtype=dtype)
+        check_fit(model, asked)
     try:
         return Path(hub.resolve(model))
     except NotFoundError:
@@ -148,34 +141,21 @@ def _may_download(model: str, yes: bool) -> bool:
 
 
 def load_engine(
-    model: str,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    max_num_seqs: int | None = None,
-    yes: bool = False,
-    force: bool = False,
-    quiet: bool = False,
+    model: str, asked: Inference, *, yes: bool = False, force: bool = False, quiet: bool = False
 ) -> Engine:
     """The engine of a model, with a bar if loading takes more than two seconds."""
-    prepare_model(model, device=device, dtype=dtype, yes=yes, force=force)
+    prepare_model(model, asked, yes=yes, force=force)
     from hadal.engine import Engine
     from hadal.weights.info import inspect
 
-    options = engine_options(
-        device=device, dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs
-    )
     with bar(f"loading {model}", quiet=quiet) as update:
-        return Engine.load(model, **options, name=name_of(inspect(model)), progress=update)
+        return Engine.load(model, **asked.keywords(), name=name_of(inspect(model)), progress=update)
 
 
 def random_engine(
     model: str, *, device: str, dtype: str, max_model_len: int, max_num_seqs: int, force: bool
 ) -> Engine:
     """An engine with the shape of a known model, or of a folder's config.json, and random weights."""
-    from dataclasses import replace
-
     from hadal.engine import Engine
     from hadal.engine.loading import check_weights_fit, pick_device, pick_dtype
     from hadal.model.transformer import Transformer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,11 +18,23 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights while running: auto, float32, bfloat16.")]
+Quantize = Annotated[
+    Literal["fp8", "int8", "int4", "off"] | None,
+    typer.Option(
+        "--quantize",
+        help="Keep the matrices in 8 or 4 bits while running: less memory, faster answers. A folder in "
+        "integers stays so unless this is off.",
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
         "--max-model-len", min=16, metavar="N", help="Longest prompt and answer together, in tokens."
     ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Batch-invariant operations: the same bits in any batch, but slower."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Try even where the model does not seem to fit.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Download a missing model without asking.")]
@@ -55,6 +67,22 @@ ApiKey = Annotated[
         "--api-key", envvar="HADAL_API_KEY", metavar="KEY", help="The server's key.", show_envvar=True
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a model is to run: keywords of `Engine.load`. None leaves a choice to the engine."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    quantize: Literal["fp8", "int8", "int4", "off"] | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    gpu_memory_utilization: float | None = None
+
+    def keywords(self) -> dict[str, Any]:
+        """What was asked for."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def run(
     ] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     yes: o.Yes = False,
     force: o.Force = False,
@@ -62,11 +63,8 @@ def run(
     sampling = o.Sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
     sampling.params({})  # a bad value is refused before the model is loaded
     introduce(model, quiet=json)
-    speaker = LocalSpeaker(
-        load_engine(
-            model, device=device, dtype=dtype, max_model_len=max_model_len, yes=yes, force=force, quiet=json
-        )
-    )
+    asked = o.Inference(device, dtype, quantize, max_model_len)
+    speaker = LocalSpeaker(load_engine(model, asked, yes=yes, force=force, quiet=json))
     session = Session(speaker, sampling, system, think, fold)
     if question is None:
         leave(session.loop())

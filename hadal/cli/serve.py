@@ -36,6 +36,7 @@ def serve(
     ] = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
+    quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     max_num_seqs: Annotated[
         int | None,
@@ -81,7 +82,7 @@ def serve(
         HADAL_API_KEY=$(openssl rand -hex 16) hadal serve --host 0.0.0.0 --allowed-host llm.example.org
         hadal serve --port 11434     # where Ollama's clients look
     """
-    from hadal.cli.loading import engine_options, introduce, name_of, prepare_model
+    from hadal.cli.loading import introduce, name_of, prepare_model
     from hadal.serve import Settings, run_server
     from hadal.weights.info import inspect
 
@@ -97,14 +98,9 @@ def serve(
         allow_delete=allow_delete,
     )
     introduce(model, quiet=False)
-    prepare_model(model, device=device, dtype=dtype, yes=yes, force=force)
-    options = engine_options(
-        device=device,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        gpu_memory_utilization=gpu_memory_utilization,
-    )
+    asked = o.Inference(device, dtype, quantize, max_model_len, max_num_seqs, gpu_memory_utilization)
+    prepare_model(model, asked, yes=yes, force=force)
+    options = asked.keywords()
     options["name"] = name_of(inspect(model))
     _log_to_stderr()
     with contextlib.ExitStack() as stack:

@@ -116,6 +116,16 @@ class Fp8:
 
 
 @dataclass(frozen=True)
+class IntGroups:
+    """Integer weights in groups of input channels, symmetric: the `pack-quantized` format of
+    compressed-tensors. `group_size` None: one scale a row."""
+
+    num_bits: Literal[4, 8] = 4
+    group_size: int | None = 32
+    ignore: tuple[str, ...] = ()  # modules that are not quantised; what the files hold decides
+
+
+@dataclass(frozen=True)
 class ParameterCount:
     """Exact element counts. `active_*` are per token; MTP apart, as the released files count them."""
 
@@ -161,6 +171,7 @@ class ModelConfig:
     # MTP reads the main hidden state after the final norm (unpublished; see Transformer)
     mtp_after_norm: bool = True
     fp8: Fp8 | None = None
+    ints: IntGroups | None = None  # how folders store the matrices: FP8 blocks, integers, or neither
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 4096
     tie_word_embeddings: bool = False

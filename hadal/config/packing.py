@@ -8,13 +8,27 @@ from __future__ import annotations
 from math import ceil
 from typing import Literal
 
-from hadal.config.model import Mla, ModelConfig, _matrices
+from hadal.config.model import ConfigError, Mla, ModelConfig, _matrices
 
 Kind = Literal["fp8", "int8", "int4"]
 KINDS: tuple[Kind, ...] = ("fp8", "int8", "int4")
 GROUP: dict[Kind, int] = {"fp8": 128, "int8": 128, "int4": 32}  # input channels that share a scale
 BITS: dict[Kind, int] = {"fp8": 8, "int8": 8, "int4": 4}
 FP8_ROWS = 128
+
+
+def resident_kind(config: ModelConfig, quantize: str | None) -> Kind | None:
+    """How the matrices lie in memory: as asked ("off": plainly), by default a folder's integers as they are.
+
+    Raises ConfigError for an unknown kind.
+    """
+    if quantize is None:
+        return None if config.ints is None else "int4" if config.ints.num_bits == 4 else "int8"
+    if quantize == "off":
+        return None
+    if quantize not in KINDS:
+        raise ConfigError(f"quantize is {quantize!r}; use one of {', '.join(KINDS)}, or off")
+    return quantize
 
 
 def matrix_bytes(kind: Kind, outs: int, width: int) -> int:

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, cast
 
-from hadal.config.model import ConfigError, Dsa, Fp8, Gqa, Json, Mla, ModelConfig, Moe, Rope
+from hadal.config.model import ConfigError, Dsa, Fp8, Gqa, IntGroups, Json, Mla, ModelConfig, Moe, Rope
 
 _HARMLESS = frozenset(
     "_name_or_path architectures attention_dropout auto_map aux_loss_alpha seq_aux chunk_size_feed_forward "
@@ -85,6 +85,7 @@ def from_hf(hf: Json) -> ModelConfig:
         num_nextn_predict_layers=int(hf.get("num_nextn_predict_layers") or 0),
         mtp_after_norm=bool((hf.get("hadal") or {}).get("mtp_after_norm", True)),
         fp8=_fp8_from_hf(hf.get("quantization_config")),
+        ints=_ints_from_hf(hf.get("quantization_config")),
         rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
         max_position_embeddings=int(hf.get("max_position_embeddings", 4096)),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
@@ -166,14 +167,65 @@ def _moe_from_hf(hf: Json, kind: str) -> Moe | None:
 
 
 def _fp8_from_hf(q: Json | None) -> Fp8 | None:
-    if not q:
+    if not q or q.get("quant_method") == "compressed-tensors":
         return None
     if q.get("quant_method") != "fp8" or q.get("fmt", "e4m3") != "e4m3":
         raise ConfigError(
-            f"quantization_config is {q.get('quant_method')!r}/{q.get('fmt')!r}; supported: fp8 in e4m3"
+            f"quantization_config is {q.get('quant_method')!r}/{q.get('fmt')!r}; supported: fp8 in e4m3, and "
+            "compressed-tensors in pack-quantized"
         )
     rows, cols = q.get("weight_block_size") or (128, 128)
     return Fp8("e4m3", q.get("activation_scheme", "dynamic"), (int(rows), int(cols)), q.get("scale_fmt"))
+
+
+def _ints_from_hf(q: Json | None) -> IntGroups | None:
+    """Weight-only integers of compressed-tensors: one group of settings, symmetric, 4 or 8 bits."""
+    if not q or q.get("quant_method") != "compressed-tensors":
+        return None
+    if q.get("format") != "pack-quantized":
+        raise ConfigError(
+            f"quantization_config.format is {q.get('format')!r}; compressed-tensors' pack-quantized is read"
+        )
+    groups = list((q.get("config_groups") or {}).values())
+    weights = groups[0].get("weights") or {} if len(groups) == 1 else {}
+    if not weights or groups[0].get("input_activations"):
+        raise ConfigError("quantization_config needs exactly one config_groups entry, with weights alone")
+    for key, allowed in {
+        "num_bits": (4, 8),
+        "type": ("int",),
+        "symmetric": (True,),
+        "strategy": ("group", "channel"),
+        "actorder": (None,),
+    }.items():
+        if weights.get(key) not in allowed:
+            raise ConfigError(
+                f"quantization_config weights.{key} is {weights.get(key)!r}; supported: "
+                f"{' or '.join(map(repr, allowed))}"
+            )
+    size = weights.get("group_size") if weights["strategy"] == "group" else None
+    if size is not None and (not isinstance(size, int) or size < 32 or size % 32):
+        raise ConfigError(f"quantization_config weights.group_size is {size!r}; multiples of 32 are read")
+    return IntGroups(weights["num_bits"], size, tuple(map(str, q.get("ignore") or ())))
+
+
+def _ints_to_hf(ints: IntGroups) -> dict[str, Any]:
+    weights = {
+        "num_bits": ints.num_bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "channel" if ints.group_size is None else "group",
+        "group_size": ints.group_size,
+        "dynamic": False,
+        "actorder": None,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": list(ints.ignore),
+    }
 
 
 def to_hf(c: ModelConfig) -> dict[str, Any]:
@@ -212,6 +264,8 @@ def to_hf(c: ModelConfig) -> dict[str, Any]:
             "activation_scheme": c.fp8.activation_scheme,
             "weight_block_size": list(c.fp8.weight_block_size),
         } | ({"scale_fmt": c.fp8.scale_fmt} if c.fp8.scale_fmt else {})
+    if c.ints is not None:
+        out["quantization_config"] = _ints_to_hf(c.ints)
     return out | dict(c.extra)
 
 

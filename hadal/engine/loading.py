@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hadal.config import ModelConfig
-from hadal.config.packing import Kind, packed_bytes
+from hadal.config.packing import Kind, packed_bytes, resident_kind
 from hadal.engine.memory import available_memory, gib
 from hadal.engine.request import EngineError
 from hadal.engine.speculation import SpeculationOptions
@@ -19,7 +19,6 @@ from hadal.text.tokenizer import Tokenizer
 from hadal.weights import hub
 from hadal.weights import load as load_weights
 from hadal.weights.layout import read_config
-from hadal.weights.quantise import check_kind
 
 if TYPE_CHECKING:
     from hadal.engine.engine import Engine
@@ -118,7 +117,8 @@ def load_engine(
     **options: Any,
 ) -> Engine:
     """Resolve `model` (a folder, "hadal-mini", a preset's name or a repository in the cache), load it,
-    build the engine. quantize: "fp8", "int8" or "int4" keeps the matrices packed (hadal/ops/packed.py). The
+    build the engine. quantize: "fp8", "int8" or "int4" keeps the matrices packed (hadal/ops/packed.py), "off"
+    unpacks a folder's integers. The
     MTP module is read only where speculation drafts with it.
 
     Raises NotFoundError, WeightsError, TokenizerError, ConfigError or EngineError, each with cause and
@@ -127,7 +127,7 @@ def load_engine(
     folder = hub.resolve(model)
     config = read_config(folder)
     where = pick_device(device)
-    packing = None if quantize is None else check_kind(quantize)
+    packing = resident_kind(config, quantize)
     kind = pick_dtype(config, where, dtype, packing)
     if max_model_len is not None and not 2 <= max_model_len <= config.max_position_embeddings:
         raise EngineError(
@@ -147,7 +147,7 @@ def load_engine(
         progress=progress,
         with_mtp=with_mtp,
         max_positions=max_model_len,
-        quantize=packing,
+        quantize=packing or "off",
     )
     return engine_class(
         transformer,

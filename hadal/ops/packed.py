@@ -25,6 +25,7 @@ from hadal.ops.fp8 import dequantise_blocks, quantise_blocks
 
 __all__ = [
     "BITS",
+    "FP8_ROWS",
     "GROUP",
     "KINDS",
     "Kind",
@@ -32,9 +33,11 @@ __all__ = [
     "block_rows",
     "dequantise",
     "experts",
+    "from_words",
     "linear",
     "pack",
     "quantise",
+    "to_words",
 ]
 
 SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)  # INT4 scales that are tried, as shares of the one that fits all
@@ -148,7 +151,8 @@ class Packed(nn.Module):
 def pack(weight: Tensor, kind: Kind, group: int | None = None, rows: int | None = None) -> Packed:
     """A float weight [.., O, I], quantised, in the plain layout."""
     packed = Packed(kind, tuple(weight.shape), group=group, rows=rows, device=weight.device)
-    packed.codes, packed.scale = quantise(weight, kind, packed.group, packed.rows)
+    codes, scale = quantise(weight, kind, packed.group, packed.rows)
+    packed.codes, packed.scale = codes.contiguous(), scale.contiguous()
     return packed
 
 
@@ -214,6 +218,19 @@ def dequantise(
         codes = torch.stack([low, high], -1).flatten(-2)[..., :width]
     wide = scale.float().repeat_interleave(group, -1)[..., :width]
     return (codes.float() * wide).to(dtype)
+
+
+def to_words(codes: Tensor, kind: Kind) -> Tensor:
+    """Integer codes [O, I or I/2] as little-endian 32-bit words [O, W], each code plus 2^(bits−1): how
+    compressed-tensors stores them (`weight_packed`). Rows are filled up with zeros."""
+    unsigned = codes if kind == "int4" else codes.view(torch.uint8) ^ 0x80
+    return pad(unsigned, (0, -unsigned.shape[-1] % 4)).contiguous().view(torch.int32)
+
+
+def from_words(words: Tensor, kind: Kind, width: int) -> Tensor:
+    """The inverse: codes as `Packed` keeps them."""
+    unsigned = words.contiguous().view(torch.uint8)[..., : ceil(width * BITS[kind] / 8)]
+    return unsigned if kind == "int4" else (unsigned ^ 0x80).view(torch.int8)
 
 
 # --- products ---

@@ -109,7 +109,7 @@ def needed(
 
 def memory_bytes(config: ModelConfig, weight_dtype: WeightDtype, *, with_mtp: bool = True) -> int:
     """Bytes of the weights in memory: as the engine keeps them, embedding and head of MTP modules shared."""
-    if weight_dtype in ("fp8", "int8", "int4"):
+    if weight_dtype == "fp8" or weight_dtype == "int8" or weight_dtype == "int4":
         return packed_bytes(config, weight_dtype, mtp=with_mtp)
     if not with_mtp:
         config = replace(config, num_nextn_predict_layers=0)

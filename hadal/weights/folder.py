@@ -8,10 +8,11 @@ infinity. Peak host memory is the weights plus a few pieces.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Mapping as Named
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from threading import Lock
 from typing import Literal
@@ -19,16 +20,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hadal.config.packing import resident_kind
 from hadal.model.transformer import Transformer
 from hadal.ops.fp8 import dequantise_blocks
-from hadal.ops.packed import Packed
+from hadal.ops.packed import Kind, Packed, dequantise, from_words
 from hadal.weights.errors import WeightsError
 from hadal.weights.header import Stored
 from hadal.weights.layout import CONFIG, Folder, open_folder
 from hadal.weights.manifest import Progress, verify_files
 from hadal.weights.mapped import Mapping
-from hadal.weights.names import SCALE_SUFFIX, Slot
-from hadal.weights.quantise import HEAD, check_kind, copy_fp8, packed_weights, put_packed
+from hadal.weights.names import CODES_SUFFIX, GROUPS_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX, Slot
+from hadal.weights.quantise import HEAD, copy_fp8, packed_weights, put_packed
 
 _THREADS = 4
 _THREADS_FROM_BYTES = 1_000_000_000  # each thread keeps about 10 MB: too much beside a small model
@@ -48,7 +50,8 @@ def load(
     """The model of a published folder, on `device` in `dtype` (gate biases stay FP32), in eval mode.
 
     quantize: "fp8", "int8" or "int4" keeps the matrices packed (hadal/weights/quantise.py), quantised as
-    they are read; published FP8 blocks are taken over unchanged by "fp8". with_mtp: False leaves the MTP
+    they are read; published FP8 blocks are taken over unchanged by "fp8". None: integers of a folder stay
+    packed, FP8 blocks are dequantised; "off": both are. with_mtp: False leaves the MTP
     modules out. verify: "full" first compares every file with its SHA-256 (from `manifest.json`, or the hub
     cache's blob names). progress: called with (bytes read, bytes in all).
     Raises WeightsError or ConfigError, naming file and tensor; a partly loaded model is never returned.
@@ -60,11 +63,12 @@ def load(
     if verify == "full":
         verify_files(path, [*opened.files, CONFIG])
     config = opened.config if with_mtp else replace(opened.config, num_nextn_predict_layers=0)
+    kind = resident_kind(config, quantize)
     with torch.inference_mode(False):  # its tensors must be ordinary ones: the model may be trained later
-        build_on = "meta" if quantize else device
+        build_on = "meta" if kind else device
         model = Transformer(config, dtype=dtype, device=build_on, max_positions=max_positions)
-        if quantize:
-            put_packed(model, check_kind(quantize))
+        if kind:
+            put_packed(model, kind)
             model.to_empty(device=device)
         load_into(model, opened, progress=progress)
     return model.eval()
@@ -105,7 +109,7 @@ def _by_shard(folder: Folder) -> tuple[list[list[Slot]], list[Slot]]:
     for name, stored in sorted(folder.stored.items(), key=lambda item: item[1].begin):
         if name not in folder.expected:
             copies.append(folder.optional[name])
-        elif folder.expected[name].dtype != "scale":
+        elif folder.expected[name].dtype not in ("scale", "groups", "shape"):
             slot = folder.expected[name].slot
             (copies if slot.copy else shards[stored.file.name]).append(slot)
     return list(shards.values()), copies
@@ -132,8 +136,10 @@ class _Work:
 
     def fill(self, slot: Slot) -> None:
         """Copy one stored tensor to its rows, dequantised and converted, and check that it is finite."""
-        stored = self.folder.stored[slot.name]
         weight = self.state[slot.parameter]
+        if slot.name + CODES_SUFFIX in self.folder.stored:
+            return self._fill_from_ints(slot, weight)
+        stored = self.folder.stored[slot.name]
         if isinstance(weight, Packed):
             return self._fill_packed(slot, stored, weight)
         target = place(self.state, slot)
@@ -168,6 +174,26 @@ class _Work:
             del rows
             self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
 
+    def _fill_from_ints(self, slot: Slot, weight: Tensor | Packed) -> None:
+        """Integers of the folder: copied where the weight is packed in the same way, else dequantised."""
+        for start, stop, codes, scale in int_rows(self.folder, self.files, slot):
+            ints = self.folder.config.ints
+            assert ints is not None
+            kind: Kind = "int4" if ints.num_bits == 4 else "int8"
+            width = slot.shape[1]
+            group = ints.group_size or width
+            repeat = group // weight.group if isinstance(weight, Packed) else 0
+            if isinstance(weight, Packed) and weight.kind == kind and repeat * weight.group == group:
+                some = scale.repeat_interleave(repeat, -1)[:, : ceil(width / weight.group)]
+                weight.write_codes(codes, some, slot.index, slot.row + start)
+            else:
+                rows = dequantise(codes, scale, kind, width, group, 1, torch.float32)
+                if isinstance(weight, Packed):
+                    weight.write(rows, slot.index, slot.row + start)
+                else:
+                    place(self.state, slot)[start:stop].copy_(rows)
+            self.counter.add(codes.nbytes + scale.nbytes)
+
     def _scale(self, slot: Slot) -> Tensor | None:
         """The block scales of an FP8 matrix, copied out of their file (it may be another shard)."""
         stored = self.folder.stored.get(slot.name + SCALE_SUFFIX)
@@ -198,6 +224,25 @@ class _Work:
                     f"fetch the file again{', or load with with_mtp=False' if not slot.optional else ''}"
                 )
             self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
+
+
+def int_rows(folder: Folder, files: Mapping, slot: Slot) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(start, stop, codes, scales) of a matrix that a folder holds in integers, piece by piece."""
+    stored, at = folder.stored[slot.name + CODES_SUFFIX], folder.stored[slot.name + GROUPS_SUFFIX]
+    shape_at = folder.stored[slot.name + SHAPE_SUFFIX]
+    shape = tuple(files.rows(shape_at, 0, 2).tolist())
+    if shape != slot.shape:
+        raise WeightsError(
+            f"{shape_at.file}: {slot.name}{SHAPE_SUFFIX} says {list(shape)}, a model with this {CONFIG} "
+            f"needs {list(slot.shape)}"
+        )
+    scale = files.rows(at, 0, at.shape[0]).clone()
+    files.release(at, 0, at.shape[0])
+    if not bool(torch.isfinite(scale).all()):
+        raise WeightsError(f"{at.file}: {slot.name}{GROUPS_SUFFIX} has NaN or infinity; fetch the file again")
+    kind: Kind = "int4" if folder.config.ints and folder.config.ints.num_bits == 4 else "int8"
+    for start, stop, words in files.pieces(stored):
+        yield start, stop, from_words(words.clone(), kind, slot.shape[1]), scale[start:stop]
 
 
 def place(state: Named[str, Tensor | Packed], slot: Slot) -> Tensor:

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from hadal.config import ModelConfig, Preset
-from hadal.plan.fit import WeightDtype
 from hadal.weights import hub
 from hadal.weights.errors import NotFoundError, WeightsError
 from hadal.weights.header import read_header
 from hadal.weights.layout import read_config
 
-_STORED = {"F8_E4M3": "FP8 blocks", "BF16": "BF16", "F16": "FP16", "F32": "FP32"}
+_STORED = {"F8_E4M3": "FP8 blocks", "I32": "integers", "BF16": "BF16", "F16": "FP16", "F32": "FP32"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _fetch_config(name: str) -> ModelConfig:
 
 def _info(name: str, known: Preset | None, config: ModelConfig, folder: Path | None) -> ModelInfo:
     n = config.parameters()
-    stored: WeightDtype = "fp8" if config.fp8 is not None else "bf16"
+    stored: Literal["fp8", "bf16"] = "fp8" if config.fp8 is not None else "bf16"
     dtype, size = (stored.upper(), config.weight_bytes(stored)) if folder is None else _on_disk(folder)
     return ModelInfo(
         name=known.name if known else name,

@@ -18,7 +18,15 @@ from hadal.config import ConfigError, ModelConfig, suggest
 from hadal.weights.errors import WeightsError
 from hadal.weights.header import MAX_HEADER_BYTES, MAX_TENSORS, Stored, read_header
 from hadal.weights.manifest import check_sizes, read_manifest
-from hadal.weights.names import SCALE_SUFFIX, Expected, Slot, expected_tensors, is_harmless, slots
+from hadal.weights.names import (
+    CODES_SUFFIX,
+    SCALE_SUFFIX,
+    Expected,
+    Slot,
+    expected_tensors,
+    is_harmless,
+    slots,
+)
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -30,6 +38,9 @@ _ALLOWED = {
     "float32": ("F32",),
     "fp8": ("F8_E4M3",),
     "scale": ("F32",),
+    "codes": ("I32",),
+    "groups": ("BF16", "F16", "F32"),
+    "shape": ("I64", "I32"),
 }
 
 
@@ -79,9 +90,10 @@ def open_folder(folder: Path, *, with_mtp: bool = True) -> Folder:
         check_sizes(folder, manifest)
     files, weight_map = _shards(folder)
     stored = _merge(folder, files, weight_map)
-    expected = expected_tensors(config, with_mtp=with_mtp)
+    packed = {n.removesuffix(CODES_SUFFIX) for n in stored if n.endswith(CODES_SUFFIX)}
+    expected = expected_tensors(config, with_mtp=with_mtp, packed=packed)
     optional = {name: slot for name, slot in slots(config, with_mtp=with_mtp).items() if slot.optional}
-    ignored = set() if with_mtp else set(expected_tensors(config)) - set(expected)
+    ignored = set() if with_mtp else set(expected_tensors(config, packed=packed)) - set(expected)
     _check_names(folder, config, expected, stored, ignored | set(optional))
     for name, wanted in expected.items():
         _check_tensor(config, name, wanted, stored[name])
@@ -196,6 +208,8 @@ def _check_names(
         more = f" and {len(extra) - 1:,} more" if len(extra) > 1 else ""
         if extra[0].endswith(SCALE_SUFFIX):
             remedy = f"block scales need quantization_config in {CONFIG}"
+        elif extra[0].endswith(CODES_SUFFIX) and config.ints is None:
+            remedy = f"integer weights need quantization_config in {CONFIG}"
         else:
             remedy = (
                 f"a {config.model_type} model has no such tensor.{suggest(extra[0], missing or expected)}"

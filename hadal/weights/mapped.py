@@ -32,6 +32,8 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 # Private and writable, because torch wants writable buffers; nothing is written, so nothing is copied, and
 # NORESERVE (0x4000 on Linux, not yet a name in Python 3.11) keeps a large file from counting as memory.

@@ -14,18 +14,20 @@ copies of embedding and head), Qwen2 and Llama. `expected_tensors` adds the FP8 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
 
-from hadal.config import Dsa, Fp8, Gqa, Mla, ModelConfig, Moe
+from hadal.config import Dsa, Fp8, Gqa, IntGroups, Mla, ModelConfig, Moe
 
 Shape = tuple[int, ...]
-DtypeClass = Literal["float", "float32", "fp8", "scale"]
-"""How a tensor may be stored: any float (BF16, F16, F32), F32 only, F8_E4M3 blocks, or F32 block scales."""
+DtypeClass = Literal["float", "float32", "fp8", "scale", "codes", "groups", "shape"]
+"""How a tensor may be stored: any float (BF16, F16, F32), F32 only, F8_E4M3 blocks, F32 block scales; and
+of integer weights the codes in I32 words, a float scale a group, and the shape of what was packed."""
 
 SCALE_SUFFIX = "_scale_inv"
+CODES_SUFFIX, GROUPS_SUFFIX, SHAPE_SUFFIX = "_packed", "_scale", "_shape"
 _HARMLESS = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
@@ -69,22 +71,44 @@ def slots(config: ModelConfig, *, with_mtp: bool = True) -> dict[str, Slot]:
     return found
 
 
-def expected_tensors(config: ModelConfig, *, with_mtp: bool = True) -> dict[str, Expected]:
+def expected_tensors(
+    config: ModelConfig, *, with_mtp: bool = True, packed: Collection[str] | None = None
+) -> dict[str, Expected]:
     """Name → shape and dtype class of every tensor in the published folder, scales of FP8 matrices included.
 
+    packed: names whose integers the files hold (with `config.ints`; default: all that we would pack).
     Optional tensors (a copy of a tied head) are not listed: see `slots`.
     """
     expected: dict[str, Expected] = {}
     for slot in _slots(config, with_mtp):
         if slot.optional:
             continue
-        if slot.kind == "matrix" and config.fp8 is not None:
+        if config.ints is not None and (_is_int(slot) if packed is None else slot.name in packed):
+            expected |= _int_tensors(slot, config.ints)
+        elif slot.kind == "matrix" and config.fp8 is not None:
             expected[slot.name] = Expected(slot.shape, "fp8", slot)
             expected[slot.name + SCALE_SUFFIX] = Expected(scale_shape(slot.shape, config.fp8), "scale", slot)
         else:
             dtype: DtypeClass = "float32" if slot.kind == "float32" else "float"
             expected[slot.name] = Expected(slot.shape, dtype, slot)
     return expected
+
+
+def _is_int(slot: Slot) -> bool:
+    """Whether we store a matrix in integers: as in memory (hadal/weights/quantise.py), but not the head."""
+    return slot.kind == "matrix" and "kv_b_proj" not in slot.name
+
+
+def _int_tensors(slot: Slot, ints: IntGroups) -> dict[str, Expected]:
+    """The three tensors that stand for one of [O, I]: words [O, I·bits/32], scales [O, groups], shape [2]."""
+    outs, width = slot.shape
+    words = ceil(width / (32 // ints.num_bits))
+    groups = 1 if ints.group_size is None else ceil(width / ints.group_size)
+    return {
+        slot.name + CODES_SUFFIX: Expected((outs, words), "codes", slot),
+        slot.name + GROUPS_SUFFIX: Expected((outs, groups), "groups", slot),
+        slot.name + SHAPE_SUFFIX: Expected((2,), "shape", slot),
+    }
 
 
 def parameter_shapes(config: ModelConfig, *, with_mtp: bool = True) -> dict[str, Shape]:

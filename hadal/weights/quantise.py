@@ -16,18 +16,10 @@ from torch import Tensor, nn
 from hadal.config import ModelConfig
 from hadal.model.layers import Linear
 from hadal.model.transformer import Transformer
-from hadal.ops.packed import KINDS, Kind, Packed, block_rows
-from hadal.weights.errors import WeightsError
+from hadal.ops.packed import Kind, Packed, block_rows
 from hadal.weights.names import Slot, slots
 
 HEAD = "lm_head.weight"
-
-
-def check_kind(kind: str) -> Kind:
-    """WeightsError for anything but fp8, int8 and int4."""
-    if kind not in KINDS:
-        raise WeightsError(f"quantize is {kind!r}; use one of {', '.join(KINDS)}")
-    return kind
 
 
 def is_packed(slot: Slot, kind: Kind) -> bool:

@@ -16,25 +16,34 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
 
-from hadal.config import Fp8, ModelConfig
+from hadal.config import Fp8, IntGroups, ModelConfig
 from hadal.model.transformer import Transformer
 from hadal.ops.fp8 import quantise_blocks
+from hadal.ops.packed import GROUP, Kind, quantise, to_words
 from hadal.weights.errors import WeightsError
 from hadal.weights.folder import place
 from hadal.weights.header import DTYPE_BYTES
 from hadal.weights.layout import CONFIG, INDEX, SINGLE
 from hadal.weights.manifest import FileHash, Progress, hash_file, write_manifest
 from hadal.weights.mapped import PIECE_BYTES
-from hadal.weights.names import SCALE_SUFFIX, Expected, Slot, expected_tensors
+from hadal.weights.names import GROUPS_SUFFIX, SCALE_SUFFIX, Expected, Slot, expected_tensors
 from hadal.weights.quantise import packed_weights
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+_FIXED = {
+    "float32": "F32",
+    "scale": "F32",
+    "fp8": "F8_E4M3",
+    "codes": "I32",
+    "groups": "BF16",
+    "shape": "I64",
+}
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 RowReader = Callable[[Slot, int], Iterator[Tensor]]
@@ -50,8 +59,7 @@ class Target:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def dtype_name(self, expected: Expected) -> str:
-        fixed = {"float32": "F32", "scale": "F32", "fp8": "F8_E4M3"}
-        return fixed.get(expected.dtype) or _DTYPE_NAMES[self.dtype]
+        return _FIXED.get(expected.dtype) or _DTYPE_NAMES[self.dtype]
 
 
 @torch.no_grad()
@@ -102,16 +110,27 @@ def save(
 
 
 def make_target(
-    config: ModelConfig, fp8: bool | Fp8, dtype: torch.dtype, metadata: Mapping[str, Any] | None = None
+    config: ModelConfig,
+    fp8: bool | Fp8,
+    dtype: torch.dtype,
+    metadata: Mapping[str, Any] | None = None,
+    ints: Literal["int8", "int4"] | None = None,
 ) -> Target:
     """The configuration of what will be written. WeightsError for dtypes that folders do not hold."""
+    if ints is not None:
+        if fp8:
+            raise WeightsError(f"a folder is in FP8 blocks or in {ints}, not both; leave one out")
+        # the names by which other loaders know what was left alone
+        ignore = ("lm_head", "re:.*kv_b_proj$", "re:.*mlp\\.gate$", "re:.*eh_proj$")
+        groups = IntGroups(4 if ints == "int4" else 8, GROUP[ints], ignore)
+        return Target(replace(config, fp8=None, ints=groups), dtype, metadata or {})
     if dtype not in _DTYPE_NAMES:
         raise WeightsError(
             f"cannot write {dtype}; folders hold {', '.join(map(str, _DTYPE_NAMES))}, or FP8 blocks"
         )
     if fp8 is True:
         fp8 = config.fp8 or Fp8()
-    return Target(replace(config, fp8=fp8 or None), dtype, metadata or {})
+    return Target(replace(config, fp8=fp8 or None, ints=None), dtype, metadata or {})
 
 
 def side_files(source: str | Path | None) -> list[Path]:
@@ -246,10 +265,13 @@ def _write_tensor(
     rows: RowReader,
     scales: dict[str, Tensor],
 ) -> None:
-    """One tensor, piece by piece. FP8 scales are kept from the weight, which comes just before them."""
+    """One tensor, piece by piece. Scales are kept from the weight, which comes just before them."""
     slot, config = expected.slot, target.config
-    if expected.dtype == "scale":
+    if expected.dtype in ("scale", "groups"):
         out.write_tensor(scales.pop(name))
+        return
+    if expected.dtype == "shape":
+        out.write_tensor(torch.tensor(slot.shape, dtype=torch.int64))
         return
     dtype = torch.float32 if expected.dtype == "float32" else target.dtype
     block = config.fp8.weight_block_size if config.fp8 is not None else (1, 1)
@@ -261,12 +283,26 @@ def _write_tensor(
             quantised, scale = quantise_blocks(piece, block, power_of_two)
             found.append(scale)
             out.write_tensor(quantised)
+        elif expected.dtype == "codes":
+            words, scale = _words(piece, config)
+            found.append(scale)
+            out.write_tensor(words)
         else:
             converted = piece.to(dtype)
             _check_finite(name, converted)
             out.write_tensor(converted)
-    if found:
+    if found and expected.dtype == "codes":
+        scales[slot.name + GROUPS_SUFFIX] = torch.cat(found)
+    elif found:
         scales[name + SCALE_SUFFIX] = torch.cat(found)
+
+
+def _words(piece: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Rows in integers: (words int32, scales BF16)."""
+    assert config.ints is not None
+    kind: Kind = "int4" if config.ints.num_bits == 4 else "int8"
+    codes, scale = quantise(piece, kind, config.ints.group_size or piece.shape[1])
+    return to_words(codes, kind), scale
 
 
 def _check_finite(name: str, piece: Tensor) -> None:
