@@ -1,6 +1,8 @@
 """The C++ kernels of `csrc/cpu.cpp`: built once by the machine's compiler, cached, called through ctypes.
 
+Those for packed weights (`csrc/packed.cpp`, called from hadal/ops/cpu_packed.py) are in the same library.
 The build takes seconds, on first use; the library's name carries a hash of source, compiler and processor.
+`HADAL_CPU_ISA` = portable or avx2 builds for lesser processors than this one, for tests.
 Without a compiler `available()` is False, the torch references run instead, and `hadal doctor` says so.
 The references are in the file of each operation (`linear`, `experts`, `rms_norm`, `rope`, `gate`, `paged`).
 """
@@ -15,7 +17,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,8 @@ from torch import Tensor
 from hadal.config import Moe
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
-HEADERS = [SOURCE.with_name("pool.h")]
+PACKED = SOURCE.with_name("packed.cpp")
+HEADERS = [SOURCE.with_name(name) for name in ("pool.h", "numbers.h", "packed.h")]
 # Sums may be reordered. Not -ffast-math: it flushes subnormal numbers to zero, in the whole process.
 FLAGS = [
     "-O3",
@@ -39,6 +43,9 @@ FLAGS = [
     "-std=c++17",
 ]
 
+# Products with packed weights reorder nothing: cpu_packed.quantise_activations is held to the bit.
+PACKED_FLAGS = [f for f in FLAGS if f not in ("-fassociative-math", "-freciprocal-math", "-fno-signed-zeros")]
+
 
 def cache_folder() -> Path:
     """Where built kernels are kept: $HADAL_CACHE, else ~/.cache/hadal."""
@@ -48,18 +55,20 @@ def cache_folder() -> Path:
 @functools.cache
 def status() -> tuple[Any, str]:
     """(library or None, why). Builds it if it is not in the cache."""
-    return load_library(SOURCE, FLAGS)
+    return load_library(SOURCE, FLAGS, {PACKED: PACKED_FLAGS})
 
 
-def load_library(source: Path, flags: list[str]) -> tuple[Any, str]:
-    """(library or None, why) of one source file with `set_threads`, built if it is not in the cache."""
+def load_library(
+    source: Path, flags: list[str], also: Mapping[Path, list[str]] | None = None
+) -> tuple[Any, str]:
+    """(library or None, why) of source files, each with its flags, built if it is not in the cache."""
     if platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"):
         return None, f"no kernels for {platform.machine()}"
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         return None, "no C++ compiler (install g++ or clang++ for several times the speed)"
     try:
-        path = _build(compiler, source, flags)
+        path = _build(compiler, {source: flags, **(also or {})})
         library = ctypes.CDLL(str(path))
         library.set_threads(torch.get_num_threads())
         return library, f"{path.name}, built by {Path(compiler).name}"
@@ -84,22 +93,44 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _build(compiler: str, source: Path, flags: list[str]) -> Path:
+def _flags(flags: list[str]) -> list[str]:
+    """The flags for this processor, or for the lesser one that HADAL_CPU_ISA names."""
+    isa = os.environ.get("HADAL_CPU_ISA", "native")
+    instead = {"native": ["-march=native"], "avx2": ["-march=haswell"], "portable": []}
+    if isa not in instead:
+        raise ValueError(f"HADAL_CPU_ISA is {isa!r}; use {', '.join(instead)}")
+    wide = isa == "native" and platform.machine() in ("x86_64", "AMD64")
+    flags = [f for f in flags if "prefer-vector" not in f or wide]
+    return [out for f in flags for out in (instead[isa] if f == "-march=native" else [f])]
+
+
+def _build(compiler: str, sources: Mapping[Path, list[str]]) -> Path:
     """Compile into the cache under a name that no other source, flags, compiler or processor shares."""
-    flags = [f for f in flags if "prefer-vector" not in f or platform.machine() in ("x86_64", "AMD64")]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    sources = "".join(file.read_text() for file in [source, *HEADERS])
-    key = "\0".join([sources, " ".join(flags), version, _processor()])
-    path = cache_folder() / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    flags = {source: _flags(own) for source, own in sources.items()}
+    text = "".join(file.read_text() for file in [*sources, *HEADERS])
+    key = "\0".join([text, str(list(flags.values())), version, _processor()])
+    stem = next(iter(sources)).stem
+    path = cache_folder() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        library = f"{folder}/{source.stem}.so"
-        command = [compiler, *flags, "-fPIC", "-shared", "-pthread", str(source), "-o", library]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        objects = [f"{folder}/{source.stem}.o" for source in sources]
+        commands = [
+            [compiler, *own, "-w", "-fPIC", "-pthread", "-c", str(source), "-o", out]
+            for (source, own), out in zip(flags.items(), objects, strict=True)
+        ]
+        with ThreadPoolExecutor(len(commands)) as together:
+            list(together.map(_compile, commands))
+        library = f"{folder}/{stem}.so"
+        _compile([compiler, "-shared", "-pthread", *objects, "-o", library])
         os.replace(library, path)
     return path
+
+
+def _compile(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
 
 @functools.cache

@@ -137,7 +137,7 @@ def test_experts_equal_those_of_the_dequantised_weights(kind: Kind, dtype: torch
 def _near(got: torch.Tensor, exact: torch.Tensor) -> bool:
     """Within what rounding in `got`'s dtype, and activations in eight bits, may cost."""
     assert got.shape == exact.shape and bool(torch.isfinite(got).all())
-    return bool((got.double() - exact).norm() / exact.norm() < 0.02)
+    return bool((got.double() - exact).norm() / exact.norm() < 0.03)
 
 
 def test_unknown_kind_is_refused() -> None:

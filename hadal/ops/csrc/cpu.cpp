@@ -1,5 +1,6 @@
 // CPU kernels for inference: matrix products of few rows (where reading the weights is the cost), routed experts,
-// paged decode attention, norms, rotation, routing. FP32 or BF16 storage, FP32 arithmetic.
+// paged decode attention, norms, rotation, routing. FP32 or BF16 storage, FP32 arithmetic. Products with packed weights
+// are in packed.cpp.
 //
 // Portable C++17 with GCC/Clang vector extensions: the compiler lowers 16-lane vectors to what the machine has.
 // Each function's oracle is the torch reference in the Python file of the same operation. Loops that are worth it run on
@@ -12,41 +13,13 @@
 #include <limits>
 #include <vector>
 
+#include "numbers.h"
+#include "packed.h"
 #include "pool.h"
 
+using namespace hadal;
+
 namespace {
-
-constexpr int LANES = 16;
-// Work is counted in weight bytes, times a quarter of the rows once they are several; below this, one thread.
-constexpr int64_t PARALLEL_WORK = 384 << 10;
-inline bool worth_sharing(int64_t bytes, int64_t rows) { return bytes * std::max<int64_t>(1, rows / 4) > PARALLEL_WORK; }
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-struct bf16 { uint16_t bits; };
-
-inline float widen(float v) { return v; }
-inline float widen(bf16 v) {
-  uint32_t u = uint32_t(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return f;
-}
-inline void narrow(float v, float* to) { *to = v; }
-inline void narrow(float v, bf16* to) {  // round to nearest even; NaN stays NaN
-  uint32_t u;
-  std::memcpy(&u, &v, 4);
-  if ((u & 0x7fffffffu) > 0x7f800000u) { to->bits = uint16_t((u >> 16) | 0x40); return; }
-  to->bits = uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
-}
-template <class T> inline float rounded(float v) { T t; narrow(v, &t); return widen(t); }
-
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, 64); return v; }
-inline void store(float* p, vf v) { std::memcpy(p, &v, 64); }
-inline float sum(vf v) {
-  float s = 0;
-  for (int i = 0; i < LANES; ++i) s += v[i];
-  return s;
-}
 
 // BF16 is read 32 values at a time, as 16 words: the even values are the low halves (shifted up), the odd ones the high
 // halves (masked), two cheap operations and no shuffle. FP32 vectors that meet BF16 therefore lie in that order: in
@@ -235,8 +208,6 @@ void per_head(const T* x, const T* w, T* out, int64_t S, int64_t H, int64_t I, i
     }
   });
 }
-
-inline float silu(float v) { return v / (1.0f + std::exp(-v)); }
 
 // Jobs [begin, end), `blocks` of four rows an expert, as ranges of rows within one expert each.
 template <class Body>
