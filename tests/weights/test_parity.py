@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
-from hadal.weights import load, save
+from hadal.config import Gqa
+from hadal.model.context import Context
+from hadal.weights import convert, load, save
 from hadal.weights.names import slots
 from tests.weights import tiny
 from tests.weights.helpers import random_model, same
@@ -37,8 +41,6 @@ def test_transformers_loads_what_we_save(name: str, dtype: torch.dtype, tmp_path
 @pytest.mark.parametrize("name", NAMES)
 def test_same_logits(name: str, tmp_path: Path) -> None:
     """The strongest form of "the same tensors": both networks say the same of the same folder."""
-    from hadal.model.context import Context
-
     model = random_model(tiny.ALL[name], seed=4)
     save(model, tmp_path / "m")
     ours = load(tmp_path / "m")
@@ -71,3 +73,27 @@ def test_we_load_a_model_that_transformers_made(name: str, tmp_path: Path) -> No
         if published in state and not slot.copy:
             parameter = mine[slot.parameter] if slot.index is None else mine[slot.parameter][slot.index]
             assert torch.equal(parameter[slot.row : slot.row + slot.shape[0]], state[published]), published
+
+
+@pytest.mark.parametrize("ints", ["int4", "int8"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@torch.no_grad()
+def test_transformers_loads_our_integers(
+    name: str, ints: Literal["int4", "int8"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `convert --int4` and `--int8` write is what compressed-tensors reads."""
+    pytest.importorskip("compressed_tensors")
+    monkeypatch.setattr("hadal.ops.dispatch._kernels_ready", lambda: False)
+    config = replace(
+        tiny.ALL[name],
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=8,
+        attention=Gqa(2, 16, qkv_bias=name == "qwen2"),
+    )
+    save(random_model(config), tmp_path / "plain")
+    made = convert(tmp_path / "plain", tmp_path / "ints", ints=ints, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
+    ours, token_T = load(made, quantize="off"), torch.arange(20)
+    logits_TV = ours.logits(ours(token_T, Context.packed([20])))
+    torch.testing.assert_close(theirs(token_T[None]).logits[0], logits_TV, atol=1e-4, rtol=0)
