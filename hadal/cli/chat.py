@@ -25,6 +25,7 @@ def chat(
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
+    exact: o.Exact = False,
     yes: o.Yes = False,
     force: o.Force = False,
 ) -> None:
@@ -58,7 +59,7 @@ def chat(
         speaker = RemoteSpeaker(url, api_key, model)
     else:
         introduce(model or "hadal-mini", quiet=False)
-        asked = o.Inference(device, dtype, quantize, max_model_len)
+        asked = o.Inference(device, dtype, quantize, max_model_len, exact=exact)
         speaker = LocalSpeaker(load_engine(model or "hadal-mini", asked, yes=yes, force=force))
     session = Session(speaker, sampling, system, think, fold)
     question = read_prompt(None, json=False)

@@ -39,6 +39,7 @@ def complete(
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
+    exact: o.Exact = False,
     yes: o.Yes = False,
     force: o.Force = False,
     json: o.Json = False,
@@ -61,7 +62,7 @@ def complete(
     asked = o.Sampling(temperature, top_p, top_k, None, max_tokens, seed)
     asked.params({})
     introduce(model, quiet=json)
-    how = o.Inference(device, dtype, quantize, max_model_len)
+    how = o.Inference(device, dtype, quantize, max_model_len, exact=exact)
     engine = load_engine(model, how, yes=yes, force=force, quiet=json)
     params = asked.params(engine.sampling_defaults)
     params = replace(params, stop=tuple(stop or ()), logprobs=logprobs)

@@ -27,6 +27,7 @@ def evaluate(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    exact: o.Exact = False,
     yes: o.Yes = False,
     force: o.Force = False,
     json: o.Json = False,
@@ -42,10 +43,11 @@ def evaluate(
     from hadal.cli.loading import load_engine
     from hadal.evals import puzzles
 
-    asked = o.Inference(device, dtype, quantize, max_num_seqs=64)
+    asked = o.Inference(device, dtype, quantize, max_num_seqs=64, exact=exact)
     engine = load_engine(model, asked, yes=yes, force=force, quiet=json)
     settings = {"model": engine.name, "device": str(engine.device), "dtype": str(engine.dtype)}
     settings |= {"quantize": quantize} if quantize else {}
+    settings |= {"exact": True} if exact else {}
     with bar("evaluating", unit_bytes=False, quiet=json) as update:
         report = puzzles.evaluate(
             engine, samples=samples, seed=seed, max_tokens=max_tokens, settings=settings, progress=update

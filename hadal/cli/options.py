@@ -79,6 +79,7 @@ class Inference:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     gpu_memory_utilization: float | None = None
+    exact: bool = False
 
     def keywords(self) -> dict[str, Any]:
         """What was asked for."""

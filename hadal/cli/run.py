@@ -39,6 +39,7 @@ def run(
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
+    exact: o.Exact = False,
     yes: o.Yes = False,
     force: o.Force = False,
     json: o.Json = False,
@@ -63,7 +64,7 @@ def run(
     sampling = o.Sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
     sampling.params({})  # a bad value is refused before the model is loaded
     introduce(model, quiet=json)
-    asked = o.Inference(device, dtype, quantize, max_model_len)
+    asked = o.Inference(device, dtype, quantize, max_model_len, exact=exact)
     speaker = LocalSpeaker(load_engine(model, asked, yes=yes, force=force, quiet=json))
     session = Session(speaker, sampling, system, think, fold)
     if question is None:

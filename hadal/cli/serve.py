@@ -38,6 +38,7 @@ def serve(
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
+    exact: o.Exact = False,
     max_num_seqs: Annotated[
         int | None,
         typer.Option("--max-num-seqs", min=1, metavar="N", help="Most sequences that run at once."),
@@ -98,7 +99,7 @@ def serve(
         allow_delete=allow_delete,
     )
     introduce(model, quiet=False)
-    asked = o.Inference(device, dtype, quantize, max_model_len, max_num_seqs, gpu_memory_utilization)
+    asked = o.Inference(device, dtype, quantize, max_model_len, max_num_seqs, gpu_memory_utilization, exact)
     prepare_model(model, asked, yes=yes, force=force)
     options = asked.keywords()
     options["name"] = name_of(inspect(model))

@@ -44,6 +44,8 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
     if dtype not in (torch.float32, torch.bfloat16):
         return f"exact mode computes in float32 or bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if dispatch.forced_reference():
+        return "HADAL_OPS=reference forces the references, whose sums depend on the batch; unset it"
     if device.type == "cuda":
         return None if dispatch.has_triton() else "exact mode on CUDA needs triton: pip install triton"
     if device.type != "cpu":

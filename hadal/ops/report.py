@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from hadal.ops import attention, cpu, dispatch, linear
+from hadal.ops import attention, cpu, dispatch, exact, linear
 from hadal.ops.gate import SMALL_T
 
 Row = tuple[str, str, str]
@@ -87,4 +87,12 @@ def _everywhere(device: torch.device) -> list[Row]:
     else:
         fp8 = ("torch, through FP16's bits", "torch converts FP16, not E4M3, with vector instructions")
         draw = ("numpy", "its argmax and sort beat torch's on a large vocabulary")
-    return [("attention, prefill", *prefill), ("FP8 dequantisation", *fp8), ("sampling", *draw)]
+    missing = exact.unavailable(device, torch.bfloat16)
+    path = "not here" if missing else "Triton, fixed tiles" if cuda else "C++, one order of sums"
+    invariant = (path, missing or "a sequence has the same bits in any batch, trained or sampled")
+    return [
+        ("attention, prefill", *prefill),
+        ("FP8 dequantisation", *fp8),
+        ("sampling", *draw),
+        ("with --exact", *invariant),
+    ]
