@@ -21,7 +21,7 @@ FLOOR = {
     "weights": 3, "data": 3,
     "engine": 4, "train": 4,
     "post": 5, "serve": 5, "evals": 5, "probe": 5,
-    "ui": 6,
+    "ui": 6, "bench": 6,
     "cli": 7,
 }  # fmt: skip
 # What a room must not know although it lies below, and the libraries that its floor has no use for.

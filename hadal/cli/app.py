@@ -29,9 +29,10 @@ from hadal.cli import (
     train,
     version,
 )
+from hadal.cli.family import Family, kinds_class
 from hadal.cli.guard import guarded
 
-GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+GROUPS: dict[str, dict[str, Callable[..., None] | Family]] = {
     "Talk": {"run": run.run, "chat": chat.chat, "complete": complete.complete},
     "Serve": {"serve": serve.serve, "ps": ps.ps},
     "Models": {
@@ -41,7 +42,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "rm": rm.rm,
         "convert": convert.convert,
     },
-    "Make and measure": {"train": train.train, "eval": evaluate.evaluate, "bench": bench.bench},
+    "Make and measure": {"train": train.train, "eval": evaluate.evaluate, "bench": bench.BENCH},
     "This machine": {"doctor": doctor.doctor, "version": version.version},
 }
 
@@ -109,10 +110,32 @@ def build() -> typer.Typer:
 
     for verbs in GROUPS.values():
         for name, verb in verbs.items():
-            help_text, _, examples = (verb.__doc__ or "").partition("Examples:")
-            epilog = "\b\nExamples:\n" + _indented(examples) if examples else None
-            app.command(name, cls=Teaching, help=help_text.strip(), epilog=epilog)(guarded(verb))
+            if isinstance(verb, Family):
+                app.add_typer(_family(verb), name=name)
+            else:
+                _command(app, name, verb)
     return app
+
+
+def _command(app: typer.Typer, name: str, verb: Callable[..., None]) -> None:
+    help_text, epilog = _help(verb.__doc__ or "")
+    app.command(name, cls=Teaching, help=help_text, epilog=epilog)(guarded(verb))
+
+
+def _family(family: Family) -> typer.Typer:
+    help_text, epilog = _help(family.about)
+    group = typer.Typer(
+        cls=kinds_class(family), help=help_text, epilog=epilog, rich_markup_mode=None, add_completion=False
+    )
+    for name, verb in family.kinds.items():
+        _command(group, name, verb)
+    return group
+
+
+def _help(text: str) -> tuple[str, str | None]:
+    """A docstring's help and, below it, its examples."""
+    help_text, _, examples = text.partition("Examples:")
+    return help_text.strip(), "\b\nExamples:\n" + _indented(examples) if examples else None
 
 
 def _indented(examples: str) -> str:

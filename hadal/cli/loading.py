@@ -150,25 +150,3 @@ def load_engine(
 
     with bar(f"loading {model}", quiet=quiet) as update:
         return Engine.load(model, **asked.keywords(), name=name_of(inspect(model)), progress=update)
-
-
-def random_engine(
-    model: str, *, device: str, dtype: str, max_model_len: int, max_num_seqs: int, force: bool
-) -> Engine:
-    """An engine with the shape of a known model, or of a folder's config.json, and random weights."""
-    from hadal.engine import Engine
-    from hadal.engine.loading import check_weights_fit, pick_device, pick_dtype
-    from hadal.model.transformer import Transformer
-    from hadal.weights import hub
-    from hadal.weights.layout import read_config
-
-    known = hub.find_preset(model)
-    config = known.config if known else read_config(hub.resolve(model))
-    config = replace(config, num_nextn_predict_layers=0)
-    where = pick_device(device)
-    kind = pick_dtype(config, where, dtype)
-    if not force:
-        check_weights_fit(config, where, kind)
-    network = Transformer(config, dtype=kind, device=where).init_weights(0)
-    name = f"{known.name if known else Path(model).resolve().name} (random weights)"
-    return Engine(network, name=name, max_model_len=max_model_len, max_num_seqs=max_num_seqs, seed=0)

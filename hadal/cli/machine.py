@@ -121,45 +121,18 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _sync(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _best(work: Any, device: torch.device, budget_s: float) -> float:
-    """Shortest of several timed calls of `work`, in seconds, within about `budget_s` after a warm-up call."""
-    work()
-    _sync(device)
-    best, spent = float("inf"), 0.0
-    while spent < budget_s:
-        start = time.perf_counter()
-        work()
-        _sync(device)
-        took = time.perf_counter() - start
-        best, spent = min(best, took), spent + took
-    return best
-
-
 def measure_bandwidth(device: torch.device) -> float:
     """Bytes per second that a large copy reads and writes together, on this device and thread count."""
-    import torch
+    from hadal.bench.ceilings import copy_bandwidth
 
-    size = 1 << 30 if device.type == "cuda" else max(1 << 24, min(1 << 28, memory().available // 16))
-    source = torch.ones(size // 4, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / _best(lambda: target.copy_(source), device, 0.25)
+    return copy_bandwidth(device)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of a large square matrix product in `dtype`."""
-    import torch
+    from hadal.bench.ceilings import matmul_rate
 
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, dtype=torch.float32, device=device).to(dtype)
-    b = a.clone()
-    return 2 * n**3 / _best(lambda: a @ b, device, 0.25)
+    return matmul_rate(device, dtype)
 
 
 def _key(device: torch.device, what: str) -> str:

@@ -9,6 +9,8 @@ causal attention.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hadal.config import Mla, ModelConfig
 
 
@@ -50,3 +52,25 @@ def prefill_flops(config: ModelConfig, tokens: int) -> float:
     per_pair = a.qk_head_dim + a.v_head_dim if isinstance(a, Mla) else 2 * a.head_dim
     attention = 2 * heads * per_pair * tokens * (tokens + 1) / 2 * config.num_hidden_layers
     return 2 * config.parameters().active_core * tokens + attention
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a model's decode steps read, in bytes: `always` by every step, `routed` all routed experts,
+    `cache_per_token` of one sequence. `experts` of a layer, of which a token picks `chosen`."""
+
+    always: int
+    routed: int
+    experts: int
+    chosen: int
+    cache_per_token: float
+
+    def touched(self, batch: int) -> float:
+        """Experts of a layer that `batch` tokens touch under even routing; 0 without experts."""
+        return expected_experts(self.experts, self.chosen, batch) if self.experts else 0.0
+
+    def bytes(self, batch: int, context: float, touched: float | None = None) -> float:
+        """Read by a step of `batch` sequences that have `context` tokens; `touched` experts a layer if known,
+        else what even routing gives."""
+        share = (self.touched(batch) if touched is None else touched) / self.experts if self.experts else 0.0
+        return self.always + share * self.routed + batch * context * self.cache_per_token

@@ -1,4 +1,4 @@
-"""run, complete, bench, convert, eval, list, rm, show: on a tiny model folder and on every preset."""
+"""run, complete, convert, eval, list, rm, show: on a tiny model folder and on every preset."""
 
 from __future__ import annotations
 
@@ -133,33 +133,6 @@ def test_complete_reads_stdin(tiny_folder: Path) -> None:
     shown = program("complete", str(tiny_folder), "--max-tokens", "3", "--echo", stdin="2, 4,")
     assert shown.status == 0, shown.err
     assert shown.out.startswith("2, 4,")
-
-
-def test_bench_reports_ceilings(tiny_folder: Path, capsys: Capture) -> None:
-    sizes = ("--batch", "3", "--batch", "1", "--prompt", "20", "--output", "5", "--repeats", "1")
-    shown = hadal(capsys, "bench", str(tiny_folder), *sizes, "--json")
-    assert shown.status == 0, shown.err
-    found = json.loads(shown.out)
-    assert [r["batch"] for r in found["results"]] == [1, 3]
-    for result in found["results"]:
-        for key in ("first_token_s", "prefill_rate", "prefill_ceiling", "decode_rate", "decode_ceiling"):
-            assert result[key] > 0, key
-    assert found["machine"]["cpu"]["cores"] >= 1
-    table = hadal(capsys, "bench", str(tiny_folder), *sizes)
-    assert "CEILING" in table.out
-    too_long = hadal(capsys, "bench", str(tiny_folder), "--prompt", "5000")
-    assert too_long.status == 2
-    assert "5064 tokens" in too_long.err
-
-
-def test_bench_with_random_weights_needs_no_weights(
-    tiny_folder: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    (tmp_path / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
-    sizes = ("--batch", "2", "--prompt", "8", "--output", "4", "--repeats", "1", "--json")
-    shown = hadal(capsys, "bench", str(tmp_path), "--random", *sizes)
-    assert shown.status == 0, shown.err
-    assert json.loads(shown.out)["model"].endswith("(random weights)")
 
 
 def test_convert_to_fp8_and_back(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -1,0 +1,64 @@
+"""Engines to measure: the shape of a known model with random weights, so that nothing is downloaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hadal.config import ModelConfig
+from hadal.config.packing import resident_kind
+from hadal.engine import Engine
+from hadal.engine.loading import check_weights_fit, pick_device, pick_dtype
+from hadal.model.transformer import Transformer
+from hadal.ops.packed import Packed
+from hadal.weights.quantise import put_packed
+
+# The scale at which random codes have a standard deviation of 0.02 or so.
+_SCALE = {"fp8": 1e-4, "int8": 0.02 / 73, "int4": 0.02 / 4.6}
+
+
+def fill_random(weight: Packed) -> Packed:
+    """Random codes and one scale, in the order of this device's kernel: what quantised weights look like,
+    without quantising."""
+    codes = weight.codes.view(torch.uint8)
+    if weight.kind == "fp8":
+        codes.random_(0, 0x78).bitwise_or_(torch.randint_like(codes, 0, 2) << 7)  # finite, of both signs
+    else:
+        codes.random_(0, 256)
+    if weight.kind == "int8":
+        weight.codes.clamp_(-127, 127)
+    weight.scale.fill_(_SCALE[weight.kind])
+    return weight.prepare()
+
+
+@torch.no_grad()
+def random_engine(
+    config: ModelConfig,
+    *,
+    name: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    force: bool = False,
+    **options: Any,
+) -> Engine:
+    """An engine of this configuration with random weights, without MTP modules and, unless among the options,
+    without a tokenizer. Further options are the engine's. Raises EngineError where the weights do not fit,
+    unless `force`."""
+    config = replace(config, num_nextn_predict_layers=0)
+    packing = resident_kind(config, quantize)
+    where = pick_device(device)
+    kind = pick_dtype(config, where, dtype, packing)
+    if not force:
+        check_weights_fit(config, where, kind, packing)
+    network = Transformer(config, dtype=kind, device="meta")
+    if packing is not None:
+        put_packed(network, packing)
+    network.to_empty(device=where)
+    network.init_weights(0).eval()
+    for module in network.modules():
+        if isinstance(module, Packed):
+            fill_random(module)
+    return Engine(network, name=name, seed=0, **options)
