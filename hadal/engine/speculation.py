@@ -211,18 +211,20 @@ class Speculator:
         )
         self._drafts: Drafts | None = None  # of the step before, whose q is on the device
         self._proposed: list[tuple[Request, list[int]]] = []
+        self._follows = False  # whether the MTP block runs in this step
 
     # --- the step ---
 
     def engaged(self, plan: Schedule) -> bool:
-        """Whether this step is verified and followed here, instead of sampled plainly."""
+        """Whether this step is verified and followed here, instead of sampled plainly.
+
+        Prompts are followed while drafting rests, too: else a shared prefix would stay without entries."""
         allowed = self.policy.allows(len(self.scheduler.running))
         self.stats.resting = self.policy.why
-        if plan.num_drafted:
-            return True
-        if self.mtp is not None and not allowed:
+        self._follows = self.mtp is not None and (allowed or not _is_decode(plan))
+        if self.mtp is not None and not self._follows:
             self.mtp.skip(plan)
-        return self.mtp is not None and allowed
+        return self._follows or plan.num_drafted > 0
 
     def expects_drafts(self) -> bool:
         """Whether the next step may have drafts, so that it cannot be started before they are known."""
@@ -233,7 +235,7 @@ class Speculator:
         """New tokens of each of output.requests, one or several; drafts are kept for `attach`."""
         self._proposed = []
         if output.logits_BV is None:
-            if self.mtp is not None:
+            if self.mtp is not None and self._follows:
                 self.mtp.follow(plan, output, None)
             return Sampled([])
         verified = self.sampler.verify(
@@ -244,13 +246,11 @@ class Speculator:
             self.forced,
         )
         drafts = None
-        if self.mtp is not None and self.policy.allows(len(self.scheduler.running)):
+        if self.mtp is not None and self._follows:
             self.mtp.follow(plan, output, verified.new_SJ)
-            wanted = self._wanted(output)
+            wanted = self._wanted(self.mtp, output)
             if wanted:
                 drafts = self.mtp.propose(plan, output, verified.accepted_S, wanted)
-        elif self.mtp is not None:
-            self.mtp.skip(plan)
         self._drafts = drafts
         new, proposed = self._read(verified.new_SJ, None if drafts is None else drafts.token_NK)
         if drafts is not None:
@@ -269,15 +269,15 @@ class Speculator:
             index += [row * K + min(j, K - 1) for j in range(number + 1)]
         return drafts.q_NKV.flatten(0, 1).index_select(0, self.runner.index(index))
 
-    def _wanted(self, output: StepOutput) -> list[int]:
+    def _wanted(self, mtp: MtpDrafter, output: StepOutput) -> list[int]:
         """Numbers of the requests that get drafts for the next step."""
-        assert self.mtp is not None
-        if not self.policy.wants(len(self.scheduler.running)):
+        batch = len(self.scheduler.running)
+        if not (self.policy.allows(batch) and self.policy.wants(batch)):
             return []
         return [
             number
             for number, request in enumerate(output.requests)
-            if self.mtp.can_draft(request) and _may_draft(request)
+            if mtp.can_draft(request) and _may_draft(request)
         ]
 
     def _read(self, new_SJ: Tensor, drafts_NK: Tensor | None) -> tuple[list[list[int]], list[list[int]]]:
@@ -325,7 +325,7 @@ class Speculator:
 
     def observe(self, plan: Schedule, seconds: float, emitted: int) -> None:
         """The step is over."""
-        if plan.sequences and plan.num_decodes + plan.num_drafted == len(plan.sequences):
+        if plan.sequences and _is_decode(plan):
             self.policy.observe(len(plan.sequences), seconds, emitted, drafted=plan.num_drafted > 0)
 
     def forget(self, request: Request) -> None:
@@ -346,6 +346,11 @@ def max_rows(options: SpeculationOptions, method: Method | None, seats: int, dev
         return seats
     tokens = options.num_tokens or DEFAULT_TOKENS[method]
     return max(seats, min(seats, max_batch_of(options, device)) * (tokens + 1))
+
+
+def _is_decode(plan: Schedule) -> bool:
+    """No prompt chunks."""
+    return plan.num_decodes + plan.num_drafted == len(plan.sequences)
 
 
 def _may_draft(request: Request) -> bool:
