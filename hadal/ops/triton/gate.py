@@ -22,18 +22,13 @@ def _argmax_2d(value, index, NOTHING: tl.constexpr):
 
 
 @triton.jit
-def _gate_kernel(
-    logit, bias, expert, weight, n_experts, scale,
-    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+def _choose(
+    value, bias, expert, weight, token, index, real, g, p, n_experts, scale,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
     K: tl.constexpr, TOPK_GROUP: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
     SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    g = tl.arange(0, BLOCK_G)
-    p = tl.arange(0, BLOCK_P)
-    index = g[:, None] * PER_GROUP + p[None, :]
-    real = (g[:, None] < GROUPS) & (p[None, :] < PER_GROUP)
-    value = tl.load(logit + token * n_experts + index, mask=real, other=float("-inf"))
+    """Scores, groups and top-k of one token's logits [groups, experts of a group]; stores what it chose."""
     if SIGMOID:
         score = tl.where(real, 1.0 / (1.0 + tl.exp(-value)), 0.0)
     else:
@@ -74,6 +69,25 @@ def _gate_kernel(
     tl.store(weight + token * K + slot, gathered * scale, mask=slot < K)
 
 
+@triton.jit
+def _gate_kernel(
+    logit, bias, expert, weight, n_experts, scale,
+    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    K: tl.constexpr, TOPK_GROUP: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
+    SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    g = tl.arange(0, BLOCK_G)
+    p = tl.arange(0, BLOCK_P)
+    index = g[:, None] * PER_GROUP + p[None, :]
+    real = (g[:, None] < GROUPS) & (p[None, :] < PER_GROUP)
+    value = tl.load(logit + token * n_experts + index, mask=real, other=float("-inf"))
+    _choose(
+        value, bias, expert, weight, token, index, real, g, p, n_experts, scale, GROUPS, BLOCK_G, BLOCK_P, K,
+        TOPK_GROUP, SIGMOID, BIASED, SUM_OF_TWO, NORMALISE, BLOCK_K,
+    )  # fmt: skip
+
+
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """FP32 router logits. BF16 products are exact in FP32: a BF16 product with FP32 output loses nothing."""
     if x_TD.dtype == torch.bfloat16 and x_TD.is_cuda:
@@ -83,33 +97,41 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:
     """(experts int64 [T, K], weights FP32 [T, K])."""
-    logit_TE = gate_logits(x_TD, weight_ED)
+    return route(gate_logits(x_TD, weight_ED), bias_E, moe)
+
+
+def route(logit_TE: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:
+    """`gate` from the router's logits."""
     tokens, n_experts = logit_TE.shape
     K = moe.num_experts_per_tok
+    expert_TK = torch.empty((tokens, K), dtype=torch.int64, device=logit_TE.device)
+    weight_TK = torch.empty((tokens, K), dtype=torch.float32, device=logit_TE.device)
+    _gate_kernel[(tokens,)](
+        logit_TE, bias_E if bias_E is not None else logit_TE, expert_TK, weight_TK, n_experts,
+        weight_factor(moe), **constants(moe, n_experts, bias_E is not None),
+        num_warps=1 if n_experts <= 64 else 4,
+    )  # fmt: skip
+    return expert_TK, weight_TK
+
+
+def _normalises(moe: Moe) -> bool:
+    return moe.norm_topk_prob and moe.num_experts_per_tok > 1
+
+
+def weight_factor(moe: Moe) -> float:
+    """What the weights are multiplied with: V2 scales only the branch that does not normalise."""
+    scaled = moe.topk_method == "noaux_tc" or not _normalises(moe)
+    return moe.routed_scaling_factor if scaled else 1.0
+
+
+def constants(moe: Moe, n_experts: int, biased: bool) -> dict[str, int | bool]:
+    """What the kernels are compiled for."""
     groups = moe.n_group if moe.topk_method != "greedy" else 1
     per_group = n_experts // groups
-    normalise = moe.norm_topk_prob and K > 1
-    scaled = moe.topk_method == "noaux_tc" or not normalise
-    expert_TK = torch.empty((tokens, K), dtype=torch.int64, device=x_TD.device)
-    weight_TK = torch.empty((tokens, K), dtype=torch.float32, device=x_TD.device)
-    _gate_kernel[(tokens,)](
-        logit_TE,
-        bias_E if bias_E is not None else logit_TE,
-        expert_TK,
-        weight_TK,
-        n_experts,
-        moe.routed_scaling_factor if scaled else 1.0,
-        GROUPS=groups,
-        PER_GROUP=per_group,
-        BLOCK_G=triton.next_power_of_2(groups),
-        BLOCK_P=triton.next_power_of_2(per_group),
-        K=K,
-        TOPK_GROUP=moe.topk_group if groups > 1 else 1,
-        SIGMOID=moe.scoring_func == "sigmoid",
-        BIASED=bias_E is not None,
-        SUM_OF_TWO=moe.topk_method == "noaux_tc",
-        NORMALISE=normalise,
-        BLOCK_K=triton.next_power_of_2(K),
-        num_warps=1 if n_experts <= 64 else 4,
-    )
-    return expert_TK, weight_TK
+    return {
+        "GROUPS": groups, "PER_GROUP": per_group, "BLOCK_G": triton.next_power_of_2(groups),
+        "BLOCK_P": triton.next_power_of_2(per_group), "K": moe.num_experts_per_tok,
+        "TOPK_GROUP": moe.topk_group if groups > 1 else 1, "SIGMOID": moe.scoring_func == "sigmoid",
+        "BIASED": biased, "SUM_OF_TWO": moe.topk_method == "noaux_tc", "NORMALISE": _normalises(moe),
+        "BLOCK_K": triton.next_power_of_2(moe.num_experts_per_tok),
+    }  # fmt: skip

@@ -1,0 +1,240 @@
+"""Triton products with packed weights against references in FP64: on CUDA, else in the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hadal.ops import fp8 as numbers
+from hadal.ops.packed import KINDS, Kind, Packed, experts_reference, pack
+from hadal.ops.rms_norm import rms_norm_reference
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16 if CUDA else torch.float32  # the interpreter's BF16 arithmetic is not faithful
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
+needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+# The tensor maps and FP8 products of the large kernels need a Hopper card, or the interpreter.
+needs_hopper = pytest.mark.skipif(
+    not (INTERPRETED or (CUDA and torch.cuda.get_device_capability() >= (9, 0))), reason="needs Hopper"
+)
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
+def test_kernels_in_the_interpreter():
+    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
+    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Every buffer that a kernel is given to write begins as NaN, so that a forgotten element shows."""
+    torch.manual_seed(0)
+    empty = torch.empty
+
+    def nan(*shape, **options):
+        tensor = empty(*shape, **options)
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor.view(torch.uint8).fill_(0x7F)
+        elif tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+@pytest.fixture(autouse=True)
+def rounded(monkeypatch):
+    """The interpreter's cast to E4M3 loses the carry where it rounds to a power of two; torch's does not."""
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    cast = interpreter._convert_float
+
+    def convert(values, source, target, rounding):
+        if target != tl.float8e4nv or source != tl.float32:
+            return cast(values, source, target, rounding)
+        floats = torch.from_numpy(values.view("float32").copy())
+        return floats.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+def error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """Relative error in norm; NaN stays NaN and passes no comparison."""
+    out, reference = out.double().cpu(), reference.double().cpu()
+    return float((out - reference).norm() / reference.norm().clamp_min(1e-9))
+
+
+def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(DTYPE).to(DEVICE)
+
+
+def exact(weight: Packed) -> torch.Tensor:
+    """The weight that the codes stand for."""
+    return weight.dequantise(torch.float64)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows,outs,width", [(1, 19, 33), (5, 70, 130), (40, 33, 300), (3, 40, 1100)])
+def test_streamed_linear(kind: Kind, rows: int, outs: int, width: int):
+    from hadal.ops.triton.packed import streamed
+
+    weight = pack(draw(outs, width, scale=width**-0.5), kind)
+    x, bias = draw(rows, width + 3)[:, :width], draw(outs)
+    want = x.double() @ exact(weight).T
+    assert error(streamed(x, weight), want) < TOLERANCE[DTYPE]
+    for splits in (1, 2, 3):
+        assert error(streamed(x, weight, bias, splits=splits), want + bias.double()) < TOLERANCE[DTYPE]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "kind,group,rows", [("fp8", 128, 32), ("int8", 32, None), ("int4", 128, None), ("fp8", 64, 8)]
+)
+def test_linear_with_other_groups(kind: Kind, group: int, rows: int | None):
+    from hadal.ops.triton.packed import linear, wants_linear
+
+    weight = pack(draw(70, 200, scale=0.1), kind, group=group, rows=rows)
+    x = draw(2, 3, 200)
+    assert wants_linear(x.bfloat16(), weight) and not wants_linear(x[:0].bfloat16(), weight)
+    assert error(linear(x, weight), x.double() @ exact(weight).T) < TOLERANCE[DTYPE]
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantised_in_one_pass(kind: Kind):
+    from hadal.ops.triton.packed import dequantise, linear
+
+    weight = pack(draw(131, 77), kind)
+    assert error(dequantise(weight, DTYPE), exact(weight)) < TOLERANCE[DTYPE] / 2
+    x = draw(257, 77)
+    assert error(linear(x, weight), x.double() @ exact(weight).T) < TOLERANCE[DTYPE]
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("tokens,hidden,width", [(1, 48, 20), (18, 130, 40)])
+def test_experts(kind: Kind, many: bool, tokens: int, hidden: int, width: int):
+    from hadal.ops.triton.packed import _combine, expert_rows
+
+    n_experts, K = 6, 2
+    x = draw(tokens, hidden)
+    gate_up = pack(draw(n_experts, 2 * width, hidden, scale=hidden**-0.5), kind, rows=4)
+    down = pack(draw(n_experts, hidden, width, scale=width**-0.5), kind)
+    expert = torch.stack([torch.randperm(n_experts)[:K] for _ in range(tokens)]).to(DEVICE)
+    expert[: 2 * tokens // 3] = torch.arange(K, device=DEVICE)  # a crowded expert has more rows than a tile
+    weight = torch.rand(tokens, K).to(DEVICE)
+    want = experts_reference(x.double(), expert, weight.double(), gate_up, down)
+    out = _combine(expert_rows(x, expert, gate_up, down, many), None, weight, None, None)
+    assert error(out, want) < TOLERANCE[DTYPE]
+
+
+# --- FP8 activations ---
+def codes_agree(q: torch.Tensor, scale: torch.Tensor, x: torch.Tensor) -> None:
+    """Codes and scales [G, R], bit for bit, against the reference."""
+    want_q, want_scale = numbers.quantise_activations(x.cpu())
+    assert torch.equal(scale.t().cpu(), want_scale)
+    assert torch.equal(q.cpu().view(torch.uint8), want_q.view(torch.uint8))
+
+
+@needs_hopper
+def test_quantised_rows_and_their_places():
+    from hadal.ops.triton.fp8 import quantise_rows
+
+    x = draw(5, 303)[:, :300]
+    x[1] = 0
+    x[2, 130:200] *= 1e-6
+    codes_agree(*quantise_rows(x), x)
+    place = torch.tensor([7, 0, 3, 12, 1, 2, 9, 8, 4, 11]).to(DEVICE)
+    q, scale = quantise_rows(x, place, 13)
+    codes_agree(q[place], scale[:, place], x.repeat_interleave(2, 0))
+    assert (q[5].cpu().view(torch.uint8) == 0x7F).all() and scale[:, 5].isnan().all()  # nobody's row
+
+
+@needs_hopper
+def test_quantised_swiglu_and_norm():
+    from hadal.ops.triton.fp8 import rms_norm_quantise, swiglu_quantise
+
+    x = draw(6, 400)
+    gate, up = x.double().chunk(2, -1)
+    hidden = (torch.nn.functional.silu(gate).to(DTYPE).double() * up).to(DTYPE)
+    q, scale = swiglu_quantise(x)
+    back = numbers.dequantise_activations(q.cpu(), scale.t().cpu())
+    assert error(back, hidden) < 0.03
+    x, delta, weight = draw(6, 200), draw(6, 200), draw(200)
+    total, normed, q, scale = rms_norm_quantise(x, weight, 1e-6, delta)
+    assert torch.equal(total, x + delta)
+    assert error(normed, rms_norm_reference(total.double(), weight.double(), 1e-6)) < TOLERANCE[DTYPE]
+    codes_agree(q, scale, normed)
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "halves,half,flatten,rows,outs,width",
+    [(2, 128, True, 128, 264, 272), (1, 128, False, 32, 136, 128), (2, 64, False, 128, 136, 272)],
+)
+def test_grouped_product(halves, half, flatten, rows, outs, width):
+    from hadal.ops.triton import fp8
+
+    weight = pack(draw(3, outs, width, scale=width**-0.5), "fp8", rows=rows)
+    expert = torch.tensor([2] * 130 + [0] * 20 + [2] * 3).to(DEVICE)  # none for expert 1
+    where = fp8.sort_rows(expert.unsqueeze(1), 3)
+    assert int(where.used) == 3 and where.tile_expert.tolist()[:3] == [0, 2, 2]
+    x = draw(expert.numel(), width)
+    q, scale = fp8.quantise_rows(x, where.place, where.tile_expert.numel() * 128)
+    config = fp8.Config(half, halves, 8, 3, 2, flatten)
+    out = fp8.grouped_matmul(q, scale, weight, where.tile_expert, where.used, torch.float32, config)
+    seen = numbers.dequantise_activations(
+        q[where.place].cpu(), scale[:, where.place].t().cpu(), dtype=torch.float64
+    )
+    want = torch.einsum("pk,pnk->pn", seen, exact(weight).cpu()[expert.cpu()])
+    assert error(out[where.place], want) < (3e-4 if CUDA else TOLERANCE[torch.float32])
+
+
+@needs_hopper
+def test_fp8_experts_and_linear():
+    from hadal.ops.triton import fp8
+
+    tokens, hidden, width = 20, 144, 80
+    x, shared, residual = draw(tokens, hidden), draw(tokens, hidden), draw(tokens, hidden)
+    gate_up = pack(draw(2, 2 * width, hidden, scale=hidden**-0.5), "fp8", rows=16)
+    down = pack(draw(2, hidden, width, scale=width**-0.5), "fp8")
+    expert = torch.stack([torch.randperm(2) for _ in range(tokens)]).to(DEVICE)
+    expert[:15, 0], expert[:15, 1] = 1, 0
+    weight = torch.rand(tokens, 2).to(DEVICE)
+    routed = experts_reference(x.double(), expert, weight.double(), gate_up, down)
+    out = fp8.experts(x, expert, weight, gate_up, down, shared, residual)
+    added = shared.double() + residual.double()
+    assert error(out - added, routed) < 0.06  # two roundings of the activations to three bits
+    bias, square = draw(hidden), pack(draw(hidden, hidden, scale=hidden**-0.5), "fp8")
+    want = x.double() @ exact(square).T + bias.double()
+    assert error(fp8.linear(x, square, bias), want) < 0.04
+
+
+def test_what_the_kernels_refuse():
+    from hadal.ops.triton import fp8, packed
+
+    x = torch.zeros(3, 48, dtype=torch.bfloat16, device=DEVICE)
+    odd = pack(torch.randn(8, 48), "int8", group=48)
+    assert not packed.wants_linear(x, odd)
+    assert not packed.wants_experts(
+        x, pack(torch.randn(2, 8, 48), "int8"), pack(torch.randn(2, 48, 4), "int4")
+    )
+    assert not packed.wants_linear(x.half(), pack(torch.randn(8, 48), "int8"))
+    with pytest.raises(ValueError, match="multiples of 128, 16 and 8"):
+        fp8.grouped_matmul(x, x, pack(torch.randn(8, 48), "fp8"), x, x)
