@@ -12,7 +12,7 @@ llama.cpp is measured as `llama-bench` does it: `llama_decode` and its synchroni
 no sampling; so our side pays for scheduling and sampling, theirs does not. Its cache holds FP16, as by
 default. Flash attention: on and off are tried in the warm-up, and each case takes the faster. Ours:
 `Engine.step()`. Every round measures both, one after the other, in changing order; a ratio is the median of
-the rounds' ratios.
+the rounds' ratios. A measurement that neighbours disturbed is repeated, and how busy they were is kept.
 Decode counts the steps after the prompts' own; "whole" counts all generated tokens over all seconds.
 """
 
@@ -26,12 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import machine, save, shapes, spread
+from common import Neighbours, machine, save, shapes, spread
 
 from hadal.config import ModelConfig
 from hadal.engine import Engine, SamplingParams
@@ -194,21 +196,30 @@ def check(name: str, folder: Path, home: Path, theirs: Theirs) -> int:
     return same
 
 
-def race(name: str, pair: str, folder: Path, home: Path, theirs: Theirs, rounds: int) -> dict[str, Any]:
+def race(
+    name: str, pair: str, folder: Path, home: Path, theirs: Theirs, rounds: int, patience: float
+) -> dict[str, Any]:
     kind, mine = pair.split(":")
     ours = Ours(folder, mine)
     theirs.open(gguf(home, name, kind))
     flash = {case: theirs.faster(case) for case in CASES}
     for case in CASES:
         ours.time(case)
+    others = Neighbours([os.getpid(), theirs.process.pid])
+    disturbed = 0.0
     found: dict[str, list[dict[str, float]]] = {"hadal": [], "llama.cpp": []}
     for number in range(rounds):
-        sides = [("hadal", lambda c: ours.time(c)), ("llama.cpp", lambda c: theirs.time(c, flash[c]))]
+        sides: list[tuple[str, Callable[[Case], Times]]] = [
+            ("hadal", ours.time),
+            ("llama.cpp", lambda case: theirs.time(case, flash[case])),
+        ]
         measured: dict[str, dict[str, float]] = {"hadal": {}, "llama.cpp": {}}
         for case in CASES:
             for who, run in sides if number % 2 == 0 else sides[::-1]:
                 time.sleep(REST_S)
-                measured[who] |= rates(case, run(case))
+                times, cores = others.undisturbed(partial(run, case), patience)
+                disturbed = max(disturbed, cores)
+                measured[who] |= rates(case, times)
         for who in found:
             found[who].append(measured[who])
     theirs.ask("close")
@@ -224,6 +235,7 @@ def race(name: str, pair: str, folder: Path, home: Path, theirs: Theirs, rounds:
         "against": "llama.cpp",
         "rounds": rounds,
         "flash_attention": {f"batch {case[0]}": on for case, on in flash.items()},
+        "neighbours_cores_at_worst": round(disturbed, 2),
         "rows": rows,
         "every_round": found,
     }
@@ -239,6 +251,8 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", choices=PAIRS, default=list(PAIRS), help="theirs:ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--patience", type=float, default=30.0, metavar="SECONDS", help="how long a measurement "
+                        "may be repeated while other processes use the processor")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="compare the greedy tokens of both first")
     parser.add_argument("--files", type=Path, help="folder of weights and GGUF files, kept between runs "
                         "(default: a temporary one; 3 GB a model)")  # fmt: skip
@@ -261,7 +275,7 @@ def run_model(name: str, args: argparse.Namespace, home: Path, theirs: Theirs) -
     kinds = {pair.split(":")[0] for pair in args.pairs}
     folder = make_files(name, shapes()[name], kinds, home, theirs)
     agreed = check(name, folder, home, theirs) if args.check else None
-    found = [race(name, pair, folder, home, theirs, args.rounds) for pair in args.pairs]
+    found = [race(name, pair, folder, home, theirs, args.rounds, args.patience) for pair in args.pairs]
     return found if agreed is None else [{**one, "greedy_tokens_agreed": agreed} for one in found]
 
 
