@@ -44,15 +44,16 @@ def random_engine(
     force: bool = False,
     **options: Any,
 ) -> Engine:
-    """An engine of this configuration with random weights, without MTP modules and, unless among the options,
-    without a tokenizer. Further options are the engine's. Raises EngineError where the weights do not fit,
-    unless `force`."""
-    config = replace(config, num_nextn_predict_layers=0)
+    """An engine of this configuration with random weights, without a tokenizer unless it is among the
+    options, and with an MTP module only where speculation is "mtp" (whether the model has one or not).
+    Further options are the engine's. Raises EngineError where the weights do not fit, unless `force`."""
+    mtp = options.get("speculation") == "mtp"
+    config = replace(config, num_nextn_predict_layers=int(mtp))
     packing = resident_kind(config, quantize)
     where = pick_device(device)
     kind = pick_dtype(config, where, dtype, packing)
     if not force:
-        check_weights_fit(config, where, kind, packing)
+        check_weights_fit(config, where, kind, packing, mtp=mtp)
     network = Transformer(config, dtype=kind, device="meta")
     if packing is not None:
         put_packed(network, packing)

@@ -26,6 +26,16 @@ Repeats = Annotated[int, typer.Option("--repeats", min=1, help="Runs, after one 
 RandomWeights = Annotated[
     bool, typer.Option("--random", help="Random weights of a known shape: nothing is downloaded.")
 ]
+ForcedAcceptance = Annotated[
+    float | None,
+    typer.Option(
+        "--forced-acceptance",
+        min=0.0,
+        max=1.0,
+        metavar="SHARE",
+        help="Accept drafts at this rate, right or wrong: the speed that such drafts would give.",
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option("--threads", min=1, help="Threads on a processor. Default: all its cores.")
 ]

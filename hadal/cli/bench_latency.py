@@ -25,6 +25,9 @@ def latency(
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     exact: o.Exact = False,
+    speculation: o.Speculation = None,
+    speculative_tokens: o.SpeculativeTokens = None,
+    forced_acceptance: common.ForcedAcceptance = None,
     threads: common.Threads = None,
     force: o.Force = False,
     json: o.Json = False,
@@ -44,7 +47,16 @@ def latency(
     from hadal.bench import offline
 
     imported = time.perf_counter() - begin
-    asked = o.Inference(device, dtype, quantize, max_num_seqs=1, exact=exact)
+    asked = o.Inference(
+        device,
+        dtype,
+        quantize,
+        max_num_seqs=1,
+        exact=exact,
+        speculation=speculation,
+        num_speculative_tokens=speculative_tokens,
+        speculation_forced_acceptance=forced_acceptance,
+    )
     begin = time.perf_counter()
     engine = common.measured_engine(model, asked, prompt + output, random_weights, threads, force, quiet=json)
     loaded = time.perf_counter() - begin

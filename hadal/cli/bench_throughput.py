@@ -30,6 +30,9 @@ def throughput(
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     exact: o.Exact = False,
+    speculation: o.Speculation = None,
+    speculative_tokens: o.SpeculativeTokens = None,
+    forced_acceptance: common.ForcedAcceptance = None,
     threads: common.Threads = None,
     force: o.Force = False,
     json: o.Json = False,
@@ -47,7 +50,16 @@ def throughput(
     from hadal.bench import offline
 
     batches = sorted(set(batch or [1, 4, 16]))
-    asked = o.Inference(device, dtype, quantize, max_num_seqs=max(batches), exact=exact)
+    asked = o.Inference(
+        device,
+        dtype,
+        quantize,
+        max_num_seqs=max(batches),
+        exact=exact,
+        speculation=speculation,
+        num_speculative_tokens=speculative_tokens,
+        speculation_forced_acceptance=forced_acceptance,
+    )
     engine = common.measured_engine(model, asked, prompt + output, random_weights, threads, force, quiet=json)
     ceilings = common.ceilings_of(engine.device, quiet=json)
     results = []

@@ -26,6 +26,8 @@ def chat(
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
+    speculation: o.Speculation = None,
+    speculative_tokens: o.SpeculativeTokens = None,
     yes: o.Yes = False,
     force: o.Force = False,
 ) -> None:
@@ -59,7 +61,15 @@ def chat(
         speaker = RemoteSpeaker(url, api_key, model)
     else:
         introduce(model or "hadal-mini", quiet=False)
-        asked = o.Inference(device, dtype, quantize, max_model_len, exact=exact)
+        asked = o.Inference(
+            device,
+            dtype,
+            quantize,
+            max_model_len,
+            exact=exact,
+            speculation=speculation,
+            num_speculative_tokens=speculative_tokens,
+        )
         speaker = LocalSpeaker(load_engine(model or "hadal-mini", asked, yes=yes, force=force))
     session = Session(speaker, sampling, system, think, fold)
     question = read_prompt(None, json=False)

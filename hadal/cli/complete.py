@@ -40,6 +40,8 @@ def complete(
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
+    speculation: o.Speculation = None,
+    speculative_tokens: o.SpeculativeTokens = None,
     yes: o.Yes = False,
     force: o.Force = False,
     json: o.Json = False,
@@ -62,7 +64,15 @@ def complete(
     asked = o.Sampling(temperature, top_p, top_k, None, max_tokens, seed)
     asked.params({})
     introduce(model, quiet=json)
-    how = o.Inference(device, dtype, quantize, max_model_len, exact=exact)
+    how = o.Inference(
+        device,
+        dtype,
+        quantize,
+        max_model_len,
+        exact=exact,
+        speculation=speculation,
+        num_speculative_tokens=speculative_tokens,
+    )
     engine = load_engine(model, how, yes=yes, force=force, quiet=json)
     params = asked.params(engine.sampling_defaults)
     params = replace(params, stop=tuple(stop or ()), logprobs=logprobs)

@@ -36,6 +36,20 @@ Exact = Annotated[
     bool,
     typer.Option("--exact", help="Batch-invariant operations: the same bits in any batch, but slower."),
 ]
+Speculation = Annotated[
+    Literal["auto", "mtp", "ngram", "off"] | None,
+    typer.Option(
+        "--speculation",
+        help="Draft tokens ahead and verify them in one step: mtp (the model's own module), ngram (from the "
+        "text itself), or off. The answers are the same, or as likely.",
+    ),
+]
+SpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--speculative-tokens", min=1, max=8, metavar="N", help="Drafts a step; default: 1 (mtp), 3 (ngram)."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Try even where the model does not seem to fit.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Download a missing model without asking.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")]
@@ -80,6 +94,9 @@ class Inference:
     max_num_seqs: int | None = None
     gpu_memory_utilization: float | None = None
     exact: bool = False
+    speculation: Literal["auto", "mtp", "ngram", "off"] | None = None
+    num_speculative_tokens: int | None = None
+    speculation_forced_acceptance: float | None = None
 
     def keywords(self) -> dict[str, Any]:
         """What was asked for."""

@@ -40,6 +40,8 @@ def run(
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
+    speculation: o.Speculation = None,
+    speculative_tokens: o.SpeculativeTokens = None,
     yes: o.Yes = False,
     force: o.Force = False,
     json: o.Json = False,
@@ -64,7 +66,15 @@ def run(
     sampling = o.Sampling(temperature, top_p, top_k, min_p, max_tokens, seed)
     sampling.params({})  # a bad value is refused before the model is loaded
     introduce(model, quiet=json)
-    asked = o.Inference(device, dtype, quantize, max_model_len, exact=exact)
+    asked = o.Inference(
+        device,
+        dtype,
+        quantize,
+        max_model_len,
+        exact=exact,
+        speculation=speculation,
+        num_speculative_tokens=speculative_tokens,
+    )
     speaker = LocalSpeaker(load_engine(model, asked, yes=yes, force=force, quiet=json))
     session = Session(speaker, sampling, system, think, fold)
     if question is None:

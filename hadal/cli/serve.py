@@ -39,6 +39,8 @@ def serve(
     quantize: o.Quantize = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
+    speculation: o.Speculation = None,
+    speculative_tokens: o.SpeculativeTokens = None,
     max_num_seqs: Annotated[
         int | None,
         typer.Option("--max-num-seqs", min=1, metavar="N", help="Most sequences that run at once."),
@@ -99,7 +101,17 @@ def serve(
         allow_delete=allow_delete,
     )
     introduce(model, quiet=False)
-    asked = o.Inference(device, dtype, quantize, max_model_len, max_num_seqs, gpu_memory_utilization, exact)
+    asked = o.Inference(
+        device,
+        dtype,
+        quantize,
+        max_model_len,
+        max_num_seqs,
+        gpu_memory_utilization,
+        exact,
+        speculation=speculation,
+        num_speculative_tokens=speculative_tokens,
+    )
     prepare_model(model, asked, yes=yes, force=force)
     options = asked.keywords()
     options["name"] = name_of(inspect(model))

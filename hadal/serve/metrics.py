@@ -8,13 +8,16 @@ token).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from hadal.engine.request import Update
+
+if TYPE_CHECKING:
+    from hadal.engine.speculation import SpeculationStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -55,6 +58,36 @@ class _EngineCollector(Collector):
             for model, values in stats:
                 counter.add_metric([model], float(getattr(values, attribute)))
             yield counter
+        yield from self._speculation([(model, values.speculation) for model, values in stats])
+
+    SPECULATION = (
+        ("num_drafts", "Steps of a sequence that verified drafts.", "drafts"),
+        ("num_draft_tokens", "Tokens drafted and verified.", "drafted"),
+        ("num_accepted_tokens", "Of these, accepted.", "accepted"),
+    )
+
+    def _speculation(self, stats: list[tuple[str, SpeculationStats | None]]) -> Iterator[Any]:
+        known = [(model, values) for model, values in stats if values is not None]
+        for name, text, attribute in self.SPECULATION:
+            counter = CounterMetricFamily(f"vllm:spec_decode_{name}", text, labels=["model_name"])
+            for model, values in known:
+                counter.add_metric([model], float(getattr(values, attribute)))
+            yield counter
+        by_place = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted, by the draft's place in its step.",
+            labels=["model_name", "position"],
+        )
+        for model, values in known:
+            for place, number in enumerate(values.accepted_by_place):
+                by_place.add_metric([model, str(place)], float(number))
+        yield by_place
+        gauge = GaugeMetricFamily(
+            "hadal:speculation_resting", "1 while no drafts are made.", labels=["model_name"]
+        )
+        for model, values in known:
+            gauge.add_metric([model], float(bool(values.resting)))
+        yield gauge
 
 
 class Metrics:

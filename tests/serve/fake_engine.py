@@ -20,6 +20,7 @@ from hadal.engine.request import (
     check_token_ids,
     resolve_max_tokens,
 )
+from hadal.engine.speculation import SpeculationStats
 from hadal.text.detokenizer import Detokenizer
 from hadal.text.templates import TEMPLATES
 from hadal.text.tokenizer import Tokenizer
@@ -38,6 +39,9 @@ class FakeStats:
     prefix_hits: int = 10
     prompt_tokens: int = 100
     generation_tokens: int = 50
+    speculation: SpeculationStats | None = field(
+        default_factory=lambda: SpeculationStats("mtp", 2, "", 10, 20, 14, 24, [10, 10], [9, 5])
+    )
 
 
 class FakeEngine:

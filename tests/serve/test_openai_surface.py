@@ -522,6 +522,12 @@ def test_metrics_under_vllms_names(client: httpx.Client, fake: FakeAsyncEngine) 
         assert f"vllm:{name}{{" in text, name
     assert 'vllm:request_success_total{finished_reason="stop",model_name="fake"}' in text
     assert 'hadal:requests_refused_total{status="400"}' in text
+    for name, value in (("drafts", 10), ("draft_tokens", 20), ("accepted_tokens", 14)):
+        assert f'vllm:spec_decode_num_{name}_total{{model_name="fake"}} {value}.0' in text
+    for place, value in ((0, 9), (1, 5)):
+        label = f'{{model_name="fake",position="{place}"}}'
+        assert f"vllm:spec_decode_num_accepted_tokens_per_pos_total{label} {value}.0" in text
+    assert 'hadal:speculation_resting{model_name="fake"} 0.0' in text
     assert client.get("/metrics").headers["content-type"].startswith("text/plain")
 
 
