@@ -48,13 +48,13 @@ def told(completion: Completion) -> list[Any]:
 
 def gap(model: Transformer, prompt: list[int], completion: Completion) -> float:
     """Largest difference between reported log-probabilities and those of the packed pass, with gradients."""
-    ids = torch.tensor(prompt + completion.token_ids)
-    hidden = model.norm(model(ids[:-1], Context.packed([len(ids) - 1])))
+    ids = torch.tensor(prompt + completion.token_ids, device=model.device)
+    hidden = model.norm(model(ids[:-1], Context.packed([len(ids) - 1], model.device)))
     head = model.embed_tokens if model.lm_head is None else model.lm_head
     loss = linear_cross_entropy(hidden, head.matrix, ids[1:])
     assert loss.requires_grad and completion.logprobs is not None
     reported = torch.tensor([entry.logprob for entry in completion.logprobs])
-    return float((reported + loss.detach()[len(prompt) - 1 :]).abs().max())
+    return float((reported + loss.detach().cpu()[len(prompt) - 1 :]).abs().max())
 
 
 def generate(running: Engine, many: list[list[int]], **changes: Any) -> list[Completion]:

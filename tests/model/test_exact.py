@@ -35,12 +35,13 @@ def sequences(model: Transformer, number: int = SEQUENCES, longest: int = 150) -
     lengths = (torch.rand(number, generator=generator) ** 3 * (longest - 1)).long() + 1
     lengths[:2] = torch.tensor([longest, 1])
     high = model.config.vocab_size
-    return [torch.randint(0, high, (n,), generator=generator) for n in lengths.tolist()]
+    return [torch.randint(0, high, (n,), generator=generator).to(model.device) for n in lengths.tolist()]
 
 
 def packed(model: Transformer, many: list[Tensor]) -> list[Tensor]:
     lengths = [len(t) for t in many]
-    return list(model.logits(model(torch.cat(many), Context.packed(lengths))).split(lengths))
+    context = Context.packed(lengths, model.device)
+    return list(model.logits(model(torch.cat(many), context)).split(lengths))
 
 
 class Cached:
@@ -49,19 +50,20 @@ class Cached:
     def __init__(self, model: Transformer, many: list[Tensor], page: int) -> None:
         self.model, self.many, self.page = model, many, page
         per = -(-max(len(t) for t in many) // page)
-        self.cache = Cache(model.config, len(many) * per + 1, page, model.dtype, "cpu")
+        self.cache = Cache(model.config, len(many) * per + 1, page, model.dtype, model.device)
         for layer in self.cache.layers:
             layer.fill_(float("nan"))
         order = torch.randperm(len(many) * per, generator=torch.Generator().manual_seed(3)) + 1
-        self.table = order.view(len(many), per).int()
+        self.table = order.view(len(many), per).int().to(model.device)
         self.done = [0] * len(many)
         self.logits: list[list[Tensor]] = [[] for _ in many]
 
     def run(self, chunks: list[tuple[int, int]]) -> None:
         """One pass over (sequence, number of tokens); single tokens come first, as decodes."""
         chunks = sorted(chunks, key=lambda chunk: chunk[1] != 1)
-        at = [torch.arange(self.done[s], self.done[s] + n) for s, n in chunks]
-        rows = torch.tensor([s for s, _ in chunks])
+        device = self.model.device
+        at = [torch.arange(self.done[s], self.done[s] + n, device=device) for s, n in chunks]
+        rows = torch.tensor([s for s, _ in chunks], device=device)
         slot = [
             self.table[s, p // self.page].long() * self.page + p % self.page
             for (s, _), p in zip(chunks, at, strict=True)
@@ -70,7 +72,7 @@ class Cached:
         starts = [0, *torch.tensor([n for _, n in chunks]).cumsum(0).tolist()]
         context = Context(
             torch.cat(at), starts, self.cache, torch.cat(slot), self.table[rows],
-            torch.tensor(lens, dtype=torch.int32), lens, sum(n == 1 for _, n in chunks),
+            torch.tensor(lens, dtype=torch.int32, device=device), lens, sum(n == 1 for _, n in chunks),
         )  # fmt: skip
         token = torch.cat([self.many[s][p] for (s, _), p in zip(chunks, at, strict=True)])
         logits = self.model.logits(self.model(token, context)).split([n for _, n in chunks])
