@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hadal.config import ModelConfig
 from hadal.model.context import Context, Routing
 from hadal.model.layers import Ffn, Like
+from hadal.model.offload import OffloadedExperts
 from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels
 from hadal.ops.exact import is_exact
@@ -81,7 +82,7 @@ class Moe(nn.Module):
         assert m is not None
         self.layer = layer
         self.gate = Gate(config, **like)
-        self.experts = Experts(config, **like)
+        self.experts: Experts | OffloadedExperts = Experts(config, **like)
         self.shared_experts = None
         if m.n_shared_experts:
             self.shared_experts = Ffn(
@@ -90,8 +91,9 @@ class Moe(nn.Module):
 
     def forward(self, x_TD: Tensor, residual_TD: Tensor, ctx: Context) -> Tensor:
         """residual + Σ_k w_k · expert_k(x) + shared(x)."""
+        here = self.experts
         few = x_TD.shape[0] <= SMALL_M and not ctx.record_routing and not torch.is_grad_enabled()
-        if few and use_cpu_kernels(x_TD, self.experts.down_proj):
+        if few and isinstance(here, Experts) and use_cpu_kernels(x_TD, here.down_proj):
             return cpu.moe_block(x_TD, residual_TD, self._weights(), self.gate.moe)
         if ctx.record_routing:
             expert_TK, weight_TK, score_TE = self._recorded(x_TD)
@@ -106,7 +108,9 @@ class Moe(nn.Module):
         s = self.shared_experts
         shared = [None, None] if s is None else [s.gate_up_proj.matrix, s.down_proj.matrix]
         g, e = self.gate, self.experts
-        assert isinstance(e.gate_up_proj, Tensor) and isinstance(e.down_proj, Tensor)
+        assert (
+            isinstance(e, Experts) and isinstance(e.gate_up_proj, Tensor) and isinstance(e.down_proj, Tensor)
+        )
         return [g.weight, g.e_score_correction_bias, e.gate_up_proj, e.down_proj, *shared]
 
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

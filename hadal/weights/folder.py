@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from hadal.config.packing import resident_kind
+from hadal.model.offload import OffloadedExperts
 from hadal.model.transformer import Transformer
 from hadal.ops.fp8 import dequantise_blocks
 from hadal.ops.packed import Kind, Packed, dequantise, from_words
@@ -31,6 +32,9 @@ from hadal.weights.manifest import Progress, verify_files
 from hadal.weights.mapped import Mapping
 from hadal.weights.names import CODES_SUFFIX, GROUPS_SUFFIX, SCALE_SUFFIX, SHAPE_SUFFIX, Slot
 from hadal.weights.quantise import HEAD, copy_fp8, packed_weights, put_packed
+
+if TYPE_CHECKING:
+    from hadal.weights.offload import Place
 
 _THREADS = 4
 _THREADS_FROM_BYTES = 1_000_000_000  # each thread keeps about 10 MB: too much beside a small model
@@ -46,6 +50,8 @@ def load(
     verify: Literal["header", "full"] = "header",
     max_positions: int | None = None,
     quantize: str | None = None,
+    offload: Place | None = None,
+    expert_cache_bytes: int = 0,
 ) -> Transformer:
     """The model of a published folder, on `device` in `dtype` (gate biases stay FP32), in eval mode.
 
@@ -54,6 +60,8 @@ def load(
     packed, FP8 blocks are dequantised; "off": both are. with_mtp: False leaves the MTP
     modules out. verify: "full" first compares every file with its SHA-256 (from `manifest.json`, or the hub
     cache's blob names). progress: called with (bytes read, bytes in all).
+    offload: "cpu" or "disk" keeps the routed experts off the device (hadal/weights/offload.py), but for as
+    many hot ones as take `expert_cache_bytes`.
     Raises WeightsError or ConfigError, naming file and tensor; a partly loaded model is never returned.
     """
     path = Path(folder)
@@ -65,10 +73,16 @@ def load(
     config = opened.config if with_mtp else replace(opened.config, num_nextn_predict_layers=0)
     kind = resident_kind(config, quantize)
     with torch.inference_mode(False):  # its tensors must be ordinary ones: the model may be trained later
-        build_on = "meta" if kind else device
+        build_on = "meta" if kind or offload else device
         model = Transformer(config, dtype=dtype, device=build_on, max_positions=max_positions)
+        if offload:
+            from hadal.weights.offload import offload_experts
+
+            how: dict[str, Any] = {"dtype": dtype, "kind": kind, "cache_bytes": expert_cache_bytes}
+            offload_experts(model, opened, offload, torch.device(device), **how)
         if kind:
             put_packed(model, kind)
+        if kind or offload:
             model.to_empty(device=device)
         load_into(model, opened, progress=progress)
     return model.eval()
@@ -85,12 +99,14 @@ def load_into(model: Transformer, folder: Folder, *, progress: Progress | None =
     tied_head = packed.get(HEAD) if folder.config.tie_word_embeddings else None
     unfilled = set(state) - {slot.slot.parameter for slot in folder.expected.values()}
     unfilled -= {HEAD} if tied_head is not None else set()
+    elsewhere = offloaded(model)
     if unfilled:
         raise WeightsError(f"{folder.path} does not fill {sorted(unfilled)[0]}; load its own {CONFIG}")
-    counter = _Counter(folder.nbytes, progress)
+    wanted = [s for s in folder.stored if not s.startswith(elsewhere)] if elsewhere else list(folder.stored)
+    counter = _Counter(sum(folder.stored[name].nbytes for name in wanted), progress)
     with Mapping() as files:
         work = _Work(folder, state, files, counter)
-        tensors, copies = _by_shard(folder)
+        tensors, copies = _by_shard(folder, set(wanted))
         threads = _THREADS if folder.nbytes >= _THREADS_FROM_BYTES else 1
         with ThreadPoolExecutor(threads, "hadal-load") as pool:
             for shard in tensors:
@@ -102,11 +118,19 @@ def load_into(model: Transformer, folder: Folder, *, progress: Progress | None =
         weight.prepare()
 
 
-def _by_shard(folder: Folder) -> tuple[list[list[Slot]], list[Slot]]:
+def offloaded(model: Transformer) -> tuple[str, ...]:
+    """Beginnings of the published names of tensors that stay where they are (hadal/weights/offload.py)."""
+    layers = [module.layer for module in model.modules() if isinstance(module, OffloadedExperts)]
+    return tuple(f"model.layers.{layer}.mlp.experts." for layer in layers)
+
+
+def _by_shard(folder: Folder, wanted: set[str]) -> tuple[list[list[Slot]], list[Slot]]:
     """Slots to fill, shard after shard in file order; and the copies to compare once all is filled."""
     shards: dict[str, list[Slot]] = {name: [] for name in folder.files}
     copies = []
     for name, stored in sorted(folder.stored.items(), key=lambda item: item[1].begin):
+        if name not in wanted:
+            continue
         if name not in folder.expected:
             copies.append(folder.optional[name])
         elif folder.expected[name].dtype not in ("scale", "groups", "shape"):
@@ -152,7 +176,7 @@ class _Work:
                 rows = dequantise_blocks(rows.to(part.device), some.to(part.device), block, part.dtype)
             part.copy_(rows)
             del rows
-            _check_finite(slot, stored, part)
+            check_finite(slot, stored, part)
             self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
 
     def _fill_packed(self, slot: Slot, stored: Stored, weight: Packed) -> None:
@@ -169,7 +193,7 @@ class _Work:
                 part = rows.to(weight.device)
                 if some is not None:
                     part = dequantise_blocks(part, some.to(part.device), block)
-                _check_finite(slot, stored, part)
+                check_finite(slot, stored, part)
                 weight.write(part, slot.index, slot.row + start)
             del rows
             self.counter.add((stop - start) * (stored.nbytes // stored.shape[0]))
@@ -195,18 +219,9 @@ class _Work:
             self.counter.add(codes.nbytes + scale.nbytes)
 
     def _scale(self, slot: Slot) -> Tensor | None:
-        """The block scales of an FP8 matrix, copied out of their file (it may be another shard)."""
-        stored = self.folder.stored.get(slot.name + SCALE_SUFFIX)
-        if stored is None:
-            return None
-        scale = self.files.rows(stored, 0, stored.shape[0]).clone()
-        self.files.release(stored, 0, stored.shape[0])
-        if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
-            raise WeightsError(
-                f"{stored.file}: {slot.name}{SCALE_SUFFIX} has NaN, infinite or negative scales; "
-                "fetch the file again"
-            )
-        self.counter.add(stored.nbytes)
+        scale = stored_scale(self.folder, self.files, slot)
+        if scale is not None:
+            self.counter.add(scale.nbytes)
         return scale
 
     def compare(self, slot: Slot) -> None:
@@ -245,6 +260,21 @@ def int_rows(folder: Folder, files: Mapping, slot: Slot) -> Iterator[tuple[int, 
         yield start, stop, from_words(words.clone(), kind, slot.shape[1]), scale[start:stop]
 
 
+def stored_scale(folder: Folder, files: Mapping, slot: Slot) -> Tensor | None:
+    """The block scales of an FP8 matrix, copied out of their file (it may be another shard); None without."""
+    stored = folder.stored.get(slot.name + SCALE_SUFFIX)
+    if stored is None:
+        return None
+    scale = files.rows(stored, 0, stored.shape[0]).clone()
+    files.release(stored, 0, stored.shape[0])
+    if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+        raise WeightsError(
+            f"{stored.file}: {slot.name}{SCALE_SUFFIX} has NaN, infinite or negative scales; "
+            "fetch the file again"
+        )
+    return scale
+
+
 def place(state: Named[str, Tensor | Packed], slot: Slot) -> Tensor:
     """The rows of a parameter that a slot names (a view). WeightsError for a parameter of another shape."""
     parameter = state[slot.parameter]
@@ -260,7 +290,7 @@ def place(state: Named[str, Tensor | Packed], slot: Slot) -> Tensor:
     return rows
 
 
-def _check_finite(slot: Slot, stored: Stored, rows: Tensor) -> None:
+def check_finite(slot: Slot, stored: Stored, rows: Tensor) -> None:
     """`aminmax` hands NaN on and costs a tenth of `isfinite` on a CPU."""
     low, high = torch.aminmax(rows)
     if not bool(torch.isfinite(low) & torch.isfinite(high)):

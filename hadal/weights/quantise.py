@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hadal.config import ModelConfig
 from hadal.model.layers import Linear
+from hadal.model.offload import OffloadedExperts
 from hadal.model.transformer import Transformer
 from hadal.ops.packed import Kind, Packed, block_rows
 from hadal.weights.names import Slot, slots
@@ -90,7 +91,10 @@ def _pieces(whole: Tensor) -> Iterator[tuple[int | None, int, Tensor]]:
 
 def put_packed(model: Transformer, kind: Kind) -> None:
     """Replace weights by empty packed ones on the same device (before anything is loaded)."""
+    offloaded = {name for name, m in model.named_modules() if isinstance(m, OffloadedExperts)}
     for name, (shape, rows) in packed_shapes(model.config, kind, with_mtp=len(model.mtp) > 0).items():
+        if name.rpartition(".")[0] in offloaded:
+            continue
         own = kind_of(name, kind)
         _put(model, name, Packed(own, shape, rows=rows if own == "fp8" else None, device=model.device))
 
