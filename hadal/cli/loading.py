@@ -75,8 +75,8 @@ class Verdict:
 def judge(config: ModelConfig, asked: Inference | None = None) -> Verdict:
     """Whether a model of this configuration runs on this machine now, by arithmetic alone.
 
-    The engine holds weights in BF16 or FP32 or as --quantize says, without the MTP module, on the first GPU
-    if there is one.
+    The engine holds weights in BF16 or FP32 or as --quantize says, on the first GPU if there is one; with the
+    MTP module only where --speculation is mtp.
     """
     asked = asked or Inference()
     device = asked.device
@@ -92,7 +92,7 @@ def judge(config: ModelConfig, asked: Inference | None = None) -> Verdict:
     vram = gpus[index].free if index < len(gpus) else 0
     packed = resident_kind(config, asked.quantize)
     kind: WeightDtype = packed or ("fp32" if asked.dtype == "float32" else "bf16")
-    found = fit(config, kind, machine.memory().available, vram, with_mtp=False)
+    found = fit(config, kind, machine.memory().available, vram, with_mtp=asked.speculation == "mtp")
     if found.ok and found.device == "cpu" and vram:
         return Verdict(
             False,
@@ -106,13 +106,16 @@ def check_fit(model: str, asked: Inference | None = None) -> None:
     from hadal.weights.info import inspect
 
     info, asked = inspect(model), asked or Inference()
+    if asked.offload is not None and info.config.moe is not None:
+        return  # the engine knows how much of it is to be where
     verdict = judge(info.config, asked)
     if not verdict.runs:
         smaller: tuple[Kind, ...] = ("int8", "int4")
         for kind in smaller:
             if asked.quantize is None and judge(info.config, replace(asked, quantize=kind)).runs:
                 raise CliError(f"{name_of(info)} {verdict.reason}; with --quantize {kind} it would fit")
-        raise CliError(f"{name_of(info)} {verdict.reason}; --force tries all the same")
+        other = "--offload disk leaves the experts in the files, " if info.config.moe is not None else ""
+        raise CliError(f"{name_of(info)} {verdict.reason}; {other}--force tries all the same")
 
 
 def prepare_model(model: str, asked: Inference, *, yes: bool = False, force: bool = False) -> Path:

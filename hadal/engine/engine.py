@@ -159,6 +159,7 @@ class Engine(OfflineApi):
                 max_model_len=max_model_len,
                 page_size=page_size,
                 utilization=gpu_memory_utilization,
+                mtp=method == "mtp",
             )
         num_pages, self.max_model_len = fit_cache(
             model.config,
@@ -244,7 +245,7 @@ class Engine(OfflineApi):
         return self._deliver(updates)
 
     def _sample(self, plan: Schedule, output: StepOutput) -> Sampled:
-        if self.speculation is not None and self.speculation.engaged(plan):
+        if self.speculation is not None and self.speculation.engaged(plan, output):
             return self.speculation.sample(plan, output)
         if output.logits_BV is None:
             return Sampled([])

@@ -33,7 +33,9 @@ def available_memory() -> int:
 
 
 @torch.no_grad()
-def step_peak(model: Transformer, num_tokens: int, max_model_len: int, page_size: int) -> int:
+def step_peak(
+    model: Transformer, num_tokens: int, max_model_len: int, page_size: int, mtp: bool = False
+) -> int:
     """Bytes on the GPU that a step of `num_tokens` at the end of a context of `max_model_len` takes for a
     moment.
 
@@ -41,7 +43,7 @@ def step_peak(model: Transformer, num_tokens: int, max_model_len: int, page_size
     """
     device = model.device
     num_tokens = min(num_tokens, max_model_len)
-    cache = Cache(model.config, 2, page_size, model.dtype, device)
+    cache = Cache(model.config, 2, page_size, model.dtype, device, int(mtp))
     position_T = torch.arange(max_model_len - num_tokens, max_model_len, device=device)
     context = Context(
         position_T=position_T,
@@ -55,8 +57,11 @@ def step_peak(model: Transformer, num_tokens: int, max_model_len: int, page_size
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    hidden_TD = model(torch.zeros(num_tokens, dtype=torch.int64, device=device), context)
+    token_T = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    hidden_TD = model(token_T, context)
     model.logits(hidden_TD[-1:])
+    if mtp:
+        model.mtp_forward(hidden_TD, token_T, context)
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     del hidden_TD, context, cache, position_T
@@ -79,6 +84,7 @@ def cache_budget(
     max_model_len: int | None,
     page_size: int,
     utilization: float,
+    mtp: bool = False,
 ) -> tuple[int, int]:
     """Bytes that the cache may take on the model's device, and the longest context that a step was found to
     bear. max_rows: rows of logits that are sampled at once.
@@ -91,7 +97,7 @@ def cache_budget(
         return int(available_memory() * CPU_CACHE_SHARE), length
     while True:
         try:
-            peak = step_peak(model, num_tokens, length, page_size)
+            peak = step_peak(model, num_tokens, length, page_size, mtp)
             break
         except torch.OutOfMemoryError as error:
             release()

@@ -14,7 +14,7 @@ Legend: T tokens, S sequences, P pages, D hidden, V vocabulary, B rows that are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class StepOutput:
     rows: list[int] = field(default_factory=list)  # of the stream, whose logits these are
     hidden_TD: Tensor | None = None  # of the whole stream, before the final norm; valid until the next step
     context: Context | None = None  # None: the step was replayed
+    ahead: bool = False  # it had been started before it was planned; its inputs are gone
     prompt_logprobs: list[tuple[Request, list[TokenLogprob | None]]] = field(default_factory=list)
     embeddings: list[tuple[Request, Tensor]] = field(
         default_factory=list
@@ -119,6 +120,7 @@ class Runner:
             self.graphs = DecodeGraphs(model, cache, self._device_table, max_rows)
             if capture_at_start:
                 self.graphs.capture_all()
+        self._capture_at_start = capture_at_start
 
     # --- one step ---
 
@@ -136,7 +138,7 @@ class Runner:
         if plain and not drafted and ahead is not None and (rows := ahead.rows_of(sequences)) is not None:
             everyone = rows == list(range(len(rows)))
             hidden_TD = ahead.hidden_BD[: len(rows)] if everyone else ahead.hidden_BD[self.index(rows)]
-            return self._decoded(plan, hidden_TD, None)
+            return replace(self._decoded(plan, hidden_TD, None), ahead=True)
         size = self.graphs.size_for(plan.num_tokens) if plain and self.graphs is not None else None
         if size is not None and self.graphs is not None:
             self._fill_padded(plan, size)
@@ -328,6 +330,8 @@ class Runner:
         """Get ready to run MTP block 0, whose cache layer follows the model's."""
         if self.graphs is not None:
             self._mtp_graphs = MtpGraphs(self.model, self.cache, self._device_table, self._max_rows)
+            if self._capture_at_start:
+                self._mtp_graphs.capture_all()
 
     def mtp_follow(self, output: StepOutput, next_T: Tensor) -> Tensor:
         """Outputs [T, D] of the MTP block for the whole stream of the step just run; next: the token after

@@ -215,13 +215,14 @@ class Speculator:
 
     # --- the step ---
 
-    def engaged(self, plan: Schedule) -> bool:
+    def engaged(self, plan: Schedule, output: StepOutput) -> bool:
         """Whether this step is verified and followed here, instead of sampled plainly.
 
         Prompts are followed while drafting rests, too: else a shared prefix would stay without entries."""
         allowed = self.policy.allows(len(self.scheduler.running))
         self.stats.resting = self.policy.why
-        self._follows = self.mtp is not None and (allowed or not _is_decode(plan))
+        wanted = allowed or not _is_decode(plan)
+        self._follows = self.mtp is not None and wanted and not output.ahead
         if self.mtp is not None and not self._follows:
             self.mtp.skip(plan)
         return self._follows or plan.num_drafted > 0
