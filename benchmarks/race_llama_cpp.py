@@ -251,8 +251,8 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="*", choices=PAIRS, default=list(PAIRS), help="theirs:ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--patience", type=float, default=30.0, metavar="SECONDS", help="how long a measurement "
-                        "may be repeated while other processes use the processor")  # fmt: skip
+    parser.add_argument("--patience", type=float, default=30.0, metavar="SECONDS",
+                        help="how long to repeat a measurement while others use the processor")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="compare the greedy tokens of both first")
     parser.add_argument("--files", type=Path, help="folder of weights and GGUF files, kept between runs "
                         "(default: a temporary one; 3 GB a model)")  # fmt: skip

@@ -3,8 +3,8 @@
     python benchmarks/report.py             # write both sections, each between two markers
     python benchmarks/report.py --check     # only say whether it is up to date (status 1 if not)
 
-A result is {"machine": …, "races": […]} (race_transformers.py) or a plain table {"machine": …, "title": …,
-"columns": […], "rows": [[…], …], "notes": …}; anything else is refused by name.
+A result is {"machine": …, "races": […]} (race_transformers.py, race_llama_cpp.py) or a plain table {"machine":
+…, "title": …, "columns": […], "rows": [[…], …], "notes": …}; anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ NOTHING = "No results are kept yet."
 def machine_line(m: dict[str, Any]) -> str:
     """One sentence on where a result was measured."""
     where = m.get("gpu") or f"{m['cpu']}, {m['threads']} threads of {m['cores']} cores"
-    versions = [f"{name} {m[name]}" for name in ("torch", "transformers", "triton", "python") if m.get(name)]
+    names = ("torch", "transformers", "llama-cpp-python", "triton", "python")
+    versions = [f"{name} {m[name]}" for name in names if m.get(name)]
     return f"{where}; {', '.join(versions)}; {m['date']}."
 
 
@@ -46,12 +47,13 @@ def races(result: dict[str, Any]) -> list[str]:
     """One table a race: median rates of both, and the ratio."""
     lines: list[str] = []
     for race in result["races"]:
+        peer = race.get("against", "transformers")
         rows = [
-            [case, rate(r["hadal"]["median"]), rate(r["transformers"]["median"]), f"**{r['ratio']:.2f}×**"]
+            [case, rate(r["hadal"]["median"]), rate(r[peer]["median"]), f"**{r['ratio']:.2f}×**"]
             for case, r in race["rows"].items()
         ]
         title = f"**{race['model']}**, {race['dtype']}, {race['rounds']} rounds"
-        lines += ["", title, "", *table(["tokens a second", "hadal", "transformers", "ratio"], rows)]
+        lines += ["", title, "", *table(["tokens a second", "hadal", peer, "ratio"], rows)]
     return lines
 
 
@@ -83,6 +85,8 @@ def summary(folder: Path = RESULTS) -> str:
         result = json.loads(file.read_text("utf-8"))
         machine = result["machine"].get("gpu") or result["machine"]["cpu"]
         for race in result.get("races", []):
+            if race.get("against", "transformers") != "transformers":
+                continue
             cases = [f"{case} {r['ratio']:.1f}×" for case, r in race["rows"].items() if "whole" not in case]
             rows.append([f"{race['model']}, {race['dtype']}", machine, "; ".join(cases)])
     lines = table(["shape", "machine", "times the tokens a second of `transformers`"], rows)

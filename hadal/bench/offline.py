@@ -97,6 +97,7 @@ class Latency:
     tokens_per_step: float
     step_bytes: float
     prompt_flops: float
+    acceptance: float | None  # of drafts, if there are any
     startup: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -150,6 +151,7 @@ def latency(
         tokens_per_step=per_step,
         step_bytes=read,
         prompt_flops=flops,
+        acceptance=_acceptance(engine),
         startup={"first_token_s": cold.first, "warm_up_s": max(0.0, cold.first - ttft)},
     )
 
@@ -177,6 +179,8 @@ class Throughput:
     step_bytes: float
     experts_even: float  # of a layer, that a step touches under even routing
     experts_measured: float | None
+    tokens_per_step: float  # of a sequence
+    acceptance: float | None
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -206,7 +210,7 @@ def throughput(
             progress(number + 1, repeats)
     work = step_work(engine)
     running = min(batch, engine.max_num_seqs)
-    touched = measured_experts(engine, running)
+    touched = measured_experts(engine, running * (1 + work.drafts))
     read = work.bytes(running, prompt + output / 2, touched)
     per_step = sum(t.tokens - batch for t in traces) / max(1, sum(t.steps() for t in traces))
     return Throughput(
@@ -220,9 +224,17 @@ def throughput(
         decode_rate=max(_decode_rate(t, running) for t in traces),
         decode_ceiling=per_step * running * ceilings.bandwidth / read,
         step_bytes=read,
-        experts_even=work.touched(running),
+        experts_even=work.touched(running * (1 + work.drafts)),
         experts_measured=touched,
+        tokens_per_step=per_step,
+        acceptance=_acceptance(engine),
     )
+
+
+def _acceptance(engine: Engine) -> float | None:
+    """Share of all drafts so far that were accepted."""
+    stats = engine.stats().speculation
+    return None if stats is None else stats.acceptance
 
 
 def _decode_rate(trace: Trace, running: int) -> float:

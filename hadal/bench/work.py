@@ -16,20 +16,30 @@ _PROBE_TOKENS = 8  # of each sequence whose routing is looked at
 
 
 def step_work(engine: Engine) -> StepWork:
-    """Counts the tensors of an engine's model and cache. The input embedding is read by rows, so not counted;
-    nor are MTP modules."""
-    always, routed = weight_bytes(engine.model)
+    """Counts the tensors of an engine's model and cache. The input embedding is read by rows, so not counted.
+    A drafter that rests now is not counted either."""
+    main, head, mtp = weight_bytes(engine.model)
     cache = engine.runner.cache
     layers = cache.layers[: engine.config.num_hidden_layers]
     tokens = cache.num_pages * cache.page_size
     moe = engine.config.moe
+    drafts, drafter = _drafts(engine)
     return StepWork(
-        always,
-        routed,
+        main[0] + head,
+        main[1],
         moe.n_routed_experts if moe else 0,
         moe.num_experts_per_tok if moe else 0,
         sum(layer.nbytes for layer in layers) / tokens,
+        drafts=drafts,
+        draft_always=mtp[0] + head if drafter == "mtp" else 0,
+        draft_routed=mtp[1] if drafter == "mtp" else 0,
     )
+
+
+def _drafts(engine: Engine) -> tuple[int, str]:
+    """(drafts of a sequence's step, who makes them); (0, "") without speculation, or while it rests."""
+    stats = engine.stats().speculation
+    return (0, "") if stats is None or stats.resting else (stats.num_tokens, stats.method)
 
 
 def packed_kind(model: Transformer) -> str | None:
@@ -39,24 +49,22 @@ def packed_kind(model: Transformer) -> str | None:
     return next((kind for kind in ("int4", "int8", "fp8") if kind in kinds), None)
 
 
-def weight_bytes(model: Transformer) -> tuple[int, int]:
-    """(bytes that every step reads, bytes of all routed experts)."""
-    always = routed = 0
+def weight_bytes(model: Transformer) -> tuple[tuple[int, int], int, tuple[int, int]]:
+    """Bytes of (blocks and norms, their routed experts), of the head, and of (MTP modules, their experts)."""
+    main, mtp, head = [0, 0], [0, 0], 0
     tied = model.lm_head is None
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.startswith("mtp.") or (name.startswith("embed_tokens.") and not tied):
-            continue
-        if ".experts." in name:
-            routed += tensor.nbytes
-        else:
-            always += tensor.nbytes
-    return always, routed
+        if name.startswith("lm_head.") or (tied and name.startswith("embed_tokens.")):
+            head += tensor.nbytes
+        elif not name.startswith("embed_tokens."):
+            (mtp if name.startswith("mtp.") else main)[".experts." in name] += tensor.nbytes
+    return (main[0], main[1]), head, (mtp[0], mtp[1])
 
 
 @torch.inference_mode()
 def measured_experts(engine: Engine, batch: int, seed: int = 0) -> float | None:
-    """Experts of a layer that `batch` sequences' next tokens really touch, on average over the layers; None
-    without experts. Random tokens: one short packed pass, whose last positions are looked at."""
+    """Experts of a layer that the next tokens of `batch` sequences really touch, on average over the layers;
+    None without experts. Random tokens: one short packed pass, whose last positions are looked at."""
     if engine.config.moe is None:
         return None
     draw = random.Random(seed)

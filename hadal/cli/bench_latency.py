@@ -102,8 +102,9 @@ def _print_latency(engine: Engine, ceilings: Ceilings, found: Latency) -> None:
         f"{found.decode_rate:,.1f} tokens/s in the best run, of {found.decode_ceiling:,.0f} that "
         f"{human_bytes(found.step_bytes)} a step allow ({common.percent(found.decode_share)})"
     )
-    if found.tokens_per_step > 1.005:
-        say(f"{found.tokens_per_step:.2f} tokens a step (speculation)")
+    if found.acceptance is not None:
+        accepted = common.percent(found.acceptance)
+        say(f"speculation: {accepted} of the drafts accepted, {found.tokens_per_step:.2f} tokens a step")
     say()
     fields((name, human_seconds(found.startup[key])) for name, key in _STARTUP)
     common.note_ceilings(ceilings, found.decode_rate > found.decode_ceiling)

@@ -100,4 +100,10 @@ def _print_throughput(engine: Engine, ceilings: Ceilings, results: list[Throughp
             f"{r.experts_measured:.1f} ({r.experts_even:.1f} if even)" for r in results if r.experts_measured
         )
         note(f"Experts of a layer that a step touches: {chosen}.")
+    for r in results:
+        if r.acceptance is not None:
+            accepted = common.percent(r.acceptance)
+            note(
+                f"Batch {r.batch}: {accepted} of the drafts accepted, {r.tokens_per_step:.2f} tokens a step."
+            )
     common.note_ceilings(ceilings, any(r.decode_rate > r.decode_ceiling for r in results))

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 from hadal.cli.meter import Rate
 from hadal.cli.options import Sampling
 from hadal.cli.terminal import CliError
-from hadal.plan.speed import step_bytes
 
 if TYPE_CHECKING:
     from hadal.engine import Engine
@@ -159,17 +158,19 @@ class LocalSpeaker:
 
 
 def bandwidth_share(engine: Engine, rate: Rate) -> float | None:
-    """Share of the measured memory bandwidth that decoding at `rate` uses."""
+    """Share of the measured memory bandwidth that decoding at `rate` uses: the bytes are counted on the live
+    weights, so that they hold for packed ones too."""
     import torch
 
+    from hadal.bench.work import step_work
     from hadal.cli import machine
 
     if rate.decode is None:
         return None
-    width = torch.empty((), dtype=engine.dtype).element_size()
-    context = rate.prompt_tokens + rate.completion_tokens / 2
-    read = step_bytes(engine.config, context, bytes_per_weight=width, bytes_per_value=width)
-    return read * rate.decode / machine.bandwidth(torch.device(engine.device))
+    drafting = engine.stats().speculation
+    per_step = (drafting.tokens_per_step if drafting is not None else None) or 1.0
+    read = step_work(engine).bytes(1, rate.prompt_tokens + rate.completion_tokens / 2)
+    return read * rate.decode / per_step / machine.bandwidth(torch.device(engine.device))
 
 
 class Http:

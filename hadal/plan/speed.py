@@ -57,20 +57,30 @@ def prefill_flops(config: ModelConfig, tokens: int) -> float:
 @dataclass(frozen=True)
 class StepWork:
     """What a model's decode steps read, in bytes: `always` by every step, `routed` all routed experts,
-    `cache_per_token` of one sequence. `experts` of a layer, of which a token picks `chosen`."""
+    `cache_per_token` of one sequence. `experts` of a layer, of which a token picks `chosen`.
+
+    With speculation a step computes `drafts` more tokens of each sequence, and an MTP drafter then reads
+    `draft_always` and its share of `draft_routed` for each draft.
+    """
 
     always: int
     routed: int
     experts: int
     chosen: int
     cache_per_token: float
+    drafts: int = 0
+    draft_always: int = 0
+    draft_routed: int = 0
 
-    def touched(self, batch: int) -> float:
-        """Experts of a layer that `batch` tokens touch under even routing; 0 without experts."""
-        return expected_experts(self.experts, self.chosen, batch) if self.experts else 0.0
+    def touched(self, tokens: int) -> float:
+        """Experts of a layer that `tokens` touch under even routing; 0 without experts."""
+        return expected_experts(self.experts, self.chosen, tokens) if self.experts else 0.0
 
     def bytes(self, batch: int, context: float, touched: float | None = None) -> float:
         """Read by a step of `batch` sequences that have `context` tokens; `touched` experts a layer if known,
         else what even routing gives."""
-        share = (self.touched(batch) if touched is None else touched) / self.experts if self.experts else 0.0
-        return self.always + share * self.routed + batch * context * self.cache_per_token
+        tokens = batch * (1 + self.drafts)
+        share = (self.touched(tokens) if touched is None else touched) / max(1, self.experts)
+        drafting = self.draft_always + self.touched(batch) / max(1, self.experts) * self.draft_routed
+        read = self.always + share * self.routed + self.drafts * drafting
+        return read + batch * context * self.cache_per_token

@@ -9,10 +9,12 @@ import torch
 
 from hadal.bench import offline
 from hadal.bench.ceilings import Ceilings
+from hadal.bench.models import random_engine
 from hadal.bench.offline import Trace
 from hadal.bench.work import step_work
 from hadal.engine import Engine, EngineError
 from hadal.plan.speed import prefill_flops
+from tests.bench.conftest import MOE
 
 
 def test_trace_arithmetic() -> None:
@@ -56,6 +58,19 @@ def test_throughput_and_its_ceilings(moe_engine: Engine, slow_machine: Ceilings)
     assert found.decode_ceiling == pytest.approx(3 * 2e6 / found.step_bytes)
     assert 0 < found.output_rate < found.decode_rate
     assert found.as_json()["prefill_share"] == found.prefill_rate / found.prefill_ceiling
+
+
+def test_speculation_is_told_and_lifts_the_ceiling(slow_machine: Ceilings) -> None:
+    engine = random_engine(
+        MOE, name="drafts", device="cpu", dtype="float32", max_model_len=64, max_num_seqs=2,
+        speculation="mtp", speculation_forced_acceptance=1.0,
+    )  # fmt: skip
+    found = offline.latency(engine, slow_machine, prompt=8, output=9, repeats=2)
+    assert found.acceptance == 1.0
+    assert found.tokens_per_step == pytest.approx(2.0, abs=0.3), "the token, and a draft that stands"
+    assert found.decode_ceiling == pytest.approx(found.tokens_per_step * 2e6 / found.step_bytes)
+    many = offline.throughput(engine, slow_machine, batch=2, prompt=8, output=9, repeats=1)
+    assert many.acceptance == 1.0 and 1.5 < many.tokens_per_step <= 2.2
 
 
 def test_more_sequences_than_seats(moe_engine: Engine, slow_machine: Ceilings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,8 +30,9 @@ def test_live_bytes_are_those_of_the_arithmetic(config: ModelConfig, dtype: torc
 @pytest.mark.parametrize("name", ["deepseek-v2-lite", "deepseek-r1-distill-qwen-1.5b"])
 def test_published_shapes_on_the_meta_device(name: str) -> None:
     config = preset(name).config
-    always, routed = work.weight_bytes(Transformer(config, dtype=torch.bfloat16, device="meta"))
-    moe = config.moe
+    (blocks, routed), head, mtp = work.weight_bytes(Transformer(config, dtype=torch.bfloat16, device="meta"))
+    moe, always = config.moe, blocks + head
+    assert mtp == (0, 0) and head == 2 * config.vocab_size * config.hidden_size
     assert routed == (2 * speed.routed_parameters(config) * moe.n_routed_experts if moe else 0)
     count = config.parameters()
     assert always + routed == 2 * (count.main - count.embedding)
@@ -44,6 +46,27 @@ def test_routing_is_measured(moe_engine: Engine) -> None:
     many = work.measured_experts(moe_engine, 64)
     assert many is not None and 4 < many <= 8
     assert work.measured_experts(make_engine(DENSE), 4) is None
+
+
+def test_drafting_reads_the_mtp_module_and_more_experts() -> None:
+    options = {"device": "cpu", "dtype": "float32", "max_model_len": 64, "max_num_seqs": 2}
+    plain = work.step_work(random_engine(MOE, name="plain", **options))
+    drafting = work.step_work(
+        random_engine(
+            MOE, name="drafts", speculation="mtp", num_speculative_tokens=2,
+            speculation_forced_acceptance=0.5, **options,
+        )
+    )  # fmt: skip
+    assert (drafting.always, drafting.routed) == (plain.always, plain.routed)
+    assert (plain.drafts, plain.draft_always, plain.draft_routed) == (0, 0, 0)
+    expert = 4 * 3 * 32 * 24
+    assert (drafting.drafts, drafting.draft_routed) == (2, 8 * expert)
+    head = 4 * 512 * 32
+    count = replace(MOE, num_nextn_predict_layers=1).parameters().mtp_unique
+    assert drafting.draft_always == head + 4 * count - 8 * expert
+    read = plain.always + plain.touched(3) / 8 * plain.routed
+    read += 2 * (drafting.draft_always + 2 * expert)
+    assert drafting.bytes(1, 0) == pytest.approx(read)
 
 
 def test_touched_experts_scale_the_bytes() -> None:
