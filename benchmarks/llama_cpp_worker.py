@@ -212,11 +212,11 @@ class Runner:
         random_token = lambda: self.draw.randrange(10, self.vocab - 10)  # noqa: E731
         self._fill([(random_token(), p, s, p == prompt - 1) for s in range(sequences) for p in range(prompt)])
         prefill = self._decode()
-        decode = 0.0
+        steps = []
         for step in range(new - 1):
             self._fill([(random_token(), prompt + step, s, True) for s in range(sequences)])
-            decode += self._decode()
-        return {"prefill_s": prefill, "decode_s": decode}
+            steps.append(self._decode())
+        return {"prefill_s": prefill, "decode_s": sum(steps), "fastest_step_s": min(steps)}
 
     def greedy(self, prompt: list[int], new: int) -> list[int]:
         """The likeliest continuation: to see that both sides compute the same model."""

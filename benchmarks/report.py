@@ -3,8 +3,8 @@
     python benchmarks/report.py             # write both sections, each between two markers
     python benchmarks/report.py --check     # only say whether it is up to date (status 1 if not)
 
-A result is {"machine": …, "races": […]} (race_transformers.py, race_llama_cpp.py) or a plain table {"machine":
-…, "title": …, "columns": […], "rows": [[…], …], "notes": …}; anything else is refused by name.
+A result is {"machine": …, "races": […]} (race_transformers.py, race_llama_cpp.py) or a plain table
+{"machine": …, "title": …, "columns": […], "rows": [[…], …], "notes": …}; anything else is refused by name.
 """
 
 from __future__ import annotations
