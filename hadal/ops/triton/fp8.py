@@ -301,7 +301,8 @@ def scaled_mm(q_RK: Tensor, scale_GR: Tensor, weight_NK: Packed, dtype: torch.dt
     from torch.nn.functional import ScalingType, pad
     from torch.nn.functional import scaled_mm as multiply
 
-    padded = pad(weight_NK.scale, (0, -weight_NK.scale.shape[1] % 4))
+    missing = -weight_NK.scale.shape[1] % 4
+    padded = pad(weight_NK.scale, (0, missing)) if missing else weight_NK.scale
     return multiply(
         q_RK, weight_NK.codes.t(), scale_GR.t(), ScalingType.BlockWise1x128, padded.t(),
         ScalingType.BlockWise128x128, output_dtype=dtype,

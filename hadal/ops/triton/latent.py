@@ -7,7 +7,7 @@ shared memory once and used for scores and for values: these are the first `rank
     up to 32 rows   `_narrow_kernel`: keys are the tensor core's long side, score[n, m] and z[l, m]
     more            `_tall_kernel`: blocks of 64 rows are, score[m, n] and z[m, l]
 
-A grid of (sequence, block of rows, share of the context); the size of a share follows from the context's own
+A grid of (block of rows, sequence, share of the context); the size of a share follows from the context's own
 length, so that a short context in a captured graph wastes programs, not work. One share writes its output
 directly; more leave unmerged outputs and their log2-sum-exp2 for `_merge_kernel`. The cache is BF16 or FP32,
 or bytes as in hadal/ops/latent_fp8.py. References: `hadal.ops.paged`, `hadal.ops.latent_fp8`.
@@ -100,8 +100,8 @@ def _narrow_kernel(
     BLOCK_R: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, MIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     size, used = _share(context_len, s, QUERIES, SPLITS, MIN)
     if tl.program_id(2) < used:
         col = tl.arange(0, BLOCK_L)
@@ -188,8 +188,8 @@ def _narrow_fp8_kernel(
     on a multiprocessor must hide each other's loads: what counts is few registers.
     """
     GROUPS: tl.constexpr = RANK // FP8_GROUP
-    s = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     size, used = _share(context_len, s, QUERIES, SPLITS, MIN)
     if tl.program_id(2) < used:
         col = tl.arange(0, FP8_GROUP)
@@ -251,8 +251,8 @@ def _tall_kernel(
     BLOCK_R: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr, SPLITS: tl.constexpr, MIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(0).to(tl.int64)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tl.program_id(1).to(tl.int64)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     size, used = _share(context_len, s, QUERIES, SPLITS, MIN)
     if tl.program_id(2) < used:
         col = tl.arange(0, BLOCK_L)
@@ -374,7 +374,7 @@ def mla_decode(
     kernel, extra = (_narrow_fp8_kernel if fp8 else _narrow_kernel), {}
     if config.rows > 32:
         kernel, extra = _tall_kernel, {"FP8": fp8}
-    kernel[(S, blocks, shares)](
+    kernel[(blocks, S, shares)](  # blocks of a sequence run side by side and meet its pages in the L2 cache
         q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, out, partial, lse, rows, heads,
         block_table_SP.stride(0), scale * log2(2.718281828459045), QUERIES=queries, RANK=rank,
         ROPE=entry - rank, BLOCK_L=triton.next_power_of_2(rank),

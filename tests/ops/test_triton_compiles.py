@@ -1,0 +1,150 @@
+"""Every Triton kernel compiles for an H100 (sm_90) at the sizes of real models, within its shared memory.
+
+No card is needed: launches become compilations. The interpreter takes much that the compiler refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hadal.config import preset
+from hadal.ops.packed import Kind, Packed
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels run there"
+)
+SHARED = 227 << 10  # bytes of shared memory that a program may have on an H100
+BF16, INT32, FP8 = torch.bfloat16, torch.int32, torch.float8_e4m3fn
+
+
+class H100:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_device_interface(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace()
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[Any]:
+    """Kernels in the order in which the test would have launched them."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def warm_up(self, *args, grid, warmup, **options):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    monkeypatch.setattr(JITFunction, "run", warm_up)
+    monkeypatch.setattr(driver, "_active", H100())
+    return kernels
+
+
+def mla(heads: int, queries: int, fp8: bool) -> None:
+    from hadal.ops.triton.latent import mla_decode
+
+    table, context = torch.zeros(2 * queries, 8, dtype=INT32), torch.zeros(2 * queries, dtype=INT32)
+    cache = torch.empty(9, 64, 656, dtype=torch.uint8) if fp8 else torch.empty(9, 64, 576, dtype=BF16)
+    q = torch.empty(2 * queries, heads, 576, dtype=BF16)
+    mla_decode(q, cache, table, context, 512, 0.1, queries, shares=2)
+
+
+def linear(kind: Kind, rows: int) -> None:
+    from hadal.ops.triton.packed import dequantise, streamed
+
+    weight = Packed(kind, (2048, 2048))
+    streamed(torch.empty(rows, 2048, dtype=BF16), weight, torch.empty(2048, dtype=BF16), splits=2)
+    dequantise(weight, BF16)
+
+
+def experts(kind: Kind, tokens: int) -> None:
+    from hadal.ops.triton.packed import expert_rows
+
+    gate_up, down = Packed(kind, (4, 2816, 2048)), Packed(kind, (4, 2048, 1408))
+    chosen = torch.zeros(tokens, 2, dtype=torch.int64)
+    expert_rows(torch.empty(tokens, 2048, dtype=BF16), chosen, gate_up, down, tokens > 256)
+
+
+def fp8() -> None:
+    from hadal.ops.triton import fp8 as op
+
+    x, one = torch.empty(256, 2048, dtype=BF16), torch.zeros(2, dtype=INT32)
+    q, scale = op.quantise_rows(x)
+    op.quantise_rows(x, torch.arange(512), 512)
+    op.swiglu_quantise(x, one)
+    op.rms_norm_quantise(x, x[0], 1e-6, x)
+    op.grouped_matmul(q, scale, Packed("fp8", (2, 4096, 2048)), one, one)
+    op.grouped_matmul(q, scale, Packed("fp8", (2, 4096, 2048), rows=64), one, one)
+
+
+def gate() -> None:
+    from hadal.ops.triton import gate as apart
+    from hadal.ops.triton import gate_fused
+
+    for name in ("deepseek-v2-lite", "deepseek-v3"):
+        config = preset(name).config
+        moe = config.moe
+        assert moe is not None
+        bias = torch.zeros(moe.n_routed_experts) if moe.topk_method == "noaux_tc" else None
+        weight = torch.empty(moe.n_routed_experts, config.hidden_size, dtype=BF16)
+        gate_fused.gate(torch.empty(2, config.hidden_size, dtype=BF16), weight, bias, moe)
+        apart.route(torch.empty(2, moe.n_routed_experts), bias, moe)
+
+
+def write() -> None:
+    from hadal.ops.triton.latent_fp8 import write_latent
+
+    kv, norm = torch.empty(4, 576, dtype=BF16), torch.empty(512, dtype=BF16)
+    cache, slot = torch.empty(10, 64, 656, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
+    write_latent(kv, norm, 1e-6, torch.empty(4, 64), cache, slot)
+
+
+CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
+    "MLA, 16 heads": (mla, (16, 1, False), 2),
+    "MLA, 16 heads, 2 rows": (mla, (16, 2, False), 2),
+    "MLA, 128 heads": (mla, (128, 1, False), 2),
+    "MLA, FP8, 16 heads": (mla, (16, 1, True), 2),
+    "MLA, FP8, 128 heads": (mla, (128, 1, True), 2),
+    "linear INT8": (linear, ("int8", 1), 3),
+    "linear INT4": (linear, ("int4", 16), 3),
+    "linear FP8": (linear, ("fp8", 64), 3),
+    "experts INT4": (experts, ("int4", 1000), 2),
+    "experts FP8": (experts, ("fp8", 100), 2),
+    "products in FP8": (fp8, (), 6),
+    "gate": (gate, (), 4),
+    "FP8 latent entries": (write, (), 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_compiles_within_shared_memory(case: str, compiled: list[Any]) -> None:
+    make, args, launches = CASES[case]
+    make(*args)
+    assert len(compiled) == launches
+    for kernel in compiled:
+        assert "cubin" in kernel.asm and kernel.metadata.shared <= SHARED, (
+            kernel.name,
+            kernel.metadata.shared,
+        )
