@@ -24,6 +24,8 @@ def chat(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    offload: o.Offload = None,
+    expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
     speculation: o.Speculation = None,
@@ -69,6 +71,8 @@ def chat(
             exact=exact,
             speculation=speculation,
             num_speculative_tokens=speculative_tokens,
+            offload=offload,
+            expert_cache_gb=expert_cache_gb,
         )
         speaker = LocalSpeaker(load_engine(model or "hadal-mini", asked, yes=yes, force=force))
     session = Session(speaker, sampling, system, think, fold)

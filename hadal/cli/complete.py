@@ -38,6 +38,8 @@ def complete(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    offload: o.Offload = None,
+    expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
     speculation: o.Speculation = None,
@@ -72,6 +74,8 @@ def complete(
         exact=exact,
         speculation=speculation,
         num_speculative_tokens=speculative_tokens,
+        offload=offload,
+        expert_cache_gb=expert_cache_gb,
     )
     engine = load_engine(model, how, yes=yes, force=force, quiet=json)
     params = asked.params(engine.sampling_defaults)

@@ -27,6 +27,8 @@ def evaluate(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    offload: o.Offload = None,
+    expert_cache_gb: o.ExpertCache = None,
     exact: o.Exact = False,
     yes: o.Yes = False,
     force: o.Force = False,
@@ -43,11 +45,19 @@ def evaluate(
     from hadal.cli.loading import load_engine
     from hadal.evals import puzzles
 
-    asked = o.Inference(device, dtype, quantize, max_num_seqs=64, exact=exact)
+    asked = o.Inference(
+        device,
+        dtype,
+        quantize,
+        max_num_seqs=64,
+        exact=exact,
+        offload=offload,
+        expert_cache_gb=expert_cache_gb,
+    )
     engine = load_engine(model, asked, yes=yes, force=force, quiet=json)
     settings = {"model": engine.name, "device": str(engine.device), "dtype": str(engine.dtype)}
     settings |= {"quantize": quantize} if quantize else {}
-    settings |= {"exact": True} if exact else {}
+    settings |= {"exact": "yes"} if exact else {}
     with bar("evaluating", unit_bytes=False, quiet=json) as update:
         report = puzzles.evaluate(
             engine, samples=samples, seed=seed, max_tokens=max_tokens, settings=settings, progress=update

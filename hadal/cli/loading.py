@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from hadal.cli.options import Inference
-from hadal.cli.terminal import BOLD, CliError, bar, human_bytes, human_count, is_terminal, paint
+from hadal.cli.terminal import BOLD, CliError, bar, human_bytes, human_count, is_terminal, note, paint
 from hadal.config import PRESETS, ModelConfig
 from hadal.config.packing import Kind, resident_kind
 
@@ -152,4 +152,9 @@ def load_engine(
     from hadal.weights.info import inspect
 
     with bar(f"loading {model}", quiet=quiet) as update:
-        return Engine.load(model, **asked.keywords(), name=name_of(inspect(model)), progress=update)
+        engine = Engine.load(model, **asked.keywords(), name=name_of(inspect(model)), progress=update)
+    if asked.offload is not None and not quiet:
+        from hadal.weights.offload import describe_offload
+
+        note(describe_offload(engine.model))
+    return engine

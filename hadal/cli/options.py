@@ -26,6 +26,16 @@ Quantize = Annotated[
         "integers stays so unless this is off.",
     ),
 ]
+Offload = Annotated[
+    Literal["cpu", "disk"] | None,
+    typer.Option("--offload", help="Keep the routed experts in host memory, or in the model's files."),
+]
+ExpertCache = Annotated[
+    float | None,
+    typer.Option(
+        "--expert-cache-gb", min=0.0, metavar="GB", help="With --offload: memory for the hottest experts."
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
@@ -97,6 +107,8 @@ class Inference:
     speculation: Literal["auto", "mtp", "ngram", "off"] | None = None
     num_speculative_tokens: int | None = None
     speculation_forced_acceptance: float | None = None
+    offload: Literal["cpu", "disk"] | None = None
+    expert_cache_gb: float | None = None
 
     def keywords(self) -> dict[str, Any]:
         """What was asked for."""

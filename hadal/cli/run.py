@@ -38,6 +38,8 @@ def run(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    offload: o.Offload = None,
+    expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
     speculation: o.Speculation = None,
@@ -74,6 +76,8 @@ def run(
         exact=exact,
         speculation=speculation,
         num_speculative_tokens=speculative_tokens,
+        offload=offload,
+        expert_cache_gb=expert_cache_gb,
     )
     speaker = LocalSpeaker(load_engine(model, asked, yes=yes, force=force, quiet=json))
     session = Session(speaker, sampling, system, think, fold)

@@ -37,6 +37,8 @@ def serve(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    offload: o.Offload = None,
+    expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
     exact: o.Exact = False,
     speculation: o.Speculation = None,
@@ -111,6 +113,8 @@ def serve(
         exact,
         speculation=speculation,
         num_speculative_tokens=speculative_tokens,
+        offload=offload,
+        expert_cache_gb=expert_cache_gb,
     )
     prepare_model(model, asked, yes=yes, force=force)
     options = asked.keywords()

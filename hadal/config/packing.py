@@ -62,6 +62,25 @@ def packed_bytes(config: ModelConfig, kind: Kind, value_bytes: int = 2, *, mtp: 
     return packed + plain * value_bytes + biases * (4 - value_bytes)
 
 
+def expert_bytes(config: ModelConfig, kind: Kind | None, value_bytes: int = 2) -> int:
+    """Bytes in memory of one routed expert of one layer; 0 for a dense model."""
+    if config.moe is None:
+        return 0
+    shapes = [(config.moe.moe_intermediate_size, config.hidden_size)] * 2
+    shapes.append((config.hidden_size, config.moe.moe_intermediate_size))
+    if kind is None:
+        return sum(outs * width * value_bytes for outs, width in shapes)
+    return sum(matrix_bytes(kind, outs, width) for outs, width in shapes)
+
+
+def expert_count(config: ModelConfig, *, mtp: bool = True) -> int:
+    """Routed experts of all layers."""
+    if config.moe is None:
+        return 0
+    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
+    return config.moe.n_routed_experts * sum(config.is_moe_layer(i) for i in range(layers))
+
+
 def _main_bias(config: ModelConfig) -> int:
     """Values of the gates' correction biases, which stay FP32, without the MTP modules'."""
     m = config.moe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hadal.config import ModelConfig
-from hadal.config.packing import Kind, packed_bytes, resident_kind
+from hadal.config.packing import Kind, expert_bytes, expert_count, packed_bytes, resident_kind
 from hadal.engine.memory import available_memory, gib
 from hadal.engine.request import EngineError
 from hadal.engine.speculation import SpeculationOptions
@@ -19,11 +20,14 @@ from hadal.text.tokenizer import Tokenizer
 from hadal.weights import hub
 from hadal.weights import load as load_weights
 from hadal.weights.layout import read_config
+from hadal.weights.offload import Place, describe_offload
 
 if TYPE_CHECKING:
     from hadal.engine.engine import Engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+logger = logging.getLogger(__name__)
+_EXPERT_CACHE_SHARE = 0.4  # of what is left beside the other weights, for hot experts
 _FP32_SHARE = 0.5  # on CPU, FP32 while the weights take at most this share of the free memory, else BF16
 
 
@@ -86,18 +90,22 @@ def check_weights_fit(
     quantize: Kind | None = None,
     *,
     mtp: bool = False,
-) -> None:
-    """Raises EngineError, before anything is read, when the weights alone exceed the free memory."""
-    need = weight_bytes(config, dtype, quantize, mtp=mtp)
+    elsewhere: int = 0,
+) -> int:
+    """Bytes that are left on the device beside the weights, `elsewhere` of which are not there. Raises
+    EngineError, before anything is read, when the weights alone exceed the free memory."""
+    need = weight_bytes(config, dtype, quantize, mtp=mtp) - elsewhere
     free = available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if need <= free:
-        return
+        return free - need
     what = quantize or str(dtype).removeprefix("torch.")
     hint = ""
     if dtype == torch.float32 and weight_bytes(config, torch.bfloat16, quantize, mtp=mtp) <= free:
         hint = "use dtype bfloat16, "
     elif smaller := [k for k in ("int8", "int4") if weight_bytes(config, torch.bfloat16, k, mtp=mtp) <= free]:
         hint = f"quantize {smaller[0]}, "
+    elif config.moe is not None and not elsewhere:
+        hint = "offload the experts (offload='disk'), "
     raise EngineError(
         f"the weights take {gib(need)} in {what}, and {gib(free)} are free on {device}: {hint}free memory, "
         "or take a smaller model"
@@ -114,12 +122,15 @@ def load_engine(
     progress: Callable[[int, int], None] | None = None,
     max_model_len: int | None = None,
     speculation: str = "auto",
+    offload: Place | None = None,
+    expert_cache_gb: float | None = None,
     **options: Any,
 ) -> Engine:
     """Resolve `model` (a folder, "hadal-mini", a preset's name or a repository in the cache), load it,
     build the engine. quantize: "fp8", "int8" or "int4" keeps the matrices packed (hadal/ops/packed.py), "off"
-    unpacks a folder's integers. The
-    MTP module is read only where speculation drafts with it.
+    unpacks a folder's integers. The MTP module is read only where speculation drafts with it. offload: "cpu"
+    or "disk" keeps the routed experts off the device but for expert_cache_gb of hot ones (default: a share of
+    what is left).
 
     Raises NotFoundError, WeightsError, TokenizerError, ConfigError or EngineError, each with cause and
     remedy.
@@ -134,7 +145,17 @@ def load_engine(
             f"max_model_len must be from 2 to {config.max_position_embeddings}, not {max_model_len}"
         )
     with_mtp = SpeculationOptions(speculation).resolve(config, where) == "mtp"
-    check_weights_fit(config, where, kind, packing, mtp=with_mtp)
+    elsewhere = 0
+    if offload is not None:
+        elsewhere = expert_bytes(config, packing, kind.itemsize) * expert_count(config, mtp=with_mtp)
+        options.setdefault("cuda_graphs", False)  # each layer asks the host for its experts
+    left = check_weights_fit(config, where, kind, packing, mtp=with_mtp, elsewhere=elsewhere)
+    if offload == "cpu" and elsewhere > available_memory():
+        raise EngineError(
+            f"the experts take {gib(elsewhere)}, and {gib(available_memory())} of memory are free: leave "
+            "them in the files (offload 'disk')"
+        )
+    hot = left * _EXPERT_CACHE_SHARE if expert_cache_gb is None else expert_cache_gb * 1e9
     tokenizer = Tokenizer.load(folder)
     try:
         template = template_for(folder)
@@ -148,7 +169,11 @@ def load_engine(
         with_mtp=with_mtp,
         max_positions=max_model_len,
         quantize=packing or "off",
+        offload=offload,
+        expert_cache_bytes=int(min(hot, elsewhere)),
     )
+    if offload is not None:
+        logger.info("%s", describe_offload(transformer))
     return engine_class(
         transformer,
         tokenizer,

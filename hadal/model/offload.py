@@ -167,15 +167,22 @@ class OffloadedExperts(nn.Module):
     ) -> Tensor:
         """Σ_k w_k · expert_k(x) + shared + residual; waits for the GPU to say which experts are wanted."""
         out_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
-        chosen_TK = expert_TK.cpu()
-        for expert in chosen_TK.unique().tolist():
-            token, slot = (chosen_TK == expert).nonzero(as_tuple=True)
-            token, slot = token.to(x_TD.device), slot.to(x_TD.device)
+        for expert, pairs in _by_expert(expert_TK).items():
+            token, slot = torch.tensor(pairs, device=x_TD.device).unbind(1)
             y = self.cache.ffn(self.layer, expert, x_TD[token]).to(out_TD.dtype)
             out_TD.index_add_(0, token, y * weight_TK[token, slot].unsqueeze(-1).to(out_TD.dtype))
         out = out_TD.to(x_TD.dtype)
         out = out if shared_TD is None else out + shared_TD
         return residual_TD + out
+
+
+def _by_expert(expert_TK: Tensor) -> dict[int, list[tuple[int, int]]]:
+    """(token, slot) pairs of every expert that was chosen, in the experts' order."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for token, chosen in enumerate(expert_TK.tolist()):
+        for slot, expert in enumerate(chosen):
+            found.setdefault(expert, []).append((token, slot))
+    return dict(sorted(found.items()))
 
 
 class InMemory:

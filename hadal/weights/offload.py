@@ -21,6 +21,7 @@ from hadal.model.offload import ExpertCache, InMemory, OffloadedExperts, Source,
 from hadal.model.transformer import Transformer
 from hadal.ops.fp8 import dequantise_blocks
 from hadal.ops.packed import Packed, dequantise
+from hadal.plan.fit import gigabytes
 from hadal.weights.errors import WeightsError
 from hadal.weights.folder import check_finite, int_rows, stored_scale
 from hadal.weights.layout import Folder
@@ -130,3 +131,24 @@ def expert_seconds(cache: ExpertCache, samples: int = 4) -> float:
             (part.codes if isinstance(part, Packed) else part).view(torch.uint8).sum()
         taken.append(time.perf_counter() - began)
     return sorted(taken)[len(taken) // 2] if taken else 0.0
+
+
+def describe_offload(model: Transformer) -> str:
+    """What to expect of an offloaded model on this machine, in one sentence."""
+    cache = next(m.cache for m in model.modules() if isinstance(m, OffloadedExperts))
+    moe = model.config.moe
+    assert moe is not None
+    layers = sum(isinstance(m, OffloadedExperts) for m in model.modules())
+    one = cache.source.get(
+        next(m.layer for m in model.modules() if isinstance(m, OffloadedExperts)), 0
+    ).nbytes
+    total, uses = one * layers * moe.n_routed_experts, layers * moe.num_experts_per_tok
+    where = "in host memory" if isinstance(cache.source, InMemory) else "in the files"
+    text = f"experts {where}: {gigabytes(total)}"
+    if cache.capacity:
+        text += f", the hottest {gigabytes(min(cache.capacity, total))} kept on {cache.device.type}"
+    seconds = expert_seconds(cache)
+    if seconds:
+        text += f"; a token needs {uses} of them, {seconds * 1e3:,.2f} ms each to read: about "
+        text += f"{1 / (uses * seconds):,.2g} tokens/s where none is hot"
+    return text
