@@ -46,6 +46,7 @@ from hadal.engine.sampler import Sampled, Sampler
 from hadal.engine.scheduler import Schedule, Scheduler
 from hadal.engine.speculation import SpeculationOptions, SpeculationStats, Speculator, max_rows
 from hadal.model.context import Cache
+from hadal.model.offload import OffloadedExperts
 from hadal.model.transformer import Transformer
 from hadal.ops.exact import exact as exact_operations
 from hadal.ops.exact import unavailable
@@ -500,6 +501,8 @@ def _check_exact(model: Transformer) -> None:
     packed = next((m.kind for m in model.modules() if isinstance(m, Packed)), None)
     if why is None and packed is not None:
         why = f"exact mode has no operations on {packed} weights; load them unquantised"
+    if why is None and any(isinstance(m, OffloadedExperts) for m in model.modules()):
+        why = "exact mode has no operations on offloaded experts; load the whole model"
     if why is not None:
         raise EngineError(why)
 
