@@ -249,15 +249,14 @@ def mla(bench: Bench) -> None:
 def latent_configs(rows: int, fp8_cache: bool) -> Iterator[latent.Config]:
     """Those that compile for sm_90 within its shared memory and without many spills."""
     if rows <= 32:
-        block = 16 if rows <= 16 else 32
-        yield from (latent.Config(block, 64, warps, stages, slots) for warps in (4, 8) for stages in (2, 3)
-                    for slots in (1, 2))  # fmt: skip
-        return
-    for block, keys, warps, stages in [(64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2), (64, 32, 8, 4),
-                                       (128, 32, 8, 2)]:  # fmt: skip
-        yield latent.Config(block, keys, warps, stages, 1)
+        narrow = [(16, 64, 4, 3), (16, 64, 8, 3)]
+        if fp8_cache:
+            narrow += [(16, 64, 8, 2), (16, 64, 4, 2), (32, 64, 8, 3), (32, 64, 8, 2)]
+        yield from (latent.Config(*sizes, slots) for sizes in narrow for slots in (1, 2))
+    tall = [(64, 32, 8, 3), (64, 32, 8, 4), (64, 64, 8, 2)]
     if fp8_cache:
-        yield latent.Config(64, 64, 8, 3, 1)
+        tall = [(64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3)]
+    yield from (latent.Config(*sizes, 1) for sizes in tall)
 
 
 # --- linear layers ------------------------------------------------------------------------------------------

@@ -39,9 +39,9 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).to(DTYPE).to(DEVICE)
 
 
-def rows_of(lengths: list[int], queries: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows_of(lengths: list[int], queries: int, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(block table of the sequences, the same for each of their rows, context lengths of the rows)."""
-    table, _ = pages_for(lengths, 16, 3)
+    table, _ = pages_for(lengths, page, 3)
     context = torch.tensor([n - queries + 1 + i for n in lengths for i in range(queries)], dtype=torch.int32)
     return table, table.repeat_interleave(queries, 0), context
 
@@ -49,15 +49,16 @@ def rows_of(lengths: list[int], queries: int) -> tuple[torch.Tensor, torch.Tenso
 # heads × queries: a narrow block, the same in shares, a wider one; tall blocks, one of them partial
 @needs_triton
 @pytest.mark.parametrize(
-    "heads,queries,shares", [(4, 1, 4), (4, 3, 1), (10, 3, 2), (40, 1, 2), (33, 2, None)]
+    "heads,queries,shares,page",
+    [(4, 1, 4, 64), (4, 3, 1, 16), (10, 3, 2, 64), (40, 1, 2, 16), (33, 2, None, 64)],
 )
-def test_decode_of_all_rows_of_a_sequence(heads, queries, shares):
+def test_decode_of_all_rows_of_a_sequence(heads, queries, shares, page):
     from hadal.ops.triton.latent import mla_decode
 
     lengths, rank, width = [queries, 67, 500], 24, 32
-    table, tables, context = rows_of(lengths, queries)
-    cache = torch.randn(int(table.max()) + 2, 16, width)
-    poison_unused(cache, table, lengths, 16)
+    table, tables, context = rows_of(lengths, queries, page)
+    cache = torch.randn(int(table.max()) + 2, page, width)
+    poison_unused(cache, table, lengths, page)
     q, cache = draw(3 * queries, heads, width), cache.to(DTYPE).to(DEVICE)
     args = (rank, 0.2, queries, None, shares)
     out = mla_decode(q, cache, tables.to(DEVICE), context.to(DEVICE), *args)
@@ -79,16 +80,16 @@ def test_an_empty_context_gives_zeros():
 
 
 @needs_triton
-@pytest.mark.parametrize("heads,queries,shares", [(4, 1, 3), (10, 3, 1), (40, 1, 2)])
-def test_decode_of_fp8_entries(heads, queries, shares):
+@pytest.mark.parametrize("heads,queries,shares,page", [(4, 1, 3, 16), (10, 3, 1, 64), (40, 1, 2, 64)])
+def test_decode_of_fp8_entries(heads, queries, shares, page):
     from hadal.ops.triton.latent import mla_decode
 
     lengths, rank, width = [queries, 67, 300], 256, 272
-    table, tables, context = rows_of(lengths, queries)
-    entry = torch.randn(int(table.max()) + 2, 16, width)
+    table, tables, context = rows_of(lengths, queries, page)
+    entry = torch.randn(int(table.max()) + 2, page, width)
     clean = latent_fp8.quantise_entries(entry, rank)
     cache = clean.clone()
-    poison_unused(entry, table, lengths, 16)
+    poison_unused(entry, table, lengths, page)
     cache[entry.isnan().any(-1)] = 0xFF  # NaN as E4M3, as FP32 and as BF16
     q = draw(3 * queries, heads, width)
     args = (rank, 0.06, queries, None, shares)

@@ -4,8 +4,9 @@ Rows of a sequence are its heads, times its query tokens: a step that verifies d
 the other in the stream, with the same pages and context lengths of their own. A tile of keys is brought into
 shared memory once and used for scores and for values: these are the first `rank` channels of the entries.
 
-    up to 32 rows   `_narrow_kernel`: keys are the tensor core's long side, score[n, m] and z[l, m]
-    more            `_tall_kernel`: blocks of 64 rows are, score[m, n] and z[m, l]
+    up to 32 rows   `_narrow_kernel`: keys are the tensor core's long side, score[n, m] and z[l, m]; blocks
+                    of 16 rows, since three tiles of keys for the pipeline fill the shared memory
+    more            `_tall_kernel`: blocks of 64 rows are the long side, score[m, n] and z[m, l]
 
 A grid of (block of rows, sequence, share of the context); the size of a share follows from the context's own
 length, so that a short context in a captured graph wastes programs, not work. One share writes its output
@@ -44,12 +45,13 @@ class Config(NamedTuple):
 
 
 def config_for(rows: int, fp8: bool) -> Config:
-    """By the rows of a sequence. Compiled for sm_90 without spills; not yet tuned on a card."""
-    if rows <= 16:
-        return Config(16, 64, 8, 3, 1) if fp8 else Config(16, 64, 4, 3, 1)
+    """By the rows of a sequence. Chosen by what compiles for sm_90 with few spills; not yet tuned on a card.
+
+    Tiles are prefetched only from three stages on: with two, the compiler (3.6) fetches after it has computed.
+    """
     if rows <= 32:
-        return Config(32, 64, 8, 3, 1)
-    return Config(64, 64, 8, 2, 1) if fp8 else Config(64, 32, 8, 3, 1)
+        return Config(16, 64, 8, 3, 1) if fp8 else Config(16, 64, 4, 3, 1)
+    return Config(64, 32, 8, 3, 1)
 
 
 @triton.jit
@@ -63,34 +65,50 @@ def _share(context_len, s, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MIN: tl.
 
 
 @triton.jit
-def _entries(
-    cache, table_row, key, end, dtype: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr,
-):  # fmt: skip
-    """(latent [N, L], rope [N, R]) of keys below `end`; zeros for others, whatever the cache holds."""
-    seen = key < end
-    page = tl.load(table_row + key // PAGE, mask=seen, other=0).to(tl.int64)
-    slot = page * PAGE + key % PAGE
-    col = tl.arange(0, BLOCK_L)
-    rope_col = tl.arange(0, BLOCK_R)
-    mask = seen[:, None] & (col < RANK)[None, :]
-    rope_mask = seen[:, None] & (rope_col < ROPE)[None, :]
-    if FP8:
-        GROUPS: tl.constexpr = RANK // FP8_GROUP
-        row = cache + slot * (RANK + 4 * GROUPS + 2 * ROPE)
-        code = tl.load(row.to(tl.pointer_type(tl.float8e4nv))[:, None] + col[None, :], mask=mask, other=0.0)
-        g = tl.arange(0, GROUPS)
-        at = (row + RANK).to(tl.pointer_type(tl.float32))[:, None] + g[None, :]
-        scale = tl.load(at, mask=seen[:, None] & (g < GROUPS)[None, :], other=0.0)
-        wide = code.to(tl.float16).to(tl.float32).reshape(key.shape[0], GROUPS, FP8_GROUP)
-        latent = (wide * scale[:, :, None]).reshape(key.shape[0], BLOCK_L).to(dtype)
-        rope_row = (row + RANK + 4 * GROUPS).to(tl.pointer_type(tl.bfloat16))
-        rope = tl.load(rope_row[:, None] + rope_col[None, :], mask=rope_mask, other=0.0).to(dtype)
+def _pages(table_row, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of each key from `start`, or the one page of them all. Loaded a tile ahead: an address that
+    waits for another load cannot be prefetched."""
+    if PAGE % BLOCK_N == 0:
+        return tl.load(table_row + start // PAGE, mask=start < end, other=0)
     else:
-        row = cache + slot * (RANK + ROPE)
-        latent = tl.load(row[:, None] + col[None, :], mask=mask, other=0.0)
-        rope = tl.load(row[:, None] + RANK + rope_col[None, :], mask=rope_mask, other=0.0)
-    return latent, rope
+        key = start + tl.arange(0, BLOCK_N)
+        return tl.load(table_row + key // PAGE, mask=key < end, other=0)
+
+
+@triton.jit
+def _rows(cache, page, start, size, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the entries of keys from `start` begin, each of `size` elements."""
+    n = tl.arange(0, BLOCK_N)
+    if PAGE % BLOCK_N == 0:  # one base, and offsets that are known when compiling
+        return cache + (page.to(tl.int64) * PAGE + start % PAGE) * size + n * size
+    else:
+        return cache + (page.to(tl.int64) * PAGE + (start + n) % PAGE) * size
+
+
+@triton.jit
+def _latents(row, seen, RANK: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Latents [N, L] of BF16 entries at `row`; zeros where nothing is seen, whatever the cache holds."""
+    col = tl.arange(0, BLOCK_L)
+    return tl.load(row[:, None] + col[None, :], mask=seen[:, None] & (col < RANK)[None, :], other=0.0)
+
+
+@triton.jit
+def _dequantised(row, seen, dtype: tl.constexpr, RANK: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Latents [N, L] of FP8 entries at `row`."""
+    GROUPS: tl.constexpr = RANK // FP8_GROUP
+    code = _latents(row.to(tl.pointer_type(tl.float8e4nv)), seen, RANK, BLOCK_L)
+    g = tl.arange(0, GROUPS)
+    at = (row + RANK).to(tl.pointer_type(tl.float32))[:, None] + g[None, :]
+    scale = tl.load(at, mask=seen[:, None] & (g < GROUPS)[None, :], other=0.0)
+    wide = code.to(tl.float16).to(tl.float32).reshape(row.shape[0], GROUPS, FP8_GROUP)
+    return (wide * scale[:, :, None]).reshape(row.shape[0], BLOCK_L).to(dtype)
+
+
+@triton.jit
+def _ropes(row, seen, ROPE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Rope keys [N, R] at `row`."""
+    col = tl.arange(0, BLOCK_R)
+    return tl.load(row[:, None] + col[None, :], mask=seen[:, None] & (col < ROPE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -117,12 +135,19 @@ def _narrow_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_L, BLOCK_M], tl.float32)
+        pages = table + s * QUERIES * table_stride
+        n = tl.arange(0, BLOCK_N)
+        row = _rows(cache, _pages(pages, begin, end, PAGE, BLOCK_N), begin, RANK + ROPE, PAGE, BLOCK_N)
+        page = _pages(pages, begin + BLOCK_N, end, PAGE, BLOCK_N)
+        rope = _ropes(row + RANK, begin + n < end, ROPE, BLOCK_R)
         for start in range(begin, end, BLOCK_N):
-            key = start + tl.arange(0, BLOCK_N)
-            latent, rope = _entries(
-                cache, table + s * QUERIES * table_stride, key, end, q_LM.dtype, RANK, ROPE, BLOCK_L, BLOCK_R,
-                PAGE, False,
-            )  # fmt: skip
+            key = start + n
+            latent = _latents(row, key < end, RANK, BLOCK_L)
+            after = start + BLOCK_N
+            row = _rows(cache, page, after, RANK + ROPE, PAGE, BLOCK_N)
+            page = _pages(pages, after + BLOCK_N, end, PAGE, BLOCK_N)
+            # in registers, not in the pipeline: three tiles in shared memory leave no room for rope keys
+            ahead = _ropes(row + RANK, after + n < end, ROPE, BLOCK_R)
             score = tl.dot(latent, q_LM, input_precision="ieee")
             score = tl.dot(rope, q_RM, score, input_precision="ieee") * scale
             score = tl.where(key[:, None] < limit[None, :], score, float("-inf"))
@@ -133,6 +158,7 @@ def _narrow_kernel(
             total = total * decay + tl.sum(p, 0)
             acc = tl.dot(tl.trans(latent), p.to(latent.dtype), acc * decay[None, :], input_precision="ieee")
             top = peak
+            rope = ahead
         safe = tl.where(total > 0, total, 1.0)
         acc = acc / safe[None, :]
         at = s * rows + m
@@ -146,21 +172,9 @@ def _narrow_kernel(
 
 
 @triton.jit
-def _groups(
-    cache,
-    table_row,
-    key,
-    end,
-    RANK: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PAGE: tl.constexpr,
-):
-    """FP8 entries of keys below `end`: codes and scales, a tuple each over groups of channels, and rope."""
+def _groups(row, seen, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr):
+    """FP8 entries at `row`: codes and scales, a tuple each over groups of channels, and rope."""
     GROUPS: tl.constexpr = RANK // FP8_GROUP
-    seen = key < end
-    page = tl.load(table_row + key // PAGE, mask=seen, other=0).to(tl.int64)
-    row = cache + (page * PAGE + key % PAGE) * (RANK + 4 * GROUPS + 2 * ROPE)
     col = tl.arange(0, FP8_GROUP)
     rope_col = tl.arange(0, BLOCK_R)
     code_row = row.to(tl.pointer_type(tl.float8e4nv))
@@ -209,9 +223,12 @@ def _narrow_fp8_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         pages = table + s * QUERIES * table_stride
+        page = _pages(pages, begin, end, PAGE, BLOCK_N)
         for start in range(begin, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            codes, scales, rope = _groups(cache, pages, key, end, RANK, ROPE, BLOCK_R, PAGE)
+            row = _rows(cache, page, start, RANK + 4 * GROUPS + 2 * ROPE, PAGE, BLOCK_N)
+            page = _pages(pages, start + BLOCK_N, end, PAGE, BLOCK_N)
+            codes, scales, rope = _groups(row, key < end, RANK, ROPE, BLOCK_R)
             score = tl.dot(rope.to(q_RM.dtype), q_RM, input_precision="ieee")
             latent = ()
             for g in tl.static_range(GROUPS):
@@ -268,12 +285,21 @@ def _tall_kernel(
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
+        pages = table + s * QUERIES * table_stride
+        page = _pages(pages, begin, end, PAGE, BLOCK_N)
         for start in range(begin, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            latent, rope = _entries(
-                cache, table + s * QUERIES * table_stride, key, end, q_ML.dtype, RANK, ROPE, BLOCK_L, BLOCK_R,
-                PAGE, FP8,
-            )  # fmt: skip
+            if FP8:
+                GROUPS: tl.constexpr = RANK // FP8_GROUP
+                row = _rows(cache, page, start, RANK + 4 * GROUPS + 2 * ROPE, PAGE, BLOCK_N)
+                latent = _dequantised(row, key < end, q_ML.dtype, RANK, BLOCK_L)
+                rope_row = (row + RANK + 4 * GROUPS).to(tl.pointer_type(tl.bfloat16))
+            else:
+                row = _rows(cache, page, start, RANK + ROPE, PAGE, BLOCK_N)
+                latent = _latents(row, key < end, RANK, BLOCK_L)
+                rope_row = row + RANK
+            page = _pages(pages, start + BLOCK_N, end, PAGE, BLOCK_N)
+            rope = _ropes(rope_row, key < end, ROPE, BLOCK_R).to(q_MR.dtype)
             score = tl.dot(q_ML, tl.trans(latent), input_precision="ieee")
             score = tl.dot(q_MR, tl.trans(rope), score, input_precision="ieee") * scale
             score = tl.where(key[None, :] < limit[:, None], score, float("-inf"))
