@@ -7,6 +7,7 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from hadal.config import Mla, ModelConfig
+from hadal.model import fused
 from hadal.model.context import Context
 from hadal.model.gqa import GqaAttention
 from hadal.model.layers import Ffn, Like, RMSNorm
@@ -30,6 +31,8 @@ class Block(nn.Module):
         )
 
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        if (fast_TD := fused.block(self, x_TD, ctx)) is not None:
+            return fast_TD
         attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)
         x_TD, normed_TD = self.post_attention_layernorm.after_add(x_TD, attended_TD)
         return self.mlp(normed_TD, x_TD, ctx) if self.is_moe else x_TD + self.mlp(normed_TD)

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
-from hadal.ops import cpu, invariant
+from hadal.ops import invariant
 from hadal.ops.attention import attention
-from hadal.ops.dispatch import use_cpu_kernels
 from hadal.ops.exact import is_exact
-from hadal.ops.linear import SMALL_M, per_head
+from hadal.ops.linear import per_head
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages, mla_decode
 from hadal.ops.rope import rotate_interleaved
@@ -53,8 +52,6 @@ class MlaAttention(nn.Module):
         assert ctx.rotation_T2r is not None
         if is_exact():
             return self._exact(x_TD, ctx)
-        if 0 < ctx.num_decodes == ctx.num_tokens <= SMALL_M and self._fusable(x_TD, ctx):
-            return self._fused_decode(x_TD, ctx)
         q_nope_THn, q_rope_THR = self._queries(x_TD)
         kv_TC = self.kv_a_proj_with_mqa(x_TD)
         norm = self.kv_a_layernorm
@@ -68,36 +65,6 @@ class MlaAttention(nn.Module):
             entry_TC = write_latent(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, pages, ctx.slot_T)
             out = self._cached(q_nope_THn, q_rope_THR, entry_TC, ctx)
         return self.o_proj(out)
-
-    def _fusable(self, x_SD: Tensor, ctx: Context) -> bool:
-        """Whether one CPU call may do it all: no gradients, one dtype, indices as the kernel reads them."""
-        if (
-            torch.is_grad_enabled()
-            or ctx.cache is None
-            or ctx.block_table_SP is None
-            or ctx.context_len_S is None
-        ):
-            return False
-        table, length = ctx.block_table_SP, ctx.context_len_S
-        plain = table.dtype == length.dtype == torch.int32 and table.stride(1) == 1 and length.is_contiguous()
-        return plain and use_cpu_kernels(x_SD, self.o_proj.weight, ctx.cache.layers[self.layer])
-
-    def _fused_decode(self, x_SD: Tensor, ctx: Context) -> Tensor:
-        """The absorbed form of a few sequences on CPU in one call; the same operations as below."""
-        assert ctx.cache is not None and ctx.slot_T is not None and ctx.rotation_T2r is not None
-        assert ctx.block_table_SP is not None and ctx.context_len_S is not None
-        a = self.a
-        if a.q_lora_rank is None:
-            query = [None, None, self.q_proj.matrix]
-        else:
-            query = [self.q_a_proj.matrix, self.q_a_layernorm.weight, self.q_b_proj.matrix]
-        latent = [self.kv_a_proj_with_mqa.matrix, self.kv_a_layernorm.weight]
-        weights = [*query, *latent, self.kv_b_proj.matrix, self.o_proj.matrix]
-        widths = (a.q_lora_rank or 0, a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim, a.v_head_dim)
-        return cpu.mla_block(
-            x_SD, weights, ctx.rotation_T2r, ctx.cache.layers[self.layer], ctx.slot_T, ctx.block_table_SP,
-            ctx.context_len_S, (self.heads, *widths), self.kv_a_layernorm.eps, self.scale,
-        )  # fmt: skip
 
     def _exact(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """The absorbed form for every token, cached or packed: one form for scoring and sampling."""

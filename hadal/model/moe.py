@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hadal.config import ModelConfig
+from hadal.model import fused
 from hadal.model.context import Context, Routing
 from hadal.model.layers import Ffn, Like
 from hadal.model.offload import OffloadedExperts
@@ -93,8 +94,10 @@ class Moe(nn.Module):
         """residual + Σ_k w_k · expert_k(x) + shared(x)."""
         here = self.experts
         few = x_TD.shape[0] <= SMALL_M and not ctx.record_routing and not torch.is_grad_enabled()
-        if few and isinstance(here, Experts) and use_cpu_kernels(x_TD, here.down_proj):
-            return cpu.moe_block(x_TD, residual_TD, self._weights(), self.gate.moe)
+        if few and isinstance(here, Experts) and use_cpu_kernels(x_TD, self.gate.weight):
+            arguments = fused.experts(self)
+            if arguments is not None:
+                return cpu.moe_block(x_TD, residual_TD, arguments)
         if ctx.record_routing:
             expert_TK, weight_TK, score_TE = self._recorded(x_TD)
             ctx.routing.append(Routing(self.layer, self.gate, expert_TK, score_TE))
@@ -102,16 +105,6 @@ class Moe(nn.Module):
             expert_TK, weight_TK, _ = self.gate(x_TD)
         shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
         return self.experts(x_TD, expert_TK, weight_TK, shared_TD, residual_TD)
-
-    def _weights(self) -> list[Tensor | None]:
-        """Gate, bias, routed and shared matrices, in the order of the fused kernel."""
-        s = self.shared_experts
-        shared = [None, None] if s is None else [s.gate_up_proj.matrix, s.down_proj.matrix]
-        g, e = self.gate, self.experts
-        assert (
-            isinstance(e, Experts) and isinstance(e.gate_up_proj, Tensor) and isinstance(e.down_proj, Tensor)
-        )
-        return [g.weight, g.e_score_correction_bias, e.gate_up_proj, e.down_proj, *shared]
 
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from hadal.ops.gate import gate_reference

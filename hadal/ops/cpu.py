@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import Moe
+from hadal.ops.packed import Packed
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
 PACKED = SOURCE.with_name("packed.cpp")
@@ -145,8 +146,8 @@ def _function(name: str, dtype: torch.dtype) -> Any:
         "rms_norm": [p] * 5 + [i] * 3 + [f],
         "rotate": [p] * 3 + [i] * 5 + [ctypes.c_int],
         "gate": [p] * 5 + [i] * 6 + [ctypes.c_int] * 3 + [f],
-        "moe_block": [p, p, f],
-        "mla_block": [p] * 3,
+        "moe_block": [p, f],
+        "block": [p, p],
         "per_head": [p] * 3 + [i] * 7,
         "write_latent": [p] * 6 + [i] * 4 + [f],
         "absorbed_query": [p] * 5 + [i] * 10,
@@ -292,45 +293,53 @@ def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tu
     return expert, weight
 
 
-def moe_block(x_TD: Tensor, residual_TD: Tensor, weights: Sequence[Tensor | None], moe: Moe) -> Tensor:
-    """residual + routed and shared experts of normed x. The same operations as apart, in one call.
+KIND = {"int8": 1, "int4": 2, "fp8": 3}  # of packed weights, as csrc/packed.h numbers them; 0 is a plain one
+NONE = (0, 0)  # in place of a matrix that a network does not have
 
-    `weights`: gate, its bias, gate_up, down, and the shared expert's gate_up and down (None without one).
+
+def matrix(weight: Tensor | Packed) -> tuple[int, int]:
+    """A weight as the fused kernels take it: its address and its kind."""
+    if isinstance(weight, Tensor):
+        return weight.data_ptr(), 0
+    return weight.codes.data_ptr(), KIND[weight.kind]
+
+
+def moe_arguments(
+    moe: Moe, gate: Tensor, bias: Tensor | None, weights: Sequence[int], wide: int
+) -> tuple[list[int], float]:
+    """(arguments, scale) of routed and shared experts for the fused kernels.
+
+    `weights`: address and kind of gate_up and down, and of the shared expert's (NONE without one), whose
+    width is `wide`.
     """
-    x_TD, residual_TD, (T, D) = x_TD.contiguous(), residual_TD.contiguous(), x_TD.shape
-    out, shared_down = torch.empty_like(x_TD), weights[5]
-    pointers = [None if t is None else t.data_ptr() for t in (x_TD, residual_TD, *weights, out)]
     *settings, scale = _gate_settings(moe)
-    wide = 0 if shared_down is None else shared_down.shape[1]
-    sizes = (T, D, moe.n_routed_experts, moe.num_experts_per_tok, moe.moe_intermediate_size, wide, *settings)
-    _function("moe_block", x_TD.dtype)((ctypes.c_void_p * 9)(*pointers), (ctypes.c_int64 * 11)(*sizes), scale)
+    sizes = (moe.n_routed_experts, moe.num_experts_per_tok, moe.moe_intermediate_size, wide)
+    router = (gate.data_ptr(), 0 if bias is None else bias.data_ptr())
+    return [*sizes, *settings, *router, *weights], scale
+
+
+def moe_block(x_TD: Tensor, residual_TD: Tensor, experts: tuple[list[int], float]) -> Tensor:
+    """residual + routed and shared experts of normed x, in one call; `experts` from `moe_arguments`."""
+    x_TD, residual_TD, out = x_TD.contiguous(), residual_TD.contiguous(), torch.empty_like(x_TD)
+    arguments, scale = experts
+    numbers = [x_TD.data_ptr(), residual_TD.data_ptr(), out.data_ptr(), *x_TD.shape, *arguments]
+    _function("moe_block", x_TD.dtype)((ctypes.c_int64 * len(numbers))(*numbers), scale)
     return out
 
 
-def mla_block(
-    x_SD: Tensor,
-    weights: Sequence[Tensor | None],
-    rotation_S2r: Tensor,
-    cache_PBC: Tensor,
-    slot_S: Tensor,
-    table_SP: Tensor,
-    context_S: Tensor,
-    sizes: tuple[int, int, int, int, int, int],
-    eps: float,
-    scale: float,
+def block(
+    x_SD: Tensor, step: Sequence[int], layer: Sequence[int], eps: float, scale: float, expert_scale: float
 ) -> Tensor:
-    """Attention of one token a sequence, from normed x to the output projection, writing the cache.
+    """A whole block for one token a sequence: norm, attention on the paged cache, norm, FFN or experts.
 
-    `weights`: q_a and its norm (None without a query latent), q_b, kv_a, its norm, kv_b, o;
-    `sizes`: H, q rank, L, n, R, v.
+    The lists hold addresses and numbers in the order in which `block` of csrc/cpu.cpp reads them
+    (hadal/model/fused.py puts them together): `step` what all layers share, `layer` the rest.
     """
-    x_SD, (S, D) = x_SD.contiguous(), x_SD.shape
+    x_SD = x_SD.contiguous()
     out = torch.empty_like(x_SD)
-    tensors = (x_SD, *weights, rotation_S2r, cache_PBC, slot_S, table_SP, context_S, out)
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
-    numbers = (S, D, *sizes, cache_PBC.shape[1], table_SP.stride(0))
-    _function("mla_block", x_SD.dtype)(
-        (ctypes.c_void_p * 14)(*pointers), (ctypes.c_int64 * 10)(*numbers), (ctypes.c_float * 2)(eps, scale)
+    numbers = (x_SD.data_ptr(), out.data_ptr(), *x_SD.shape, *step, *layer)
+    _function("block", x_SD.dtype)(
+        (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_float * 3)(eps, scale, expert_scale)
     )
     return out
 

@@ -23,7 +23,6 @@ from hadal.ops.packed import FP8_ROWS, GROUP, Packed
 
 LAYOUT = "tile32"
 TILE = 32  # outputs of a tile
-CODES = {"int8": 1, "int4": 2, "fp8": 3}  # as packed.h numbers them
 ACTIVATION_GROUP = 128  # channels of a row that share a scale
 SMALLEST = 1e-35  # a group of activations whose largest magnitude is below this counts as zeros
 
@@ -110,7 +109,7 @@ def _move(name: str, packed: Packed, codes: Tensor, scale: Tensor, tiles: Tensor
     p, i = ctypes.c_void_p, ctypes.c_int64
     function.restype, function.argtypes = None, [i, p, p, p, i, i, i, i]
     pointers = (codes.data_ptr(), scale.data_ptr(), tiles.data_ptr())
-    function(CODES[packed.kind], *pointers, count, outs, width, packed.rows)
+    function(cpu.KIND[packed.kind], *pointers, count, outs, width, packed.rows)
 
 
 # --- products ---
@@ -149,7 +148,7 @@ def linear(x: Tensor, weight_OI: Packed, bias_O: Tensor | None = None) -> Tensor
     out = torch.empty((*x.shape[:-1], outs), dtype=x.dtype)
     _function("packed_linear", x.dtype)(
         rows.data_ptr(), weight_OI.codes.data_ptr(), None if bias is None else bias.data_ptr(),
-        out.data_ptr(), CODES[weight_OI.kind], rows.shape[0], outs, width, rows.stride(0),
+        out.data_ptr(), cpu.KIND[weight_OI.kind], rows.shape[0], outs, width, rows.stride(0),
     )  # fmt: skip
     return out
 
@@ -168,7 +167,7 @@ def experts(
     (T, K), (E, D, width), out = expert_TK.shape, down_EDI.shape, torch.empty_like(x_TD)
     tensors = (x_TD, expert_TK, weight_TK, gate_up_E2ID.codes, down_EDI.codes, None, None, None, out)
     pointers = [None if t is None else t.data_ptr() for t in tensors]
-    kinds = (CODES[gate_up_E2ID.kind], CODES[down_EDI.kind], 0, 0)
+    kinds = (cpu.KIND[gate_up_E2ID.kind], cpu.KIND[down_EDI.kind], 0, 0)
     numbers = (T, K, E, D, width, 0, *kinds)
     _function("packed_experts", x_TD.dtype)((ctypes.c_void_p * 9)(*pointers), (ctypes.c_int64 * 10)(*numbers))
     return out

@@ -267,13 +267,30 @@ void experts(const T* x, const int64_t* expert, const float* weight, const T* ga
     }
 }
 
+// 16 values of a row in their order.
+inline vf take(const float* p) { return load(p); }
+inline vf take(const bf16* p) {
+  float out[LANES];
+  for (int i = 0; i < LANES; ++i) out[i] = widen(p[i]);
+  return load(out);
+}
+
 template <class T>
 void swiglu(const T* x, T* out, int64_t rows, int64_t width) {
-  for (int64_t t = 0; t < rows; ++t)
-    for (int64_t i = 0; i < width; ++i) {
-      float g = rounded<T>(silu(widen(x[t * 2 * width + i])));
-      narrow(g * widen(x[t * 2 * width + width + i]), out + t * width + i);
+  parallel(rows, 1, rows * width > 65536, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const T *gate = x + t * 2 * width, *up = gate + width;
+      T* to = out + t * width;
+      int64_t i = 0;
+      for (; i + LANES <= width; i += LANES) {
+        vf g = silu(take(gate + i));
+        for (int l = 0; l < LANES; ++l) g[l] = rounded<T>(g[l]);
+        g *= take(up + i);
+        for (int l = 0; l < LANES; ++l) narrow(g[l], to + i + l);
+      }
+      for (; i < width; ++i) narrow(rounded<T>(silu(widen(gate[i]))) * widen(up[i]), to + i);
     }
+  });
 }
 
 // delta may be null; else total = x + delta (rounded) is stored and normed.
@@ -448,24 +465,68 @@ void decode(const T* q, const T* cache, const int32_t* table, const int32_t* con
   });
 }
 
-// --- whole halves of a block, for a few tokens: the functions above, one after the other, in one call ---------------
-// x normed [T, D] → residual + Σ weight·expert(x) + shared(x); rounds where the separate operations round.
+// --- a whole block for a few tokens: the functions above, one after the other, in one call --------------------------
+// Arguments come as one list of numbers and addresses, read in order. A matrix is an address and its kind.
+struct Args {
+  const int64_t* at;
+  int64_t number() { return *at++; }
+  template <class P> P* pointer() { return reinterpret_cast<P*>(*at++); }
+  Matrix matrix(int64_t outs, int64_t width) {
+    const void* data = pointer<const void>();
+    return {Kind(number()), data, outs, width};
+  }
+};
+
 template <class T>
-void moe_block(void** p, const int64_t* d, float scale) {
-  const T *x = (T*)p[0], *residual = (T*)p[1], *shared_gate_up = (T*)p[6], *shared_down = (T*)p[7];
-  T* out = (T*)p[8];
-  int64_t T_ = d[0], D = d[1], E = d[2], K = d[3], I = d[4], wide = d[5];
+void multiply(const Matrix& m, const T* x, const T* bias, T* out, int64_t rows) {
+  if (m.kind == PLAIN) return linear<T>(x, static_cast<const T*>(m.data), bias, out, rows, m.outs, m.width, m.width);
+  Product<T> product{m, bias, out};
+  packed_linear<T>(x, &product, 1, rows, m.width);
+}
+// Two matrices on the same x.
+template <class T>
+void multiply(const Matrix& a, T* out_a, const Matrix& b, T* out_b, const T* x, int64_t rows) {
+  if (a.kind == PLAIN || b.kind == PLAIN) {
+    multiply<T>(a, x, nullptr, out_a, rows);
+    return multiply<T>(b, x, nullptr, out_b, rows);
+  }
+  Product<T> products[2] = {{a, nullptr, out_a}, {b, nullptr, out_b}};
+  packed_linear<T>(x, products, 2, rows, a.width);
+}
+
+// x normed [T, width of gate_up] → down(swiglu(gate_up(x))).
+template <class T>
+void ffn(const Matrix& gate_up, const Matrix& down, const T* x, T* out, int64_t rows) {
+  thread_local std::vector<T> pair, middle;
+  pair.resize(rows * gate_up.outs), middle.resize(rows * down.width);
+  multiply<T>(gate_up, x, nullptr, pair.data(), rows);
+  swiglu<T>(pair.data(), middle.data(), rows, down.width);
+  multiply<T>(down, middle.data(), nullptr, out, rows);
+}
+
+// x normed [T, D] → residual + Σ weight·expert(x) + shared(x); plain weights round where the separate operations do.
+template <class T>
+void moe_block(Args& a, const T* x, const T* residual, T* out, int64_t T_, int64_t D, float scale) {
+  int64_t E = a.number(), K = a.number(), I = a.number(), wide = a.number(), settings[5];
+  for (int64_t& s : settings) s = a.number();
+  const T* w_gate = a.pointer<const T>();
+  const float* bias = a.pointer<const float>();
+  Matrix gate_up = a.matrix(2 * I, D), down = a.matrix(D, I), shared_gate_up = a.matrix(2 * wide, D), shared_down = a.matrix(D, wide);
   thread_local std::vector<int64_t> expert;
   thread_local std::vector<float> weight;
-  thread_local std::vector<T> routed, pair, middle, shared;
-  expert.resize(T_ * K), weight.resize(T_ * K), routed.resize(T_ * D);
-  gate<T>(x, (T*)p[2], (float*)p[3], expert.data(), weight.data(), T_, D, E, K, d[6], d[7], int(d[8]), int(d[9]), int(d[10]), scale);
-  experts<T>(x, expert.data(), weight.data(), (T*)p[4], (T*)p[5], routed.data(), T_, K, E, D, I);
+  thread_local std::vector<T> routed, shared;
+  expert.resize(T_ * K), weight.resize(T_ * K);
+  gate<T>(x, w_gate, bias, expert.data(), weight.data(), T_, D, E, K, settings[0], settings[1], int(settings[2]),
+          int(settings[3]), int(settings[4]), scale);
+  if (gate_up.kind != PLAIN) {
+    Experts all{gate_up, down, shared_gate_up, shared_down, E, K};
+    return packed_experts<T>(x, expert.data(), weight.data(), all, residual, out, T_);
+  }
+  routed.resize(T_ * D);
+  experts<T>(x, expert.data(), weight.data(), (const T*)gate_up.data, (const T*)down.data, routed.data(), T_, K, E, D, I);
   if (wide) {
-    pair.resize(T_ * 2 * wide), middle.resize(T_ * wide), shared.resize(T_ * D);
-    linear<T>(x, shared_gate_up, nullptr, pair.data(), T_, 2 * wide, D, D);
-    swiglu<T>(pair.data(), middle.data(), T_, wide);
-    linear<T>(middle.data(), shared_down, nullptr, shared.data(), T_, D, wide, wide);
+    shared.resize(T_ * D);
+    ffn<T>(shared_gate_up, shared_down, x, shared.data(), T_);
   }
   for (int64_t i = 0; i < T_ * D; ++i) {
     float v = widen(routed[i]);
@@ -474,33 +535,101 @@ void moe_block(void** p, const int64_t* d, float scale) {
   }
 }
 
-// x normed [S, D], one token a sequence → attention output [S, D]: absorbed MLA on the paged latent cache.
+// Where a step's tokens lie in the paged cache, one token a sequence.
 template <class T>
-void mla_block(void** p, const int64_t* d, const float* f) {
-  const T *x = (T*)p[0], *q_a = (T*)p[1], *q_norm = (T*)p[2], *q_b = (T*)p[3], *kv_a = (T*)p[4], *kv_norm = (T*)p[5],
-          *kv_b = (T*)p[6], *o = (T*)p[7];
-  const float* rotation = (float*)p[8];
-  T *cache = (T*)p[9], *out = (T*)p[13];
-  int64_t S = d[0], D = d[1], H = d[2], q_rank = d[3], rank = d[4], n = d[5], R = d[6], v = d[7];
+struct Step {
+  int64_t S, D;
+  const float* rotation;
+  const int64_t* slot;
+  const int32_t *table, *context;
+  int64_t page, table_stride;
+  T* cache;
+  float eps, scale;
+};
+
+// x normed [S, D] → attention output [S, D]: absorbed MLA on the paged latent cache.
+template <class T>
+void mla_block(Args& a, const Step<T>& step, const T* x, T* out) {
+  int64_t S = step.S, D = step.D, H = a.number(), q_rank = a.number(), rank = a.number(), n = a.number(), R = a.number(), v = a.number();
   int64_t C = rank + R, head = n + R, up = (n + v) * rank;
+  Matrix q_a = a.matrix(q_rank, D);
+  const T* q_norm = a.pointer<const T>();
+  Matrix q_b = a.matrix(H * head, q_rank ? q_rank : D), kv_a = a.matrix(C, D);
+  const T *kv_norm = a.pointer<const T>(), *kv_b = a.pointer<const T>();
+  Matrix o = a.matrix(D, H * v);
   thread_local std::vector<T> low, low_normed, q, kv, entry, absorbed, z, heads;
   q.resize(S * H * head), kv.resize(S * C), entry.resize(S * C), absorbed.resize(S * H * C), z.resize(S * H * rank),
       heads.resize(S * H * v);
   if (q_rank) {
     low.resize(S * q_rank), low_normed.resize(S * q_rank);
-    linear<T>(x, q_a, nullptr, low.data(), S, q_rank, D, D);
-    rms_norm<T>(low.data(), nullptr, q_norm, nullptr, low_normed.data(), S, q_rank, q_rank, f[0]);
-    linear<T>(low_normed.data(), q_b, nullptr, q.data(), S, H * head, q_rank, q_rank);
+    multiply<T>(q_a, low.data(), kv_a, kv.data(), x, S);
+    rms_norm<T>(low.data(), nullptr, q_norm, nullptr, low_normed.data(), S, q_rank, q_rank, step.eps);
+    multiply<T>(q_b, low_normed.data(), nullptr, q.data(), S);
   } else {
-    linear<T>(x, q_b, nullptr, q.data(), S, H * head, D, D);
+    multiply<T>(q_b, q.data(), kv_a, kv.data(), x, S);
   }
-  linear<T>(x, kv_a, nullptr, kv.data(), S, C, D, D);
-  write_latent<T>(kv.data(), kv_norm, rotation, cache, (int64_t*)p[10], entry.data(), S, rank, R / 2, C, f[0]);
-  absorbed_query<T>(q.data(), q.data() + n, rotation, kv_b, absorbed.data(), S, H, n, rank, R / 2, H * head, head, H * head,
+  write_latent<T>(kv.data(), kv_norm, step.rotation, step.cache, step.slot, entry.data(), S, rank, R / 2, C, step.eps);
+  absorbed_query<T>(q.data(), q.data() + n, step.rotation, kv_b, absorbed.data(), S, H, n, rank, R / 2, H * head, head, H * head,
                     head, up);
-  decode<T>(absorbed.data(), cache, (int32_t*)p[11], (int32_t*)p[12], z.data(), S, H, 1, C, rank, C, 0, d[8], d[9], f[1]);
+  decode<T>(absorbed.data(), step.cache, step.table, step.context, z.data(), S, H, 1, C, rank, C, 0, step.page,
+            step.table_stride, step.scale);
   per_head<T>(z.data(), kv_b + n * rank, heads.data(), S, H, rank, v, H * rank, rank, up);
-  linear<T>(heads.data(), o, nullptr, out, S, D, H * v, H * v);
+  multiply<T>(o, heads.data(), nullptr, out, S);
+}
+
+// The same for grouped queries: a cache entry is G keys, then G values.
+template <class T>
+void gqa_block(Args& a, const Step<T>& step, const T* x, T* out) {
+  int64_t S = step.S, D = step.D, H = a.number(), G = a.number(), C = a.number(), wide = (H + 2 * G) * C, entry = 2 * G * C;
+  Matrix qkv = a.matrix(wide, D);
+  const T* bias = a.pointer<const T>();
+  Matrix o = a.matrix(D, H * C);
+  thread_local std::vector<T> all, q, heads;
+  all.resize(S * wide), q.resize(S * H * C), heads.resize(S * H * C);
+  multiply<T>(qkv, x, bias, all.data(), S);
+  rotate<T>(all.data(), step.rotation, q.data(), S, H, C / 2, wide, C, false);
+  for (int64_t s = 0; s < S; ++s) {
+    T* to = step.cache + step.slot[s] * entry;
+    rotate<T>(&all[s * wide + H * C], step.rotation + s * C, to, 1, G, C / 2, wide, C, false);
+    std::memcpy(to + G * C, &all[s * wide + (H + G) * C], G * C * sizeof(T));
+  }
+  decode<T>(q.data(), step.cache, step.table, step.context, heads.data(), S, H, G, C, C, entry, G * C, step.page,
+            step.table_stride, step.scale);
+  multiply<T>(o, heads.data(), nullptr, out, S);
+}
+
+// x [S, D] → x + Attention(norm(x)), then that + FFN(norm(that)): one block of hadal/model/block.py.
+template <class T>
+void block(Args a, const float* f) {
+  const T* x = a.pointer<const T>();
+  T* out = a.pointer<T>();
+  Step<T> step;
+  step.S = a.number(), step.D = a.number();
+  step.rotation = a.pointer<const float>(), step.slot = a.pointer<const int64_t>();
+  step.table = a.pointer<const int32_t>(), step.context = a.pointer<const int32_t>();
+  step.page = a.number(), step.table_stride = a.number(), step.cache = a.pointer<T>();
+  step.eps = f[0], step.scale = f[1];
+  const T *norm = a.pointer<const T>(), *norm_after = a.pointer<const T>();
+  int64_t size = step.S * step.D;
+  thread_local std::vector<T> normed, attended, total;
+  normed.resize(size), attended.resize(size), total.resize(size);
+  rms_norm<T>(x, nullptr, norm, nullptr, normed.data(), step.S, step.D, step.D, step.eps);
+  if (a.number()) mla_block<T>(a, step, normed.data(), attended.data());
+  else gqa_block<T>(a, step, normed.data(), attended.data());
+  rms_norm<T>(x, attended.data(), norm_after, total.data(), normed.data(), step.S, step.D, step.D, step.eps);
+  if (a.number()) return moe_block<T>(a, normed.data(), total.data(), out, step.S, step.D, f[2]);
+  int64_t width = a.number();
+  Matrix gate_up = a.matrix(2 * width, step.D), down = a.matrix(step.D, width);
+  ffn<T>(gate_up, down, normed.data(), out, step.S);
+  for (int64_t i = 0; i < size; ++i) narrow(widen(total[i]) + widen(out[i]), out + i);
+}
+
+template <class T>
+void moe_entry(Args a, float scale) {
+  const T *x = a.pointer<const T>(), *residual = a.pointer<const T>();
+  T* out = a.pointer<T>();
+  int64_t T_ = a.number(), D = a.number();
+  moe_block<T>(a, x, residual, out, T_, D, scale);
 }
 
 }  // namespace
@@ -541,5 +670,5 @@ BOTH(absorbed_query, (void* n, void* q, float* r, void* up, void* out, int64_t s
                       int64_t ns, int64_t nh, int64_t rs, int64_t rh, int64_t uh),
      absorbed_query<T>(P(n), P(q), r, P(up), P(out), s, h, w, l, half, ns, nh, rs, rh, uh),
      absorbed_query<T>(P(n), P(q), r, P(up), P(out), s, h, w, l, half, ns, nh, rs, rh, uh))
-BOTH(moe_block, (void** p, int64_t* d, float scale), moe_block<T>(p, d, scale), moe_block<T>(p, d, scale))
-BOTH(mla_block, (void** p, int64_t* d, float* f), mla_block<T>(p, d, f), mla_block<T>(p, d, f))
+BOTH(moe_block, (int64_t* args, float scale), moe_entry<T>({args}, scale), moe_entry<T>({args}, scale))
+BOTH(block, (int64_t* args, float* f), block<T>({args}, f), block<T>({args}, f))
