@@ -252,11 +252,36 @@ def latent_configs(rows: int, fp8_cache: bool) -> Iterator[latent.Config]:
         narrow = [(16, 64, 4, 3), (16, 64, 8, 3)]
         if fp8_cache:
             narrow += [(16, 64, 8, 2), (16, 64, 4, 2), (32, 64, 8, 3), (32, 64, 8, 2)]
+        if rows > 16:
+            narrow.append((64, 32, 8, 3))
         yield from (latent.Config(*sizes, slots) for sizes in narrow for slots in (1, 2))
     tall = [(64, 32, 8, 3), (64, 32, 8, 4), (64, 64, 8, 2)]
     if fp8_cache:
         tall = [(64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3)]
     yield from (latent.Config(*sizes, 1) for sizes in tall)
+
+
+# --- GQA decode ---------------------------------------------------------------------------------------------
+def gqa(bench: Bench) -> None:
+    """Qwen-1.5B's heads: 12 over 2 groups of 128 channels."""
+    heads, groups, width, page, scale = 12, 2, 128, 64, 0.1
+    for S, length in [(2, 100)] if bench.small else [(1, 384), (32, 640), (256, 640), (32, 8192)]:
+        nbytes = S * length * 2 * groups * width * 2
+        sets, pages = copies(nbytes), -(-length // page)
+        cache = random(sets * S * pages + 1, page, 2, groups, width)
+        tables = (torch.randperm(sets * S * pages, device=DEVICE) + 1).int().view(sets, S, pages)
+        context = torch.full((S,), length, dtype=torch.int32, device=DEVICE)
+        q = random(S, heads, width)
+        few = cache[tables[0, :1].flatten().long()].float()
+        index = torch.arange(pages, device=DEVICE).unsqueeze(0)
+        want = paged.gqa_decode_reference(q[:1].float(), few, index, context[:1], scale)
+        for name, ahead, stages in [("two stages", False, 2), ("ahead, 3", True, 3), ("ahead, 4", True, 4)]:
+            calls = [
+                functools.partial(decode.gqa_decode, q, cache, t, context, scale, ahead, stages)
+                for t in tables
+            ]
+            bench.race("gqa", f"{S} × {length}", name, calls, nbytes=nbytes,
+                       check=lambda out, want=want: relative(out[:1], want))  # fmt: skip
 
 
 # --- linear layers ------------------------------------------------------------------------------------------
@@ -509,7 +534,7 @@ def gates(bench: Bench) -> None:
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
-    "mla": mla, "grouped": grouped, "experts": experts, "linear": linear, "gate": gates,
+    "mla": mla, "gqa": gqa, "grouped": grouped, "experts": experts, "linear": linear, "gate": gates,
 }  # fmt: skip
 
 

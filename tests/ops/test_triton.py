@@ -215,9 +215,10 @@ def test_gqa_decode(heads, groups, width, dtype):
     poison_unused(cache, table, lengths, page)
     q = draw(3, heads, width, dtype=dtype)
     cache = cache.to(dtype).to(DEVICE)
-    out = gqa_decode(q, cache, table.to(DEVICE), context.to(DEVICE), 0.2)
     clean = cache.double().nan_to_num(0).cpu()
-    close(out, paged.gqa_decode_reference(q.double().cpu(), clean, table, context, 0.2), dtype)
+    want = paged.gqa_decode_reference(q.double().cpu(), clean, table, context, 0.2)
+    for ahead in (False, True):
+        close(gqa_decode(q, cache, table.to(DEVICE), context.to(DEVICE), 0.2, ahead, 2 + ahead), want, dtype)
 
 
 def poison_unused(cache: torch.Tensor, table: torch.Tensor, lengths: list[int], page: int) -> None:

@@ -71,6 +71,14 @@ def mla(heads: int, queries: int, fp8: bool) -> None:
     mla_decode(q, cache, table, context, 512, 0.1, queries, shares=2)
 
 
+def gqa() -> None:
+    from hadal.ops.triton.decode import gqa_decode
+
+    table, context = torch.zeros(2, 8, dtype=INT32), torch.zeros(2, dtype=INT32)
+    cache = torch.empty(9, 64, 2, 2, 128, dtype=BF16)
+    gqa_decode(torch.empty(2, 12, 128, dtype=BF16), cache, table, context, 0.1, True, 4)
+
+
 def linear(kind: Kind, rows: int) -> None:
     from hadal.ops.triton.packed import dequantise, streamed
 
@@ -127,6 +135,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "MLA, 128 heads": (mla, (128, 1, False), 2),
     "MLA, FP8, 16 heads": (mla, (16, 1, True), 2),
     "MLA, FP8, 128 heads": (mla, (128, 1, True), 2),
+    "GQA, pages ahead": (gqa, (), 2),
     "linear INT8": (linear, ("int8", 1), 3),
     "linear INT4": (linear, ("int4", 16), 3),
     "linear FP8": (linear, ("fp8", 64), 3),

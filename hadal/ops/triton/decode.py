@@ -83,6 +83,7 @@ def _gqa_kernel(
     q, cache, table, context_len, partial, lse, heads, per_group, groups, table_stride, scale,
     WIDTH: tl.constexpr, BLOCK_C: tl.constexpr, PAGE: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, MIN: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1)
@@ -97,10 +98,17 @@ def _gqa_kernel(
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    if AHEAD:  # pages a tile ahead: keys whose address waits for a load cannot be prefetched
+        first = begin + tl.arange(0, BLOCK_N)
+        page = tl.load(table + s * table_stride + first // PAGE, mask=first < end, other=0)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        page = tl.load(table + s * table_stride + n // PAGE, mask=n < end, other=0).to(tl.int64)
-        row = cache + ((page * PAGE + n % PAGE) * 2 * groups + g) * WIDTH
+        if not AHEAD:
+            page = tl.load(table + s * table_stride + n // PAGE, mask=n < end, other=0)
+        row = cache + ((page.to(tl.int64) * PAGE + n % PAGE) * 2 * groups + g) * WIDTH
+        if AHEAD:
+            after = n + BLOCK_N
+            page = tl.load(table + s * table_stride + after // PAGE, mask=after < end, other=0)
         mask = (n < end)[:, None] & (col < WIDTH)[None, :]
         k = tl.load(row[:, None] + col[None, :], mask=mask, other=0.0)
         v = tl.load(row[:, None] + groups * WIDTH + col[None, :], mask=mask, other=0.0)
@@ -161,9 +169,14 @@ def mla_decode(
 
 
 def gqa_decode(
-    q_SHC: Tensor, cache_PB2GC: Tensor, block_table_SP: Tensor, context_len_S: Tensor, scale: float
-) -> Tensor:
-    """Output [S, H, C]; see `hadal.ops.paged.gqa_decode_reference`."""
+    q_SHC: Tensor, cache_PB2GC: Tensor, block_table_SP: Tensor, context_len_S: Tensor, scale: float,
+    ahead: bool = False, stages: int = 2,
+) -> Tensor:  # fmt: skip
+    """Output [S, H, C]; see `hadal.ops.paged.gqa_decode_reference`.
+
+    `ahead` reads the block table a tile early; with three stages or more the compiler (3.6) then prefetches
+    keys and values, which it does not with two.
+    """
     S, H, width = q_SHC.shape
     page, groups = cache_PB2GC.shape[1], cache_PB2GC.shape[3]
     block_c = max(16, triton.next_power_of_2(width))
@@ -174,8 +187,8 @@ def gqa_decode(
     _gqa_kernel[(S, groups, splits)](
         q_SHC.contiguous(), cache_PB2GC, block_table_SP, context_len_S, partial, lse, H, H // groups, groups,
         block_table_SP.stride(0), scale, WIDTH=width, BLOCK_C=block_c, PAGE=page, SPLITS=splits,
-        BLOCK_H=max(16, triton.next_power_of_2(H // groups)), BLOCK_N=64, MIN=MIN_SHARE, num_warps=4,
-        num_stages=2,
+        BLOCK_H=max(16, triton.next_power_of_2(H // groups)), BLOCK_N=64, MIN=MIN_SHARE,
+        AHEAD=ahead, num_warps=4, num_stages=stages,
     )  # fmt: skip
     _merge_kernel[(S * H,)](partial, lse, out, width, BLOCK=block_c, SPLITS=splits, num_warps=4)
     return out

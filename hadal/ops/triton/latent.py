@@ -47,7 +47,7 @@ class Config(NamedTuple):
 def config_for(rows: int, fp8: bool) -> Config:
     """By the rows of a sequence. Chosen by what compiles for sm_90 with few spills; not yet tuned on a card.
 
-    Tiles are prefetched only from three stages on: with two, the compiler (3.6) fetches after it has computed.
+    Tiles are prefetched from three stages on only: with two, the compiler (3.6) fetches after it computed.
     """
     if rows <= 32:
         return Config(16, 64, 8, 3, 1) if fp8 else Config(16, 64, 4, 3, 1)
