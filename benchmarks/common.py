@@ -5,19 +5,15 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import torch
 
 from hadal.cli.machine import cpu, usable_cores
 from hadal.config import Gqa, Mla, ModelConfig, Moe, Rope, preset
 
-T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -68,50 +64,6 @@ def save(name: str, result: dict[str, Any], folder: str | None = None) -> Path:
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {file}")
     return file
-
-
-class Neighbours:
-    """What other processes take of the processor: the cores that were busy, less our own processes' share."""
-
-    LIMIT = 0.4  # cores; more spoils a measurement on all cores
-
-    def __init__(self, pids: list[int]) -> None:
-        self.own = [psutil.Process(pid) for pid in pids]
-        self.mark()
-
-    def _times(self) -> tuple[float, float]:
-        t = psutil.cpu_times()
-        busy = t.user + t.nice + t.system + t.irq + t.softirq + t.steal
-        mine = [p.cpu_times() for p in self.own]
-        return time.perf_counter(), busy - sum(m.user + m.system for m in mine)
-
-    def mark(self) -> None:
-        """Begin to count."""
-        self.since, self.before = self._times()
-
-    def cores(self) -> float:
-        """Cores that others kept busy since the mark, on average."""
-        now, busy = self._times()
-        return (busy - self.before) / max(now - self.since, 1e-9)
-
-    def undisturbed(self, work: Callable[[], T], patience_s: float) -> tuple[T, float]:
-        """The result of `work` and the cores that others used meanwhile. While that is too much, it waits for
-        half a quiet second and tries again, for `patience_s` at most; then the quietest try counts."""
-        until = time.monotonic() + patience_s
-        best: tuple[T, float] | None = None
-        while True:
-            self.mark()
-            result = work()
-            cores = self.cores()
-            if best is None or cores < best[1]:
-                best = result, cores
-            if cores <= self.LIMIT or time.monotonic() >= until:
-                return best
-            while time.monotonic() < until:
-                self.mark()
-                time.sleep(0.5)
-                if self.cores() <= self.LIMIT:
-                    break
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -33,8 +33,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import Neighbours, machine, save, shapes, spread
+from common import machine, save, shapes, spread
 
+from hadal.bench.neighbours import Neighbours
 from hadal.config import ModelConfig
 from hadal.engine import Engine, SamplingParams
 from hadal.model import Transformer

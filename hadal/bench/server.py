@@ -35,6 +35,7 @@ class Wanted:
 class Started:
     """A server that answers."""
 
+    pid: int
     url: str
     name: str
     device: str
@@ -130,6 +131,7 @@ def _run(wanted: Wanted, parent: Connection) -> None:
     server = server_for(create_app(backend, settings))
     parent.send(
         {
+            "pid": os.getpid(),
             "url": base_url(settings, sock),
             "name": engine.name,
             "device": str(engine.device),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +18,6 @@ from hadal.cli import options as o
 from hadal.cli.terminal import BOLD, CliError, bar, note, paint, say
 
 if TYPE_CHECKING:
-    from hadal.bench.ceilings import Ceilings
     from hadal.config import ModelConfig
     from hadal.engine import Engine
 
@@ -81,14 +82,39 @@ def measured_engine(
     raise CliError(f"--prompt and --output are {tokens} tokens; {name} takes {longest}: ask for less", 2)
 
 
-def ceilings_of(device: Any, *, quiet: bool) -> Ceilings:
-    """Measured now, beside the result: a machine's speed changes with its neighbours."""
-    with bar("measuring this machine", unit_bytes=False, quiet=quiet), _interrupt_held():
-        import torch
+class Watch:
+    """The machine during a measurement: its ceilings, measured before, and what neighbours took of it."""
 
-        from hadal.bench import ceilings
+    def __init__(self, device: Any, pids: tuple[int, ...] = (), *, quiet: bool) -> None:
+        """`pids`: of further processes that belong to the measurement."""
+        with bar("measuring this machine", unit_bytes=False, quiet=quiet), _interrupt_held():
+            import torch
 
-        return ceilings.measure(torch.device(device))
+            from hadal.bench import ceilings
+            from hadal.bench.neighbours import Neighbours
+
+            self.ceilings = ceilings.measure(torch.device(device))
+            self.neighbours = Neighbours([os.getpid(), *pids])
+
+    def as_json(self) -> dict[str, Any]:
+        """The ceilings, and the cores that other processes kept busy since."""
+        found = {**asdict(self.ceilings), "bandwidth": self.ceilings.bandwidth}
+        return {"ceilings": found, "neighbours_cores": round(self.neighbours.cores(), 2)}
+
+    def tell(self, above: bool) -> None:
+        """Notes below a table. `above`: something was faster than its ceiling."""
+        from hadal.bench.neighbours import LIMIT
+
+        c = self.ceilings
+        rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in c.matmul.items())
+        note(
+            f"Ceilings, measured now: memory {c.bandwidth / 1e9:,.1f} GB/s (copy {c.copy / 1e9:,.1f}, triad "
+            f"{c.triad / 1e9:,.1f}, read {c.read / 1e9:,.1f}); matrix products {rates} GFLOP/s."
+        )
+        if (cores := self.neighbours.cores()) > LIMIT:
+            note(f"Other processes used {cores:.1f} cores meanwhile: these rates, ceilings too, are too low.")
+        elif above:
+            note("Above 100%: what is read stays in the processor's cache, which is faster than its memory.")
 
 
 @contextlib.contextmanager
@@ -107,12 +133,6 @@ def _interrupt_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def numbers(ceilings: Ceilings) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {**asdict(ceilings), "bandwidth": ceilings.bandwidth}
-
-
 def where() -> dict[str, Any]:
     from hadal.cli import machine
     from hadal.cli.version import versions
@@ -121,7 +141,7 @@ def where() -> dict[str, Any]:
     return {"date": date, "machine": machine.summary(), "versions": versions()}
 
 
-def about(engine: Engine, ceilings: Ceilings) -> dict[str, Any]:
+def about(engine: Engine, watch: Watch) -> dict[str, Any]:
     import torch
 
     from hadal.bench.work import packed_kind
@@ -134,7 +154,7 @@ def about(engine: Engine, ceilings: Ceilings) -> dict[str, Any]:
         "exact": engine.exact,
         "threads": torch.get_num_threads(),
         **where(),
-        "ceilings": numbers(ceilings),
+        **watch.as_json(),
     }
 
 
@@ -152,14 +172,3 @@ def title(engine: Engine, what: str) -> None:
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f}%" if share < 0.1 else f"{100 * share:.0f}%"
-
-
-def note_ceilings(ceilings: Ceilings, above: bool) -> None:
-    rates = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in ceilings.matmul.items())
-    note(
-        f"Ceilings, measured now: memory {ceilings.bandwidth / 1e9:,.1f} GB/s (copy "
-        f"{ceilings.copy / 1e9:,.1f}, triad {ceilings.triad / 1e9:,.1f}, read {ceilings.read / 1e9:,.1f}); "
-        f"matrix products {rates} GFLOP/s."
-    )
-    if above:
-        note("Above 100%: what is read stays in the processor's cache, which is faster than its memory.")

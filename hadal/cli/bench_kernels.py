@@ -11,7 +11,6 @@ from hadal.cli import options as o
 from hadal.cli.terminal import BOLD, CliError, bar, paint, print_json, say, table
 
 if TYPE_CHECKING:
-    from hadal.bench.ceilings import Ceilings
     from hadal.bench.kernels import Row
 
 
@@ -59,7 +58,7 @@ def kernels(
     where, config = pick_device(device), common.config_of(model)
     if threads:
         torch.set_num_threads(threads)
-    ceilings = common.ceilings_of(where, quiet=json)
+    watch = common.Watch(where, quiet=json)
     free = machine.memory().available if where.type == "cpu" else torch.cuda.mem_get_info(where)[0]
     wanted = room.cases(
         config, where, groups=tuple(only or room.GROUPS), kinds=tuple(kind or ()), context=context,
@@ -68,16 +67,16 @@ def kernels(
     rows = []
     with bar("measuring", unit_bytes=False, quiet=json) as update:
         for case in wanted:
-            rows.append(room.run(case, ceilings, where))
+            rows.append(room.run(case, watch.ceilings, where))
             update(len(rows), None, f"{case.operation} {case.kind}")
     if not rows:
         raise CliError(f"{model} has nothing to measure with these flags: it has no experts", 2)
     if json:
         about = {"model": model, "device": str(where), "threads": torch.get_num_threads(), **common.where()}
         results = [row.as_json() for row in rows]
-        print_json({**about, "ceilings": common.numbers(ceilings), "results": results})
+        print_json({**about, **watch.as_json(), "results": results})
     else:
-        _print_kernels(f"operations of {model} on {where}", ceilings, rows)
+        _print_kernels(f"operations of {model} on {where}", watch, rows)
 
 
 def _check(flag: str, given: list[str] | None, known: tuple[str, ...]) -> None:
@@ -86,7 +85,7 @@ def _check(flag: str, given: list[str] | None, known: tuple[str, ...]) -> None:
             raise CliError(f"{flag} {name} is unknown; use {', '.join(known)}", 2)
 
 
-def _print_kernels(title: str, ceilings: Ceilings, rows: list[Row]) -> None:
+def _print_kernels(title: str, watch: common.Watch, rows: list[Row]) -> None:
     say(paint(title, BOLD))
     cells = [
         (
@@ -103,4 +102,4 @@ def _print_kernels(title: str, ceilings: Ceilings, rows: list[Row]) -> None:
     ]
     header = ("OPERATION", "SIZE", "WEIGHTS", "TIME", "GB/s", "GFLOP/s", "BOUND BY", "OF CEILING")
     table(header, cells, right=(3, 4, 5, 7))
-    common.note_ceilings(ceilings, any(r.share > 1 for r in rows))
+    watch.tell(any(r.share > 1 for r in rows))

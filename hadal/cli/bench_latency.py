@@ -10,7 +10,6 @@ from hadal.cli import options as o
 from hadal.cli.terminal import bar, fields, human_bytes, human_seconds, print_json, say, table
 
 if TYPE_CHECKING:
-    from hadal.bench.ceilings import Ceilings
     from hadal.bench.offline import Latency
     from hadal.engine import Engine
 
@@ -60,11 +59,11 @@ def latency(
     begin = time.perf_counter()
     engine = common.measured_engine(model, asked, prompt + output, random_weights, threads, force, quiet=json)
     loaded = time.perf_counter() - begin
-    ceilings = common.ceilings_of(engine.device, quiet=json)
+    watch = common.Watch(engine.device, quiet=json)
     with bar("measuring", unit_bytes=False, quiet=json) as update:
         found = offline.latency(
             engine,
-            ceilings,
+            watch.ceilings,
             prompt=prompt,
             output=output,
             repeats=repeats,
@@ -73,12 +72,12 @@ def latency(
     start = {"import_s": imported, "load_s": loaded, **found.startup}
     found.startup = {**start, "total_s": imported + loaded + found.startup["first_token_s"]}
     if json:
-        print_json({**common.about(engine, ceilings), "result": found.as_json()})
+        print_json({**common.about(engine, watch), "result": found.as_json()})
     else:
-        _print_latency(engine, ceilings, found)
+        _print_latency(engine, watch, found)
 
 
-def _print_latency(engine: Engine, ceilings: Ceilings, found: Latency) -> None:
+def _print_latency(engine: Engine, watch: common.Watch, found: Latency) -> None:
     common.title(engine, f"one sequence, {found.prompt} tokens in, {found.output} out")
     ms = 1000.0
     rows = [
@@ -107,7 +106,7 @@ def _print_latency(engine: Engine, ceilings: Ceilings, found: Latency) -> None:
         say(f"speculation: {accepted} of the drafts accepted, {found.tokens_per_step:.2f} tokens a step")
     say()
     fields((name, human_seconds(found.startup[key])) for name, key in _STARTUP)
-    common.note_ceilings(ceilings, found.decode_rate > found.decode_ceiling)
+    watch.tell(found.decode_rate > found.decode_ceiling)
 
 
 _STARTUP = (

@@ -15,7 +15,6 @@ from hadal.cli import options as o
 from hadal.cli.terminal import BOLD, CliError, bar, human_seconds, note, paint, print_json, say, table
 
 if TYPE_CHECKING:
-    from hadal.bench.ceilings import Ceilings
     from hadal.bench.client import Endpoint
     from hadal.bench.load import LoadResult, Prompt
     from hadal.bench.server import Started
@@ -98,7 +97,7 @@ def serve(
     with own as started:
         endpoint = client.Endpoint.of(url or started.url, api_key)
         endpoint = asyncio.run(_ready(endpoint, started))
-        ceilings = None if started is None else common.ceilings_of(started.device, quiet=json)
+        watch = common.Watch(started.device, (started.pid,), quiet=json) if started else None
         vocab = started.vocab_size if started else VOCAB
         results = []
         for number, wanted in enumerate(rates):
@@ -110,13 +109,13 @@ def serve(
                         progress=update,
                     )
                 )  # fmt: skip
-            if started is not None and ceilings is not None:
-                found.output_ceiling = _serving_ceiling(started, ceilings, found)
+            if started is not None and watch is not None:
+                found.output_ceiling = _serving_ceiling(started, watch.ceilings.bandwidth, found)
             results.append(found)
     if json:
-        print_json(_serve_json(endpoint, started, ceilings, results))
+        print_json(_serve_json(endpoint, started, watch, results))
     else:
-        _print_serve(endpoint, started, ceilings, results)
+        _print_serve(endpoint, started, watch, results)
     if not any(found.ok for found in results):
         raise CliError(
             f"no request succeeded at {endpoint.url}: {next(iter(results[0].faults), 'none sent')}"
@@ -191,35 +190,29 @@ def _own_server(model: str, asked: o.Inference, random_weights: bool, force: boo
     return own_server(Wanted(model, None, {**options, "name": name_of(inspect(model))}))
 
 
-def _serving_ceiling(started: Started, ceilings: Ceilings, found: LoadResult) -> float:
+def _serving_ceiling(started: Started, bandwidth: float, found: LoadResult) -> float:
     """Tokens a second that bandwidth allows with as many requests running as there were on average."""
     running = min(max(1.0, found.running), started.max_num_seqs)
     context = (found.input_tokens + found.output_tokens / 2) / max(1, found.ok)
-    return running * ceilings.bandwidth / started.work.bytes(round(running), context)
+    return running * bandwidth / started.work.bytes(round(running), context)
 
 
 def _serve_json(
     endpoint: Endpoint,
     started: Started | None,
-    ceilings: Ceilings | None,
+    watch: common.Watch | None,
     results: list[LoadResult],
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
     server = {"url": endpoint.url, "model": endpoint.model, "own": started is not None}
     if started is not None:
         server |= {"device": started.device, "dtype": started.dtype, "quantize": started.quantize}
-    measured = None if ceilings is None else {**asdict(ceilings), "bandwidth": ceilings.bandwidth}
-    return {
-        **common.where(),
-        "server": server,
-        "ceilings": measured,
-        "results": [r.as_json() for r in results],
-    }
+    measured = {"ceilings": None} if watch is None else watch.as_json()
+    rows = [r.as_json() for r in results]
+    return {**common.where(), "server": server, **measured, "results": rows}
 
 
 def _print_serve(
-    endpoint: Endpoint, started: Started | None, ceilings: Ceilings | None, results: list[LoadResult]
+    endpoint: Endpoint, started: Started | None, watch: common.Watch | None, results: list[LoadResult]
 ) -> None:
     packed = f", weights {started.quantize}" if started and started.quantize else ""
     where = f" ({started.dtype}{packed} on {started.device})" if started else ""
@@ -241,10 +234,10 @@ def _print_serve(
             note(f"At {r.rate:g}/s this client sent up to {_wait(r.late_s)} late: it was busy itself.")
         for fault, count in sorted(r.faults.items(), key=lambda item: -item[1])[:3]:
             note(f"At {r.rate:g}/s, {count} failed: {fault}")
-    if ceilings is None:
+    if watch is None:
         note("No ceiling: which machine and weights are behind the address is not known here.")
     else:
-        common.note_ceilings(ceilings, False)
+        watch.tell(False)
 
 
 def _wait(s: float) -> str:

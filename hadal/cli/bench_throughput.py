@@ -11,7 +11,6 @@ from hadal.cli import options as o
 from hadal.cli.terminal import bar, human_seconds, note, print_json, table
 
 if TYPE_CHECKING:
-    from hadal.bench.ceilings import Ceilings
     from hadal.bench.offline import Throughput
     from hadal.engine import Engine
 
@@ -61,23 +60,23 @@ def throughput(
         speculation_forced_acceptance=forced_acceptance,
     )
     engine = common.measured_engine(model, asked, prompt + output, random_weights, threads, force, quiet=json)
-    ceilings = common.ceilings_of(engine.device, quiet=json)
+    watch = common.Watch(engine.device, quiet=json)
     results = []
     for size in batches:
         with bar(f"batch {size}", unit_bytes=False, quiet=json) as update:
             results.append(
                 offline.throughput(
-                    engine, ceilings, batch=size, prompt=prompt, output=output, repeats=repeats,
+                    engine, watch.ceilings, batch=size, prompt=prompt, output=output, repeats=repeats,
                     progress=update,
                 )
             )  # fmt: skip
     if json:
-        print_json({**common.about(engine, ceilings), "results": [result.as_json() for result in results]})
+        print_json({**common.about(engine, watch), "results": [result.as_json() for result in results]})
     else:
-        _print_throughput(engine, ceilings, results)
+        _print_throughput(engine, watch, results)
 
 
-def _print_throughput(engine: Engine, ceilings: Ceilings, results: list[Throughput]) -> None:
+def _print_throughput(engine: Engine, watch: common.Watch, results: list[Throughput]) -> None:
     one = results[0]
     common.title(engine, f"prompts of {one.prompt} tokens, answers of {one.output}")
     header = ("BATCH", "FIRST", "PROMPT/s", "OF CEILING", "OUTPUT/s", "DECODE/s", "CEILING/s", "OF CEILING")
@@ -106,4 +105,4 @@ def _print_throughput(engine: Engine, ceilings: Ceilings, results: list[Throughp
             note(
                 f"Batch {r.batch}: {accepted} of the drafts accepted, {r.tokens_per_step:.2f} tokens a step."
             )
-    common.note_ceilings(ceilings, any(r.decode_rate > r.decode_ceiling for r in results))
+    watch.tell(any(r.decode_rate > r.decode_ceiling for r in results))

@@ -35,3 +35,10 @@ def test_the_fastest_call_counts() -> None:
     best = ceilings.best_time(work, CPU, 0.03)
     assert 0.004 <= best < 0.02
     assert len(calls) >= 4
+
+
+def test_the_better_of_two_measurements() -> None:
+    one = ceilings.Ceilings(3.0, 2.0, 1.0, {"float32": 5.0, "int8": 1.0})
+    two = ceilings.Ceilings(1.0, 4.0, 1.5, {"float32": 4.0, "int8": 9.0})
+    assert one.best(two) == ceilings.Ceilings(3.0, 4.0, 1.5, {"float32": 5.0, "int8": 9.0})
+    assert one.best(two).bandwidth == 4.0

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from hadal.bench.neighbours import Neighbours
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -77,9 +79,7 @@ class Watched:
     """Neighbours that are as busy as a script says."""
 
     def __init__(self, scripts: Path, cores: list[float]) -> None:
-        import common
-
-        self.watch = common.Neighbours([os.getpid()])
+        self.watch = Neighbours([os.getpid()])
         self.watch.cores = lambda: cores.pop(0)  # type: ignore[method-assign]
 
 
@@ -96,9 +96,7 @@ def test_without_patience_the_first_counts(scripts: Path) -> None:
 
 
 def test_own_work_is_no_neighbour(scripts: Path) -> None:
-    import common
-
-    watch = common.Neighbours([os.getpid()])
+    watch = Neighbours([os.getpid()])
     before = sum(os.times()[:2])
     watch.mark()
     total = watch._times()[1]

@@ -40,6 +40,7 @@ def document(capsys: Capture, *arguments: str) -> dict[str, Any]:
     if found["ceilings"] is not None:
         assert found["ceilings"]["bandwidth"] == 5e9
         assert found["ceilings"]["matmul"]["int8"] == 4e11
+        assert found["neighbours_cores"] >= 0
     return found
 
 
@@ -67,6 +68,17 @@ def test_latency(tiny_folder: Path, capsys: Capture) -> None:
     shown = hadal(capsys, "bench", "latency", str(tiny_folder), *SMALL, "--threads", "1")
     assert "time to first token" in shown.out and "start to first token" in shown.out
     assert "memory 5.0 GB/s" in shown.err
+
+
+@pytest.mark.parametrize(("cores", "told"), [(3.2, "Other processes used 3.2 cores"), (0.1, "")])
+def test_a_busy_machine_is_told(
+    cores: float, told: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from hadal.bench.neighbours import Neighbours
+
+    monkeypatch.setattr(Neighbours, "cores", lambda self: cores)
+    shown = hadal(capsys, "bench", "latency", str(tiny_folder), *SMALL)
+    assert (told in shown.err) and ("Other processes" in shown.err) == bool(told)
 
 
 @pytest.mark.parametrize("words", [("throughput",), ()], ids=["named", "without a kind"])
