@@ -131,7 +131,6 @@ def write() -> None:
 
 CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "MLA, 16 heads": (mla, (16, 1, False), 2),
-    "MLA, 16 heads, 2 rows": (mla, (16, 2, False), 2),
     "MLA, 128 heads": (mla, (128, 1, False), 2),
     "MLA, FP8, 16 heads": (mla, (16, 1, True), 2),
     "MLA, FP8, 128 heads": (mla, (128, 1, True), 2),

@@ -21,7 +21,7 @@ Legend: S sequences, Q query tokens a sequence, H heads, M rows = Q · H, N keys
 from __future__ import annotations
 
 import functools
-from math import log2
+from math import e, log2
 from typing import NamedTuple
 
 import torch
@@ -55,12 +55,12 @@ def config_for(rows: int, fp8: bool) -> Config:
 
 
 @triton.jit
-def _share(context_len, s, QUERIES: tl.constexpr, SPLITS: tl.constexpr, MIN: tl.constexpr):
+def _share(context_len, s, shares, QUERIES: tl.constexpr, MIN: tl.constexpr):
     """(keys of a share, shares in use) of sequence s, from its longest row."""
     longest = tl.load(context_len + s * QUERIES)
     for i in tl.static_range(1, QUERIES):
         longest = tl.maximum(longest, tl.load(context_len + s * QUERIES + i))
-    size = tl.maximum(tl.cdiv(tl.cdiv(longest, SPLITS), MIN) * MIN, MIN)
+    size = tl.maximum(tl.cdiv(tl.cdiv(longest, shares), MIN) * MIN, MIN)
     return size, tl.maximum(tl.cdiv(longest, size), 1)
 
 
@@ -111,16 +111,16 @@ def _ropes(row, seen, ROPE: tl.constexpr, BLOCK_R: tl.constexpr):
     return tl.load(row[:, None] + col[None, :], mask=seen[:, None] & (col < ROPE)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
 def _narrow_kernel(
-    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale,
+    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale, shares,
     QUERIES: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, MIN: tl.constexpr,
+    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, MIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    size, used = _share(context_len, s, QUERIES, SPLITS, MIN)
+    size, used = _share(context_len, s, shares, QUERIES, MIN)
     if tl.program_id(2) < used:
         col = tl.arange(0, BLOCK_L)
         rope_col = tl.arange(0, BLOCK_R)
@@ -166,7 +166,7 @@ def _narrow_kernel(
         if used == 1:
             tl.store(out + at[None, :] * RANK + col[:, None], acc.to(out.dtype.element_ty), mask=mask)
         else:
-            at = at * SPLITS + tl.program_id(2)
+            at = at * shares + tl.program_id(2)
             tl.store(partial + at[None, :] * RANK + col[:, None], acc, mask=mask)
             tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
 
@@ -189,11 +189,11 @@ def _groups(row, seen, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.const
     return codes, scales, tl.load(rope_row[:, None] + rope_col[None, :], mask=rope_mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
 def _narrow_fp8_kernel(
-    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale,
+    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale, shares,
     QUERIES: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, SPLITS: tl.constexpr, MIN: tl.constexpr,
+    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, MIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """`_narrow_kernel` by groups of 128 channels, each dequantised when its turn comes; z[m, l] there.
@@ -204,7 +204,7 @@ def _narrow_fp8_kernel(
     GROUPS: tl.constexpr = RANK // FP8_GROUP
     s = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    size, used = _share(context_len, s, QUERIES, SPLITS, MIN)
+    size, used = _share(context_len, s, shares, QUERIES, MIN)
     if tl.program_id(2) < used:
         col = tl.arange(0, FP8_GROUP)
         rope_col = tl.arange(0, BLOCK_R)
@@ -254,23 +254,23 @@ def _narrow_fp8_kernel(
                 to = out + at[:, None] * RANK + g * FP8_GROUP + col[None, :]
                 tl.store(to, (acc[g] / safe[:, None]).to(out.dtype.element_ty), mask=real[:, None])
         else:
-            at = at * SPLITS + tl.program_id(2)
+            at = at * shares + tl.program_id(2)
             for g in tl.static_range(GROUPS):
                 part = partial + at[:, None] * RANK + g * FP8_GROUP + col[None, :]
                 tl.store(part, acc[g] / safe[:, None], mask=real[:, None])
             tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
 def _tall_kernel(
-    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale,
+    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale, shares,
     QUERIES: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr, SPLITS: tl.constexpr, MIN: tl.constexpr,
+    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr, MIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    size, used = _share(context_len, s, QUERIES, SPLITS, MIN)
+    size, used = _share(context_len, s, shares, QUERIES, MIN)
     if tl.program_id(2) < used:
         col = tl.arange(0, BLOCK_L)
         rope_col = tl.arange(0, BLOCK_R)
@@ -317,22 +317,23 @@ def _tall_kernel(
         if used == 1:
             tl.store(out + at[:, None] * RANK + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
         else:
-            at = at * SPLITS + tl.program_id(2)
+            at = at * shares + tl.program_id(2)
             tl.store(partial + at[:, None] * RANK + col[None, :], acc, mask=mask)
             tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
 def _merge_kernel(
-    partial, lse, out, context_len, rows, QUERIES: tl.constexpr, RANK: tl.constexpr, BLOCK_L: tl.constexpr,
-    SPLITS: tl.constexpr, MIN: tl.constexpr, BLOCK_M: tl.constexpr,
+    partial, lse, out, context_len, rows, shares, QUERIES: tl.constexpr, RANK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    MIN: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    _, used = _share(context_len, s, QUERIES, SPLITS, MIN)
+    _, used = _share(context_len, s, shares, QUERIES, MIN)
     if used > 1:
         m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         col = tl.arange(0, BLOCK_L)
-        at = (s * rows + m) * SPLITS
+        at = (s * rows + m) * shares
         mask = (m < rows)[:, None] & (col < RANK)[None, :]
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -402,15 +403,15 @@ def mla_decode(
         kernel, extra = _tall_kernel, {"FP8": fp8}
     kernel[(blocks, S, shares)](  # blocks of a sequence run side by side and meet its pages in the L2 cache
         q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, out, partial, lse, rows, heads,
-        block_table_SP.stride(0), scale * log2(2.718281828459045), QUERIES=queries, RANK=rank,
+        block_table_SP.stride(0), scale * log2(e), shares, QUERIES=queries, RANK=rank,
         ROPE=entry - rank, BLOCK_L=triton.next_power_of_2(rank),
-        BLOCK_R=max(16, triton.next_power_of_2(entry - rank)), PAGE=page, SPLITS=shares, **extra,
+        BLOCK_R=max(16, triton.next_power_of_2(entry - rank)), PAGE=page, **extra,
         MIN=MIN_SHARE, BLOCK_M=config.rows, BLOCK_N=config.keys, num_warps=config.warps,
         num_stages=config.stages,
     )  # fmt: skip
     if shares > 1:
         _merge_kernel[(S, triton.cdiv(rows, 4))](
-            partial, lse, out, context_len_S, rows, QUERIES=queries, RANK=rank,
-            BLOCK_L=triton.next_power_of_2(rank), SPLITS=shares, MIN=MIN_SHARE, BLOCK_M=4, num_warps=4,
+            partial, lse, out, context_len_S, rows, shares, QUERIES=queries, RANK=rank,
+            BLOCK_L=triton.next_power_of_2(rank), MIN=MIN_SHARE, BLOCK_M=4, num_warps=4,
         )  # fmt: skip
     return out
