@@ -223,7 +223,7 @@ def _from_p(p_RV: Any, q_RV: Any, draft_R: Any, accept_R: Any, draw_R: Any) -> A
 @pytest.mark.parametrize("wrong", [_always, _from_p], ids=["too often", "from p"])
 def test_a_wrong_acceptance_is_noticed(method: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hadal.engine.sampler.rejection", wrong)
-    assert abs(statistic(method, 2, DRAWN)) > 8
+    assert abs(statistic(method, 2, DRAWN, runs=1000)) > 8
 
 
 def test_wrong_draft_distributions_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,3 +600,23 @@ def test_ngram_proposes_what_followed_the_longest_match() -> None:
         got = grown.propose(request)
         fresh = NgramDrafter(2).propose(Request("r", request.token_ids, GREEDY, 0.0, 10))
         assert got == fresh == expected
+
+
+def test_hadal_mini_answers_as_without_drafts() -> None:
+    """The model on board, loaded with its MTP module where that drafts; nearly all of its drafts stand."""
+    plain_engine = Engine.load("hadal-mini", speculation="off")
+    assert len(plain_engine.model.mtp) == 0 and plain_engine.speculation is None
+    asked = [plain_engine.encode_chat([{"role": "user", "content": text}]) for text in (
+        "12 + 35?", "What is 408 - 19?", "Combien font 7 fois 8 ?", "Sort: 5, 3, 9, 1"
+    )]  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=80)
+    expected = [(done.text, done.finish_reason) for done in plain_engine.generate(asked, params)]
+    for method, number, least in (("mtp", 1, 0.9), ("mtp", 3, 0.4), ("ngram", 3, 0.05)):
+        engine = Engine.load(
+            "hadal-mini", speculation=method, num_speculative_tokens=number, speculation_adaptive=False
+        )
+        assert len(engine.model.mtp) == (method == "mtp")
+        got = engine.generate(asked, params)
+        assert [(done.text, done.finish_reason) for done in got] == expected
+        assert engine.stats().speculation.acceptance > least
+        engine.check_integrity()
