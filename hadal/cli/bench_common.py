@@ -69,9 +69,15 @@ def measured_engine(
         config, options = config_of(model), asked.keywords()
         if tokens <= config.max_position_embeddings:
             name = model if model in PRESETS else Path(model).resolve().name
-            return random_engine(
-                config, name=f"{name} (random weights)", force=force, max_model_len=tokens, **options
-            )
+            with bar("making random weights", unit_bytes=False, quiet=quiet) as update:
+                return random_engine(
+                    config,
+                    name=f"{name} (random weights)",
+                    force=force,
+                    max_model_len=tokens,
+                    progress=update,
+                    **options,
+                )
         longest, name = config.max_position_embeddings, model
     else:
         introduce(model, quiet=quiet)
