@@ -50,7 +50,8 @@ def random_engine(
 ) -> Engine:
     """An engine of this configuration with random weights, without a tokenizer unless it is among the
     options, and with an MTP module only where speculation is "mtp" (whether the model has one or not).
-    progress: packed matrices made, of how many. Further options are the engine's. Raises EngineError where the weights do not fit, unless `force`."""
+    progress: packed matrices made, of how many. Further options are the engine's. Raises EngineError where
+    the weights do not fit, unless `force`."""
     mtp = options.get("speculation") == "mtp"
     config = replace(config, num_nextn_predict_layers=int(mtp))
     packing = resident_kind(config, quantize)
