@@ -25,7 +25,7 @@ import torch
 
 from hadal.engine.blocks import PageAllocator
 from hadal.engine.defaults import sampling_defaults
-from hadal.engine.memory import cache_budget, fit_cache, release
+from hadal.engine.memory import cache_budget, fit_cache, pick_cache_dtype, release
 from hadal.engine.offline import OfflineApi
 from hadal.engine.output import advance, ended
 from hadal.engine.request import (
@@ -122,6 +122,7 @@ class Engine(OfflineApi):
         cuda_graphs: bool = True,
         capture_at_start: bool = False,
         exact: bool = False,
+        cache_dtype: str = "auto",
         seed: int | None = None,
         speculation: str = "auto",
         num_speculative_tokens: int | None = None,
@@ -129,8 +130,9 @@ class Engine(OfflineApi):
         speculation_adaptive: bool = True,
         speculation_forced_acceptance: float | None = None,
     ) -> None:
-        """`exact`: batch-invariant operations (docs/exact.md). Raises EngineError when the cache cannot hold
-        one context, for options that do not fit, or where exact mode cannot be kept."""
+        """`exact`: batch-invariant operations (docs/exact.md). `cache_dtype`: "auto", the model's, or "fp8"
+        (MLA only). Raises EngineError when the cache cannot hold one context, for options that do not fit, or
+        where exact mode cannot be kept."""
         wishes = SpeculationOptions(
             speculation,
             num_speculative_tokens,
@@ -142,6 +144,7 @@ class Engine(OfflineApi):
         if exact:
             _check_exact(model)
         self.exact = exact
+        stored = pick_cache_dtype(model, cache_dtype, exact)
         on_gpu = model.device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(model.device)  # kernels and streams of our own go to the current device
@@ -169,7 +172,7 @@ class Engine(OfflineApi):
             max_model_len=max_model_len,
             longest=longest,
             page_size=page_size,
-            dtype=model.dtype,
+            dtype=stored,
             extra_layers=extra_layers,
         )
         self.model, self.config = model, model.config
@@ -191,7 +194,7 @@ class Engine(OfflineApi):
         with exact_operations(exact):  # graphs captured at the start are of its operations, too
             self.runner = Runner(
                 model,
-                Cache(model.config, num_pages, page_size, model.dtype, model.device, extra_layers),
+                Cache(model.config, num_pages, page_size, stored, model.device, extra_layers),
                 max_num_seqs=seats,
                 max_num_batched_tokens=budget,
                 max_model_len=self.max_model_len,
@@ -496,7 +499,7 @@ class Engine(OfflineApi):
 
 
 def _check_exact(model: Transformer) -> None:
-    """Raises EngineError, with the remedy, where exact mode cannot be kept on this machine or these weights."""
+    """Raises EngineError, with the remedy, where exact mode cannot be kept on this machine and weights."""
     why = unavailable(model.device, model.dtype)
     packed = next((m.kind for m in model.modules() if isinstance(m, Packed)), None)
     if why is None and packed is not None:

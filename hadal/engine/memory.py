@@ -113,6 +113,21 @@ def cache_budget(
     return int(utilization * total) - (total - free - reusable) - peak - sampling, length
 
 
+def pick_cache_dtype(model: Transformer, asked: str, exact: bool = False) -> torch.dtype:
+    """The cache's dtype: the model's ("auto"), or FP8 for the latents of MLA. EngineError says why not."""
+    if asked == "auto":
+        return model.dtype
+    if asked != "fp8":
+        raise EngineError(f"cache_dtype is {asked!r}; use auto or fp8")
+    if exact:
+        raise EngineError("exact mode keeps the cache in the model's dtype; leave cache_dtype at auto")
+    try:
+        Cache.bytes_per_page(model.config, 1, torch.float8_e4m3fn)
+    except ValueError as error:
+        raise EngineError(f"cache_dtype fp8 does not fit this model: {error}") from None
+    return torch.float8_e4m3fn
+
+
 def fit_cache(
     config: ModelConfig,
     budget: int,

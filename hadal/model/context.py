@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
 
 from hadal.config import Mla, ModelConfig
 from hadal.ops.invariant import Stream
+from hadal.ops.latent_fp8 import entry_bytes
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Cache:
     """Per-layer page tensors. Page 0 is scratch for padded rows: the allocator never hands it out.
 
     MLA: [pages, page_size, kv_lora_rank + qk_rope_head_dim]; GQA: [pages, page_size, 2, kv_heads, head_dim].
+    With dtype float8_e4m3fn (MLA only) an entry is the bytes of hadal/ops/latent_fp8.py, V3's 656, in uint8.
     `extra_layers`: MTP blocks that keep a cache of their own (speculation).
     """
 
@@ -91,22 +94,30 @@ class Cache:
         extra_layers: int = 0,
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        shape = (num_pages, page_size, *self._entry(config))
+        entry, stored = self._entry(config, dtype)
+        shape = (num_pages, page_size, *entry)
         layers = config.num_hidden_layers + extra_layers
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.layers = [torch.zeros(shape, dtype=stored, device=device) for _ in range(layers)]
 
     @staticmethod
-    def _entry(config: ModelConfig) -> tuple[int, ...]:
-        a = config.attention
+    def _entry(config: ModelConfig, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape of an entry, and the dtype of what is stored. ValueError where FP8 has no layout."""
+        a, fp8 = config.attention, dtype == torch.float8_e4m3fn
         if isinstance(a, Mla):
-            return (a.kv_lora_rank + a.qk_rope_head_dim,)
-        return (2, a.num_key_value_heads, a.head_dim)
+            width = a.kv_lora_rank + a.qk_rope_head_dim
+            if fp8:
+                return (entry_bytes(a.kv_lora_rank, a.qk_rope_head_dim),), torch.uint8
+            return (width,), dtype
+        if fp8:
+            raise ValueError("an FP8 cache holds the latents of MLA; this model has grouped-query attention")
+        return (2, a.num_key_value_heads, a.head_dim), dtype
 
     @staticmethod
     def bytes_per_page(config: ModelConfig, page_size: int, dtype: torch.dtype, extra_layers: int = 0) -> int:
         """Bytes of one page over all layers."""
         layers = config.num_hidden_layers + extra_layers
-        return config.cache_values_per_token * layers * page_size * dtype.itemsize
+        entry, stored = Cache._entry(config, dtype)
+        return prod(entry) * stored.itemsize * layers * page_size
 
     def write(self, layer: int, slot_T: Tensor, entry: Tensor) -> None:
         """Store one entry a token, [T, …] as the layer's pages hold them."""

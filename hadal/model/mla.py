@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
-from hadal.ops import invariant
+from hadal.ops import invariant, latent_fp8
 from hadal.ops.attention import attention
 from hadal.ops.exact import is_exact
 from hadal.ops.linear import per_head
@@ -62,7 +62,8 @@ class MlaAttention(nn.Module):
         else:
             assert ctx.slot_T is not None
             pages = ctx.cache.layers[self.layer]
-            entry_TC = write_latent(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, pages, ctx.slot_T)
+            store = latent_fp8.write_latent if pages.dtype == torch.uint8 else write_latent
+            entry_TC = store(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, pages, ctx.slot_T)
             out = self._cached(q_nope_THn, q_rope_THR, entry_TC, ctx)
         return self.o_proj(out)
 
@@ -119,20 +120,29 @@ class MlaAttention(nn.Module):
             parts.append(self._absorbed(q_nope_THn[:d], q_rope_THR[:d], ctx))
         if d < T:
             q_len, k_len = ctx.lengths(d), list(ctx.context_lens[d:])
-            # with nothing cached before, the stream itself holds all keys
-            entry_NC = entry_TC[d:] if q_len == k_len else self._visible_entries(ctx, d)
+            # with nothing cached before, the stream itself holds all keys; from an FP8 cache they are always
+            # read back, so that chunks and prefix hits see what a whole prompt sees
+            fresh = q_len == k_len and not self._in_fp8(ctx)
+            entry_NC = entry_TC[d:] if fresh else self._visible_entries(ctx, d, entry_TC.dtype)
             q_rope = rotate_interleaved(q_rope_THR[d:], ctx.rotation_T2r[d:])
             parts.append(self._expanded(q_nope_THn[d:], q_rope, entry_NC, q_len, k_len))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _visible_entries(self, ctx: Context, first: int) -> Tensor:
+    def _in_fp8(self, ctx: Context) -> bool:
+        return ctx.cache is not None and ctx.cache.layers[self.layer].dtype == torch.uint8
+
+    def _visible_entries(self, ctx: Context, first: int, dtype: torch.dtype) -> Tensor:
         """Cached entries of all visible tokens of sequences `first` …, out of their pages."""
         assert ctx.cache is not None and ctx.block_table_SP is not None
         pages, size = ctx.cache.layers[self.layer], ctx.cache.page_size
         rows = []
         for s in range(first, len(ctx.context_lens)):
             length = ctx.context_lens[s]
-            rows.append(gather_pages(pages, ctx.block_table_SP[s, : -(-length // size)], length))
+            page_P = ctx.block_table_SP[s, : -(-length // size)]
+            if self._in_fp8(ctx):
+                rows.append(latent_fp8.gather_entries(pages, page_P, length, self.a.kv_lora_rank, dtype))
+            else:
+                rows.append(gather_pages(pages, page_P, length))
         return torch.cat(rows)
 
     def _absorbed(self, q_nope_SHn: Tensor, q_rope_SHR: Tensor, ctx: Context) -> Tensor:
@@ -141,7 +151,8 @@ class MlaAttention(nn.Module):
         d, n = ctx.num_decodes, self.a.qk_nope_head_dim
         w_HwL = self.kv_b_proj.matrix.view(self.heads, n + self.a.v_head_dim, self.a.kv_lora_rank)
         assert ctx.rotation_T2r is not None
-        z_SHL = mla_decode(
+        decode = latent_fp8.decode if self._in_fp8(ctx) else mla_decode
+        z_SHL = decode(
             absorbed_query(q_nope_SHn, q_rope_SHR, ctx.rotation_T2r[:d], w_HwL[:, :n]),
             ctx.cache.layers[self.layer],
             ctx.block_table_SP[:d],
