@@ -24,6 +24,7 @@ def chat(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    cache_dtype: o.CacheDtype = "auto",
     offload: o.Offload = None,
     expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
@@ -73,6 +74,7 @@ def chat(
             num_speculative_tokens=speculative_tokens,
             offload=offload,
             expert_cache_gb=expert_cache_gb,
+            cache_dtype=cache_dtype,
         )
         speaker = LocalSpeaker(load_engine(model or "hadal-mini", asked, yes=yes, force=force))
     session = Session(speaker, sampling, system, think, fold)

@@ -38,6 +38,7 @@ def complete(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    cache_dtype: o.CacheDtype = "auto",
     offload: o.Offload = None,
     expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
@@ -76,6 +77,7 @@ def complete(
         num_speculative_tokens=speculative_tokens,
         offload=offload,
         expert_cache_gb=expert_cache_gb,
+        cache_dtype=cache_dtype,
     )
     engine = load_engine(model, how, yes=yes, force=force, quiet=json)
     params = asked.params(engine.sampling_defaults)

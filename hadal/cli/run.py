@@ -38,6 +38,7 @@ def run(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    cache_dtype: o.CacheDtype = "auto",
     offload: o.Offload = None,
     expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
@@ -78,6 +79,7 @@ def run(
         num_speculative_tokens=speculative_tokens,
         offload=offload,
         expert_cache_gb=expert_cache_gb,
+        cache_dtype=cache_dtype,
     )
     speaker = LocalSpeaker(load_engine(model, asked, yes=yes, force=force, quiet=json))
     session = Session(speaker, sampling, system, think, fold)

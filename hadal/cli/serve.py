@@ -37,6 +37,7 @@ def serve(
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
+    cache_dtype: o.CacheDtype = "auto",
     offload: o.Offload = None,
     expert_cache_gb: o.ExpertCache = None,
     max_model_len: o.MaxModelLen = None,
@@ -115,6 +116,7 @@ def serve(
         num_speculative_tokens=speculative_tokens,
         offload=offload,
         expert_cache_gb=expert_cache_gb,
+        cache_dtype=cache_dtype,
     )
     prepare_model(model, asked, yes=yes, force=force)
     options = asked.keywords()
