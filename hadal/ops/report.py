@@ -29,7 +29,8 @@ def _cpu(fast: bool) -> list[Row]:
         why = "HADAL_OPS=reference forces the references" if library else built
         names = ("linear layers", "routed experts", "gate", "norms", "rotary embedding")
         rows = [(name, "torch", why) for name in names]
-        return [*rows, *((f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA"))]
+        rows += [(f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA")]
+        return [*rows, ("packed weights", "torch, dequantised for every product", why)]
     small = linear.SMALL_M
     if linear.native_bf16():
         wide = "this processor multiplies BF16 itself"
@@ -47,6 +48,7 @@ def _cpu(fast: bool) -> list[Row]:
         ("rotary embedding", "C++", "in the layout of the checkpoint"),
         ("MLA decode", "C++, absorbed, paged", "reads the latent where it lies; a whole block in one call"),
         ("GQA decode", "C++, paged", "reads cached keys and values where they lie"),
+        ("packed weights", "C++, codes in tiles", "integer dot products for INT8 and INT4; FP8 becomes FP32"),
     ]
 
 
@@ -57,7 +59,8 @@ def _cuda(fast: bool) -> list[Row]:
         why = "HADAL_OPS=reference forces the references" if forced else "triton is not installed"
         rows = [("linear layers", "torch (cuBLAS)", why), ("routed experts", grouped, why)]
         rows += [(name, "torch", why) for name in ("gate", "norms", "rotary embedding")]
-        return [*rows, *((f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA"))]
+        rows += [(f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA")]
+        return [*rows, ("packed weights", "torch, dequantised for every product", why)]
     from hadal.ops.triton.linear import MAX_INPUTS, MAX_ROWS
 
     few = f"Triton to {MAX_ROWS} rows of {MAX_INPUTS} BF16 inputs, then torch (cuBLAS)"
@@ -69,6 +72,11 @@ def _cuda(fast: bool) -> list[Row]:
         ("rotary embedding", "Triton", "one kernel for both pair layouts"),
         ("MLA decode", "Triton, absorbed, paged", "context split over programs, merged by log-sum-exp"),
         ("GQA decode", "Triton, paged", "context split over programs, merged by log-sum-exp"),
+        (
+            "packed weights",
+            "Triton; many rows also torch",
+            "codes become BF16 in registers; FP8 multiplies FP8",
+        ),
     ]
 
 
