@@ -11,7 +11,7 @@ import torch
 
 from hadal import ops
 from hadal.config import Moe
-from hadal.ops import cpu, experts, gate, linear, paged, rms_norm, rope
+from hadal.ops import cpu, cpu_packed, experts, gate, linear, packed, paged, rms_norm, rope
 
 OPERATIONS = [
     "linear layers",
@@ -21,6 +21,7 @@ OPERATIONS = [
     "rotary embedding",
     "MLA decode",
     "GQA decode",
+    "packed weights",
     "attention, prefill",
     "FP8 dequantisation",
     "sampling",
@@ -65,6 +66,7 @@ def run(name: str, rows: int) -> None:
         "GQA decode": lambda: paged.gqa_decode(
             x.unsqueeze(1), torch.zeros(1, 4, 2, 1, 16), table, context, 1.0
         ),
+        "packed weights": lambda: linear.linear(x, packed.pack(torch.randn(3, 16), "int8").prepare()),
     }
     calls[name]()
 
@@ -77,6 +79,7 @@ KERNELS = {
     "rotary embedding": "rotate",
     "MLA decode": "mla_decode",
     "GQA decode": "gqa_decode",
+    "packed weights": "linear",
 }
 
 
@@ -86,8 +89,9 @@ def test_the_report_is_true_on_cpu(name, monkeypatch):
     """A C++ kernel is called where the report says C++, and nowhere else."""
     path = {operation: path for operation, path, _ in ops.paths()}[name]
     called = []
-    kernel = getattr(cpu, KERNELS[name])
-    monkeypatch.setattr(cpu, KERNELS[name], lambda *args: called.append(1) or kernel(*args))
+    module = cpu_packed if name == "packed weights" else cpu
+    kernel = getattr(module, KERNELS[name])
+    monkeypatch.setattr(module, KERNELS[name], lambda *args: called.append(1) or kernel(*args))
     with torch.inference_mode():
         run(name, 1)
         assert bool(called) == path.startswith("C++")
@@ -109,4 +113,4 @@ def test_without_kernels_the_reason_says_so():
         return
     bare = {**os.environ, "PATH": "/nowhere", "CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", code], env=bare, capture_output=True, text=True, check=True)
-    assert done.stdout.count("no C++ compiler") == 8, done.stdout
+    assert done.stdout.count("no C++ compiler") == 9, done.stdout
