@@ -21,7 +21,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, **like: Unpack[Like]) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.layer, self.is_moe = layer, config.is_moe_layer(layer)
+        self.layer, self.is_moe, self.eps = layer, config.is_moe_layer(layer), eps
+        self.fused_links: fused.Links | None = None
         self.input_layernorm = RMSNorm(hidden, eps, **like)
         attention = MlaAttention if isinstance(config.attention, Mla) else GqaAttention
         self.self_attn = attention(config, layer, **like)

@@ -46,7 +46,7 @@ class Context:
     routing: list[Routing] = field(default_factory=list)
     captured: dict[int, Tensor] = field(default_factory=dict)
     # what the fused CPU kernel reads in every layer (hadal/model/fused.py), and the tensors that it is in
-    cpu_step: tuple[tuple[Tensor | None, ...], list[int]] | None = None
+    cpu_step: tuple[tuple[Tensor | Cache | None, ...], list[int]] | None = None
     rotation_T2r: Tensor | None = None  # cos and sin of the positions, set by the Transformer once a pass
     _stream: Stream | None = field(default=None, init=False, repr=False)
 

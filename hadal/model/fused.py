@@ -7,7 +7,9 @@ and says where it does not apply: gradients, exact mode, recorded routing, promp
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass
+from operator import is_
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,43 +30,92 @@ if TYPE_CHECKING:
 Numbers = list[int]
 
 
+@dataclass
+class Links:
+    """A block's arguments, and what they were gathered from: they hold while each name still leads to the
+    same object, and each tensor to the same memory. The check is cheaper than looking everything up anew."""
+
+    numbers: Numbers
+    expert_scale: float
+    # every child, parameter and buffer of the block: the dictionary that names it, its name, itself
+    owners: list[dict[str, Any]]
+    names: list[str]
+    items: list[Any]
+    tensors: list[Tensor]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, layer: Block, numbers: Numbers, expert_scale: float) -> Links:
+        named = [
+            (owner, name, item)
+            for module in layer.modules()
+            for owner in (module._modules, module._parameters, module._buffers)
+            for name, item in owner.items()
+        ]
+        owners, names, items = zip(*named, strict=True)
+        tensors = [item for item in items if isinstance(item, Tensor)]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        return cls(numbers, expert_scale, list(owners), list(names), list(items), tensors, addresses)
+
+    def hold(self) -> bool:
+        """Loops without bytecode: what a layer's weights have pushed out of the caches is slow to touch."""
+        same = all(map(is_, map(dict.get, self.owners, self.names), self.items))
+        return same and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
+
+
 def block(layer: Block, x_SD: Tensor, ctx: Context) -> Tensor | None:
     """The block's output [S, D], or None where the fused kernel does not apply."""
     if not 0 < ctx.num_decodes == ctx.num_tokens <= SMALL_M or ctx.cache is None or torch.is_grad_enabled():
         return None
-    cache, norm, after = ctx.cache.layers[layer.layer], layer.input_layernorm, layer.post_attention_layernorm
-    step = _step(ctx)
-    if step is None or not use_cpu_kernels(x_SD, norm.weight, cache):
+    if (ctx.record_routing and layer.is_moe) or not (step := _step(x_SD, ctx)):
         return None
-    mla = hasattr(layer.self_attn, "kv_b_proj")
-    attention = (
-        _mla(cast("MlaAttention", layer.self_attn)) if mla else _gqa(cast("GqaAttention", layer.self_attn))
+    links = layer.fused_links
+    if links is None or not links.hold():
+        links = layer.fused_links = _gather(layer, x_SD)
+        if links is None:
+            return None
+    return cpu.block(
+        x_SD,
+        step,
+        ctx.cache.layers[layer.layer].data_ptr(),
+        links.numbers,
+        layer.eps,
+        layer.self_attn.scale,
+        links.expert_scale,
     )
-    if layer.is_moe:
-        rest = None if ctx.record_routing else experts(cast("Moe", layer.mlp))
-    else:
-        rest = _ffn(cast("Ffn", layer.mlp))
+
+
+def _gather(layer: Block, x_SD: Tensor) -> Links | None:
+    """The block's own arguments; None where its weights are not for the kernel."""
+    norm, after = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    if not use_cpu_kernels(x_SD, norm):
+        return None
+    mla, own = hasattr(layer.self_attn, "kv_b_proj"), layer.self_attn
+    attention = _mla(cast("MlaAttention", own)) if mla else _gqa(cast("GqaAttention", own))
+    rest = experts(cast("Moe", layer.mlp)) if layer.is_moe else _ffn(cast("Ffn", layer.mlp))
     if attention is None or rest is None:
         return None
-    norms = (norm.weight.data_ptr(), after.weight.data_ptr())
-    numbers = [cache.data_ptr(), *norms, int(mla), *attention, int(layer.is_moe), *rest[0]]
-    return cpu.block(x_SD, step, numbers, norm.eps, layer.self_attn.scale, rest[1])
+    norms = (norm.data_ptr(), after.data_ptr())
+    return Links.of(layer, [*norms, int(mla), *attention, int(layer.is_moe), *rest[0]], rest[1])
 
 
-def _step(ctx: Context) -> Numbers | None:
+def _step(x_SD: Tensor, ctx: Context) -> Numbers | None:
     """Rotations, slots, pages and lengths, looked at once a pass; None where the kernel cannot read them."""
-    tensors = (ctx.rotation_T2r, ctx.slot_T, ctx.block_table_SP, ctx.context_len_S)
-    if ctx.cpu_step is not None and all(a is b for a, b in zip(tensors, ctx.cpu_step[0], strict=True)):
+    rotation, slot, table, length, cache = tensors = (
+        ctx.rotation_T2r, ctx.slot_T, ctx.block_table_SP, ctx.context_len_S, ctx.cache
+    )  # fmt: skip
+    if ctx.cpu_step is not None and all(map(is_, tensors, ctx.cpu_step[0])):
         return ctx.cpu_step[1]
-    rotation, slot, table, length = tensors
-    if rotation is None or slot is None or table is None or length is None or ctx.cache is None:
+    if rotation is None or slot is None or table is None or length is None or cache is None:
+        return None
+    if not use_cpu_kernels(x_SD, *cache.layers):
         return None
     readable = table.dtype == length.dtype == torch.int32 and slot.dtype == torch.int64
-    if not readable or not table.is_cpu or table.stride(1) != 1:
+    if not readable or table.stride(1) != 1:
         return None
     if not (rotation.is_contiguous() and slot.is_contiguous() and length.is_contiguous()):
         return None
-    numbers = [*(t.data_ptr() for t in (rotation, slot, table, length)), ctx.cache.page_size, table.stride(0)]
+    numbers = [*(t.data_ptr() for t in (rotation, slot, table, length)), cache.page_size, table.stride(0)]
     ctx.cpu_step = (tensors, numbers)
     return numbers
 

@@ -328,16 +328,18 @@ def moe_block(x_TD: Tensor, residual_TD: Tensor, experts: tuple[list[int], float
 
 
 def block(
-    x_SD: Tensor, step: Sequence[int], layer: Sequence[int], eps: float, scale: float, expert_scale: float
-) -> Tensor:
+    x_SD: Tensor, step: Sequence[int], cache: int, layer: Sequence[int],
+    eps: float, scale: float, expert_scale: float,
+) -> Tensor:  # fmt: skip
     """A whole block for one token a sequence: norm, attention on the paged cache, norm, FFN or experts.
 
     The lists hold addresses and numbers in the order in which `block` of csrc/cpu.cpp reads them
-    (hadal/model/fused.py puts them together): `step` what all layers share, `layer` the rest.
+    (hadal/model/fused.py puts them together): `step` what all layers share, `cache` the address of this
+    layer's pages, `layer` its weights and sizes.
     """
     x_SD = x_SD.contiguous()
     out = torch.empty_like(x_SD)
-    numbers = (x_SD.data_ptr(), out.data_ptr(), *x_SD.shape, *step, *layer)
+    numbers = (x_SD.data_ptr(), out.data_ptr(), *x_SD.shape, *step, cache, *layer)
     _function("block", x_SD.dtype)(
         (ctypes.c_int64 * len(numbers))(*numbers), (ctypes.c_float * 3)(eps, scale, expert_scale)
     )

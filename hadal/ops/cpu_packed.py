@@ -69,11 +69,8 @@ def unpack(packed: Packed) -> tuple[Tensor, Tensor]:
     if packed.layout != LAYOUT:
         raise ValueError(f"weights in layout {packed.layout!r} are not the CPU kernels'; expected {LAYOUT!r}")
     like = Packed(packed.kind, packed.shape, group=packed.group, rows=packed.rows)
-    codes, scale = like.codes.zero_() if packed.kind == "int4" else like.codes, like.scale
-    _move("unpack_tiles", packed, codes, scale, packed.codes)
-    if packed.kind == "int4" and packed.shape[-1] % 2:
-        codes[..., -1] = (codes[..., -1] & 15) | 0x80  # the odd channel that is none has code 0 + 8
-    return codes, scale
+    _move("unpack_tiles", packed, like.codes, like.scale, packed.codes)
+    return like.codes, like.scale
 
 
 def _supported(packed: Packed) -> bool:

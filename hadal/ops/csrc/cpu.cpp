@@ -421,42 +421,81 @@ void gate(const T* x, const T* w, const float* bias, int64_t* expert, float* wei
 
 // One query token a sequence over pages. Keys are `width` values at row + k_offset, values `v_width` at row + v_offset
 // of an entry of `entry` values; heads h·groups/H share a key/value head (MLA: one group, values inside the keys).
+// acc[i] += Σ_t p[i][t] · value(t) for a few heads, 64 channels at a time, so that sums stay in registers while the
+// values of all tokens pass. `acc` is in `place` order.
+template <int N, class T, class At>
+void weighted_values(const float* p, int64_t stride, int64_t length, int64_t width, At value, float* acc) {
+  constexpr int64_t STEP = 64;
+  int64_t c = 0;
+  for (; c + STEP <= width; c += STEP) {
+    vf sum[N][4] = {};
+    for (int64_t t = 0; t < length; ++t) {
+      const T* v = value(t) + c;
+      vf part[4];
+      if constexpr (sizeof(T) == 2) {
+        Pair a = load_pair(reinterpret_cast<const bf16*>(v)), b = load_pair(reinterpret_cast<const bf16*>(v) + 32);
+        part[0] = a.even, part[1] = a.odd, part[2] = b.even, part[3] = b.odd;
+      } else {
+        for (int j = 0; j < 4; ++j) part[j] = load(reinterpret_cast<const float*>(v) + 16 * j);
+      }
+      for (int i = 0; i < N; ++i)
+        for (int j = 0; j < 4; ++j) sum[i][j] += p[i * stride + t] * part[j];
+    }
+    for (int i = 0; i < N; ++i)
+      for (int j = 0; j < 4; ++j) store(acc + i * width + c + 16 * j, sum[i][j]);
+  }
+  if (c == width) return;
+  for (int i = 0; i < N; ++i) {
+    std::fill(acc + i * width + c, acc + (i + 1) * width, 0.0f);
+    for (int64_t t = 0; t < length; ++t) axpy(p[i * stride + t], value(t) + c, acc + i * width + c, width - c);
+  }
+}
+
 template <class T>
 void decode(const T* q, const T* cache, const int32_t* table, const int32_t* context, T* out, int64_t S, int64_t H,
             int64_t groups, int64_t width, int64_t v_width, int64_t entry, int64_t v_offset, int64_t page,
             int64_t table_stride, float scale) {
   int64_t per = H / groups, longest = 0;
   for (int64_t s = 0; s < S; ++s) longest = std::max<int64_t>(longest, context[s]);
-  int64_t step = groups > 1 ? per : std::max<int64_t>(1, std::min<int64_t>(4, per));  // heads that share one pass over keys
-  int64_t head_jobs = H / step + (H % step ? 1 : 0);
-  parallel(S * head_jobs, 1, S * longest * H * width > 65536, [&](int64_t begin, int64_t end) {
+  // Heads that share a pass over the keys: up to six, fewer while threads would stand idle.
+  int64_t threads = Pool::instance().threads(), step = std::min<int64_t>(per, 6);
+  while (step > 1 && S * groups * ((per + step - 1) / step) < threads) --step;
+  int64_t head_jobs = (per + step - 1) / step, jobs = groups * head_jobs;
+  parallel(S * jobs, 1, S * longest * H * width > 65536, [&](int64_t begin, int64_t end) {
     std::vector<float> wide, score, acc;
+    std::vector<const float*> at;
     for (int64_t job = begin; job < end; ++job) {
-      int64_t s = job / head_jobs, h0 = (job % head_jobs) * step, n = std::min(step, H - h0);
-      int64_t length = context[s], g = h0 / per;
-      wide.resize(n * width);
-      for (int64_t i = 0; i < n; ++i)
+      int64_t s = job / jobs, g = job % jobs / head_jobs, first = job % head_jobs * step, n = std::min(step, per - first);
+      int64_t h0 = g * per + first, length = context[s];
+      const int32_t* pages = table + s * table_stride;
+      wide.resize(n * width), score.resize(n * length), acc.resize(n * v_width), at.resize(n);
+      for (int64_t i = 0; i < n; ++i) {
+        at[i] = &wide[i * width];
         for (int64_t c = 0; c < width; ++c)
           wide[i * width + place<T>(c, width)] = widen(q[(s * H + h0 + i) * width + c]) * scale;
-      score.resize(n * length);
-      for (int64_t t = 0; t < length; ++t) {
-        int64_t at = table[s * table_stride + t / page] * page + t % page;
-        const T* key = cache + at * entry + g * width;
-        for (int64_t i = 0; i < n; ++i) score[i * length + t] = dot(key, &wide[i * width], width);
       }
+      for (int64_t t = 0; t < length; t += page)
+        product(cache + pages[t / page] * page * entry + g * width, entry, 0, std::min(page, length - t), at.data(), n, width,
+                [&](int64_t row, int64_t i, float v) { score[i * length + t + row] = v; });
       for (int64_t i = 0; i < n; ++i) {
         float* p = &score[i * length];
         float peak = *std::max_element(p, p + length), total = 0;
-        for (int64_t t = 0; t < length; ++t) total += p[t] = std::exp(p[t] - peak);
-        for (int64_t t = 0; t < length; ++t) p[t] = rounded<T>(p[t] / total);
-      }
-      acc.assign(n * v_width, 0.0f);
-      for (int64_t t = 0; t < length; ++t) {
-        int64_t at = table[s * table_stride + t / page] * page + t % page;
-        const T* value = cache + at * entry + v_offset + g * v_width;
-        for (int64_t i = 0; i < n; ++i) {
-          axpy(score[i * length + t], value, &acc[i * v_width], v_width);
+        int64_t t = 0;
+        for (; t + LANES <= length; t += LANES) {
+          vf e = exponential(load(p + t) - peak);
+          store(p + t, e);
+          total += sum(e);
         }
+        for (; t < length; ++t) total += p[t] = std::exp(p[t] - peak);
+        for (t = 0; t < length; ++t) p[t] = rounded<T>(p[t] / total);
+      }
+      auto value = [&](int64_t t) { return cache + (pages[t / page] * page + t % page) * entry + v_offset + g * v_width; };
+      for (int64_t i = 0; i < n;) {
+        float* to = &acc[i * v_width];
+        const float* p = &score[i * length];
+        if (n - i >= 4) weighted_values<4, T>(p, length, length, v_width, value, to), i += 4;
+        else if (n - i >= 2) weighted_values<2, T>(p, length, length, v_width, value, to), i += 2;
+        else weighted_values<1, T>(p, length, length, v_width, value, to), i += 1;
       }
       for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < v_width; ++c)

@@ -641,17 +641,26 @@ void convert(Kind kind, uint8_t* plain, uint8_t* scale, uint8_t* tiles, int64_t 
           if (PACK) std::memcpy(at + o * scale_size, s, scale_size);
           else if ((first + o) % rows == 0) std::memcpy(s, at + o * scale_size, scale_size);
           uint8_t* row = plain + (e * outs + first + o) * line;
-          for (int64_t i = 0; i < channels; ++i) {
-            int64_t channel = g * l.group + i;
-            uint8_t* code = at + l.scale + i / l.channels * 128 + place(kind, o, i % l.channels);
-            if (kind == INT4) {
-              int high = i % 8 / 4 * 4, from = channel % 2 * 4;
-              uint8_t& p = row[channel / 2];
-              if (PACK) *code = uint8_t((*code & ~(15 << high)) | ((p >> from & 15) << high));
-              else p = uint8_t((p & ~(15 << from)) | ((*code >> high & 15) << from));
+          uint8_t* step = at + l.scale;
+          if (kind != INT4) {
+            for (int64_t i = 0; i < channels; ++i) {
+              uint8_t *code = step + i / 4 * 128 + place(kind, o, i % 4), *p = row + g * l.group + i;
+              if (PACK) *code = uint8_t(*p ^ zero);
+              else *p = uint8_t(*code ^ zero);
+            }
+            continue;
+          }
+          // two plain bytes are channels 0 … 3, the low nibbles of a step; the next two the high ones
+          row += g * l.group / 2;
+          for (int64_t i = 0; i < channels; i += 2) {
+            uint8_t *codes = step + i / 8 * 128 + place(kind, o, i % 4), *p = row + i / 2;
+            int high = i % 8 / 4 * 4;
+            uint8_t keep = uint8_t(0xf0 >> high);
+            if (PACK) {
+              codes[0] = uint8_t((codes[0] & keep) | (*p & 15) << high);
+              codes[1] = uint8_t((codes[1] & keep) | (*p >> 4) << high);
             } else {
-              if (PACK) *code = uint8_t(row[channel] ^ zero);
-              else row[channel] = uint8_t(*code ^ zero);
+              *p = uint8_t((codes[0] >> high & 15) | (codes[1] >> high & 15) << 4);
             }
           }
         }
