@@ -422,24 +422,26 @@ void gate(const T* x, const T* w, const float* bias, int64_t* expert, float* wei
 // One query token a sequence over pages. Keys are `width` values at row + k_offset, values `v_width` at row + v_offset
 // of an entry of `entry` values; heads h·groups/H share a key/value head (MLA: one group, values inside the keys).
 // acc[i] += Σ_t p[i][t] · value(t) for a few heads, 64 channels at a time, so that sums stay in registers while the
-// values of all tokens pass. `acc` is in `place` order.
-template <int N, class T, class At>
-void weighted_values(const float* p, int64_t stride, int64_t length, int64_t width, At value, float* acc) {
+// values of all tokens pass. `values(t)` are those of token t, the first of a page; `acc` is in `place` order.
+template <int N, class T, class Page>
+void weighted_values(const float* p, int64_t length, int64_t page, int64_t entry, int64_t width, Page values, float* acc) {
   constexpr int64_t STEP = 64;
   int64_t c = 0;
   for (; c + STEP <= width; c += STEP) {
     vf sum[N][4] = {};
-    for (int64_t t = 0; t < length; ++t) {
-      const T* v = value(t) + c;
-      vf part[4];
-      if constexpr (sizeof(T) == 2) {
-        Pair a = load_pair(reinterpret_cast<const bf16*>(v)), b = load_pair(reinterpret_cast<const bf16*>(v) + 32);
-        part[0] = a.even, part[1] = a.odd, part[2] = b.even, part[3] = b.odd;
-      } else {
-        for (int j = 0; j < 4; ++j) part[j] = load(reinterpret_cast<const float*>(v) + 16 * j);
+    for (int64_t first = 0; first < length; first += page) {
+      const T* v = values(first) + c;
+      for (int64_t t = first; t < std::min(length, first + page); ++t, v += entry) {
+        vf part[4];
+        if constexpr (sizeof(T) == 2) {
+          Pair a = load_pair(reinterpret_cast<const bf16*>(v)), b = load_pair(reinterpret_cast<const bf16*>(v) + 32);
+          part[0] = a.even, part[1] = a.odd, part[2] = b.even, part[3] = b.odd;
+        } else {
+          for (int j = 0; j < 4; ++j) part[j] = load(reinterpret_cast<const float*>(v) + 16 * j);
+        }
+        for (int i = 0; i < N; ++i)
+          for (int j = 0; j < 4; ++j) sum[i][j] += p[i * length + t] * part[j];
       }
-      for (int i = 0; i < N; ++i)
-        for (int j = 0; j < 4; ++j) sum[i][j] += p[i * stride + t] * part[j];
     }
     for (int i = 0; i < N; ++i)
       for (int j = 0; j < 4; ++j) store(acc + i * width + c + 16 * j, sum[i][j]);
@@ -447,7 +449,8 @@ void weighted_values(const float* p, int64_t stride, int64_t length, int64_t wid
   if (c == width) return;
   for (int i = 0; i < N; ++i) {
     std::fill(acc + i * width + c, acc + (i + 1) * width, 0.0f);
-    for (int64_t t = 0; t < length; ++t) axpy(p[i * stride + t], value(t) + c, acc + i * width + c, width - c);
+    for (int64_t t = 0; t < length; ++t)
+      axpy(p[i * length + t], values(t / page * page) + t % page * entry + c, acc + i * width + c, width - c);
   }
 }
 
@@ -489,13 +492,13 @@ void decode(const T* q, const T* cache, const int32_t* table, const int32_t* con
         for (; t < length; ++t) total += p[t] = std::exp(p[t] - peak);
         for (t = 0; t < length; ++t) p[t] = rounded<T>(p[t] / total);
       }
-      auto value = [&](int64_t t) { return cache + (pages[t / page] * page + t % page) * entry + v_offset + g * v_width; };
+      auto values = [&](int64_t t) { return cache + pages[t / page] * page * entry + v_offset + g * v_width; };
       for (int64_t i = 0; i < n;) {
         float* to = &acc[i * v_width];
         const float* p = &score[i * length];
-        if (n - i >= 4) weighted_values<4, T>(p, length, length, v_width, value, to), i += 4;
-        else if (n - i >= 2) weighted_values<2, T>(p, length, length, v_width, value, to), i += 2;
-        else weighted_values<1, T>(p, length, length, v_width, value, to), i += 1;
+        if (n - i >= 4) weighted_values<4, T>(p, length, page, entry, v_width, values, to), i += 4;
+        else if (n - i >= 2) weighted_values<2, T>(p, length, page, entry, v_width, values, to), i += 2;
+        else weighted_values<1, T>(p, length, page, entry, v_width, values, to), i += 1;
       }
       for (int64_t i = 0; i < n; ++i)
         for (int64_t c = 0; c < v_width; ++c)
