@@ -127,9 +127,9 @@ def test_a_sequence_has_the_same_logits_everywhere(name, dtype):
 
 @pytest.mark.parametrize("name", ["v3", "qwen2"])
 def test_ordinary_mode_does_not_promise_it(name):
-    """The test above can fail: without exact mode some of the 64 sequences differ."""
+    """The test above can fail: without exact mode some of 16 sequences differ."""
     model = random_model(tiny.ALL[name], seed=1)
-    many = sequences(model)
+    many = sequences(model, 16)
     with torch.no_grad():
         alone = [packed(model, [t])[0] for t in many]
         assert not same(packed(model, many), alone)
@@ -164,7 +164,7 @@ def test_mtp_is_exact(name, dtype):
 def test_exact_mode_computes_the_same_function(name):
     """Within rounding of the ordinary forward pass; and so do the gradients of every parameter."""
     model = random_model(tiny.ALL[name], seed=3)
-    many = sequences(model, 6, 100)
+    many = sequences(model, 4, 70)
     token, lengths = torch.cat(many), [len(t) for t in many]
     found = []
     for on in (False, True):
