@@ -18,7 +18,7 @@ import pytest
 from tests.ui.conftest import Live
 from tests.ui.visits import ANSWERS, BOX, CHATS, FIGURES, Visit, expect, wait_until
 
-# Real seconds pass in a browser, and on a busy machine too many: a test may try again, which the summary says.
+# Real seconds pass in a browser, on a busy machine too many: a test may try again, and the summary says so.
 pytestmark = [pytest.mark.chromium, pytest.mark.flaky(reruns=2)]
 
 
