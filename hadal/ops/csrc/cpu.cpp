@@ -145,7 +145,7 @@ void product(const W* w, int64_t stride, int64_t first, int64_t last, const floa
   for (int64_t r = first; r < last; r += 4) {
     int rows = int(std::min<int64_t>(4, last - r));
     const W* block = w + r * stride;
-    const W* next = count > 6 && r + 8 <= last ? block + 4 * stride : nullptr;
+    const W* next = r + 8 <= last ? block + 4 * stride : nullptr;
     const float* wide = nullptr;
     if (sizeof(W) == 2 && count > 6) {  // widen the four rows once for all groups of inputs
       scratch.resize(4 * n);
@@ -157,7 +157,7 @@ void product(const W* w, int64_t stride, int64_t first, int64_t last, const floa
       float out[4][8];
       if (rows == 4) {
         if (wide) tile_columns<4, float>(wide, n, x + c, cols, n, out, nullptr);
-        else tile_columns<4, W>(block, stride, x + c, cols, n, out, c ? next : nullptr);
+        else tile_columns<4, W>(block, stride, x + c, cols, n, out, c ? nullptr : next);
       } else {
         for (int i = 0; i < rows; ++i) tile_columns<1, W>(block + i * stride, stride, x + c, cols, n, out + i, nullptr);
       }
