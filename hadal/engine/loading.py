@@ -145,6 +145,8 @@ def load_engine(
             f"max_model_len must be from 2 to {config.max_position_embeddings}, not {max_model_len}"
         )
     with_mtp = SpeculationOptions(speculation).resolve(config, where) == "mtp"
+    if expert_cache_gb is not None and offload is None:
+        raise EngineError("expert_cache_gb is for offloaded experts: give offload 'cpu' or 'disk' with it")
     elsewhere = 0
     if offload is not None:
         elsewhere = expert_bytes(config, packing, kind.itemsize) * expert_count(config, mtp=with_mtp)
@@ -172,7 +174,7 @@ def load_engine(
         offload=offload,
         expert_cache_bytes=int(min(hot, elsewhere)),
     )
-    if offload is not None:
+    if offload is not None and logger.isEnabledFor(logging.INFO):  # it reads a few experts to say so
         logger.info("%s", describe_offload(transformer))
     return engine_class(
         transformer,

@@ -27,6 +27,8 @@ def test_the_same_tokens(place: str) -> None:
 def test_refusals() -> None:
     with pytest.raises(EngineError, match="exact mode has no operations on offloaded experts"):
         Engine.load("hadal-mini", max_model_len=256, offload="disk", exact=True)
+    with pytest.raises(EngineError, match="expert_cache_gb is for offloaded experts"):
+        Engine.load("hadal-mini", max_model_len=256, expert_cache_gb=1.0)
 
 
 def test_sizes() -> None:
