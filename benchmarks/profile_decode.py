@@ -125,24 +125,45 @@ def decode(engine: Engine, batch: int, prompt: int, top: int) -> dict[str, Any]:
 def prefill(engine: Engine, length: int, top: int) -> dict[str, Any]:
     draw = random.Random(7)
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    prompts = iter([[draw.randrange(10, 30000) for _ in range(length)] for _ in range(25)])
 
     def once() -> None:
-        engine.add([draw.randrange(10, 30000) for _ in range(length)], params)
+        engine.add(next(prompts), params)
         while engine.has_work():
             engine.step()
 
-    for _ in range(3):
-        once()
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        once()
-        times.append(time.perf_counter() - begin)
-    step = median(times)
+    def timed(times: int) -> float:
+        took = []
+        for _ in range(times):
+            begin = time.perf_counter()
+            once()
+            took.append(time.perf_counter() - begin)
+        return median(took)
+
+    timed(3)
+    step = timed(8)
+    with clocks(engine) as spent:
+        timed(8)
     busy = show(f"prefill of {length}", kernels := kernel_times(once, 3), step * 1e6, top)
-    print(f"  {length / step:,.0f} tok/s")
+    phases = {name: median(times) * 1e6 for name, times in spent.items()}
+    print("  host: " + ", ".join(f"{name} {us:,.0f}" for name, us in phases.items())
+          + f" µs; {length / step:,.0f} tok/s")  # fmt: skip
+    calls = host_calls(once)
+    for name, count, us in calls[:top]:
+        print(f"  host {us:9.1f} µs  {count:6.0f} × {us / count:8.2f}  {name[:80]}")
     return {"prefill": length, "step_us": step * 1e6, "kernels_us": busy, "tokens_per_s": length / step,
-            "kernels": kernels[:top]}  # fmt: skip
+            "host_us": phases, "kernels": kernels[:top], "host_calls": calls[:top]}  # fmt: skip
+
+
+def host_calls(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """(operator or runtime call, how often, µs of its own) on the host, the longest first; the profiler's own
+    cost is in them, so they say where time goes, not how much a plain step takes."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        run()
+        torch.cuda.synchronize()
+    rows = [(e.key, e.count, e.self_cpu_time_total) for e in prof.key_averages() if e.self_cpu_time_total > 0]
+    return sorted(rows, key=lambda row: -row[2])
 
 
 def main() -> int:
