@@ -61,18 +61,26 @@ def experts_reference(
 
 
 def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows sorted by expert: (x of every row [T·K, D], order [T·K] into the flat (t, k) pairs, row count of
-    each expert [E]). The seam where an all-to-all goes once experts live on several devices."""
+    """Rows sorted by expert, stably: (x of every row [T·K, D], row [T·K] of each flat (t, k) pair, end [E] of
+    each expert's rows, int32). The seam where an all-to-all goes once experts live on several devices."""
+    if use_triton(x_TD):
+        from hadal.ops.triton import route
+
+        place, end_E = route.places(expert_TK, n_experts)
+        return route.spread(x_TD, place, expert_TK.shape[1]), place, end_E
     flat = expert_TK.flatten()
     order = flat.argsort(stable=True)
     counts_E = torch.zeros(n_experts, dtype=torch.int32, device=x_TD.device)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
     counts_E.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    return x_TD.index_select(0, order // expert_TK.shape[1]), order, counts_E
+    row_ND = x_TD.index_select(0, order // expert_TK.shape[1])
+    return row_ND, place, counts_E.cumsum(0, dtype=torch.int32)
 
 
 def combine(
     row_ND: Tensor,
-    order: Tensor,
+    place: Tensor,
     weight_TK: Tensor,
     shared_TD: Tensor | None = None,
     residual_TD: Tensor | None = None,
@@ -81,11 +89,9 @@ def combine(
     if use_triton(row_ND, weight_TK) and not needs_grad(shared_TD, residual_TD):
         from hadal.ops.triton.experts import combine as fast
 
-        return fast(row_ND, order, weight_TK, shared_TD, residual_TD)
+        return fast(row_ND, place, weight_TK, shared_TD, residual_TD)
     T, K = weight_TK.shape
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    row_TKD = row_ND.index_select(0, inverse).view(T, K, -1)
+    row_TKD = row_ND.index_select(0, place).view(T, K, -1)
     wide = torch.promote_types(row_ND.dtype, weight_TK.dtype)
     out_TD = torch.einsum("tkd,tk->td", row_TKD.to(wide), weight_TK.to(wide)).to(row_ND.dtype)
     return _plus(out_TD, shared_TD, residual_TD)
@@ -101,11 +107,10 @@ def experts_grouped(
     shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rows sorted by expert, then grouped matrix products (BF16 on CUDA). Differentiable."""
-    row_ND, order, counts_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
-    offset_E = counts_E.cumsum(0, dtype=torch.int32)
-    hidden = swiglu(torch._grouped_mm(row_ND, gate_up_E2ID.transpose(1, 2), offs=offset_E))
-    row_ND = torch._grouped_mm(hidden, down_EDI.transpose(1, 2), offs=offset_E)
-    return combine(row_ND, order, weight_TK, shared_TD, residual_TD)
+    row_ND, place, end_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
+    hidden = swiglu(torch._grouped_mm(row_ND, gate_up_E2ID.transpose(1, 2), offs=end_E))
+    row_ND = torch._grouped_mm(hidden, down_EDI.transpose(1, 2), offs=end_E)
+    return combine(row_ND, place, weight_TK, shared_TD, residual_TD)
 
 
 def experts_by_segment(
@@ -113,12 +118,12 @@ def experts_by_segment(
     shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Rows sorted by expert, then one dense product an expert that has rows (CPU). Differentiable."""
-    row_ND, order, counts_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
+    row_ND, place, end_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
     parts = []
-    for e, rows in enumerate(row_ND.split(counts_E.tolist())):
+    for e, rows in enumerate(row_ND.tensor_split(end_E[:-1].tolist())):
         if rows.shape[0]:
             parts.append(ffn(rows, gate_up_E2ID[e], down_EDI[e]))
-    return combine(torch.cat(parts), order, weight_TK, shared_TD, residual_TD)
+    return combine(torch.cat(parts), place, weight_TK, shared_TD, residual_TD)
 
 
 def experts(

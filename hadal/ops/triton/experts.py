@@ -166,14 +166,12 @@ def _rows_a_tile(pairs: int, n_experts: int) -> int:
 
 def combine(
     row_ND: Tensor,
-    order: Tensor,
+    place: Tensor,
     weight_TK: Tensor,
     shared_TD: Tensor | None = None,
     residual_TD: Tensor | None = None,
 ) -> Tensor:
-    """Weighted sum of each token's K rows, which lie sorted by expert; see `hadal.ops.experts.combine`."""
-    place = torch.empty_like(order)
-    place[order] = torch.arange(order.numel(), device=order.device)
+    """Weighted sum of each token's K rows, which lie at `place`; see `hadal.ops.experts.combine`."""
     return _combine(row_ND, place, weight_TK, shared_TD, residual_TD)
 
 

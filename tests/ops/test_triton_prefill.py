@@ -1,0 +1,59 @@
+"""Kernels around prefill's products against their references: on CUDA, else in the interpreter (FP32)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
+needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
+def test_kernels_in_the_interpreter():
+    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
+    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+def close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
+    """Relative error in norm; NaN never passes."""
+    out, reference = out.double().cpu(), reference.double().cpu()
+    error = (out - reference).norm() / reference.norm().clamp_min(1e-9)
+    assert error < TOLERANCE[dtype], float(error)
+
+
+def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "tokens,experts,per_token",
+    [(0, 4, 2), (1, 4, 1), (1, 8, 8), (3, 64, 6), (257, 64, 6), (700, 6, 2), (2000, 256, 8), (9000, 5, 3)],
+)
+def test_rows_by_expert_are_those_of_a_stable_sort(tokens, experts, per_token):
+    from hadal.ops.experts import dispatch
+    from hadal.ops.triton.route import places, spread
+
+    expert = torch.rand(tokens, experts).topk(per_token, -1).indices
+    if tokens == 700:
+        expert = torch.full_like(expert, 3)  # everybody's choice
+    x = torch.randn(tokens, 40)[:, :37]
+    rows, place, end = dispatch(x, expert, experts)
+    got_place, got_end = places(expert.to(DEVICE), experts)
+    assert torch.equal(got_place.cpu(), place) and torch.equal(got_end.cpu(), end)
+    if tokens <= 700:
+        assert torch.equal(spread(x.to(DEVICE), got_place, per_token).cpu(), rows)
