@@ -39,7 +39,7 @@ def mla_decode(
     """Paged absorbed MLA decode; see `mla_decode_reference`."""
     args = (q_SHC, cache_PBC, block_table_SP, context_len_S, rank, scale)
     if use_triton(q_SHC):
-        from hadal.ops.triton.decode import mla_decode as fast
+        from hadal.ops.triton.latent import mla_decode as fast
 
         return fast(*args)
     if use_cpu_kernels(q_SHC, cache_PBC):

@@ -138,3 +138,26 @@ def test_gate_in_one_kernel(moe: Moe):
         assert error(weights.gather(1, order), want_weights.gather(1, want_order)) < 2e-5
     with pytest.raises(ValueError, match="up to 4"):
         gate(draw(5, 530), weight, on_device, moe)
+
+
+@pytest.mark.skipif(not CUDA, reason="real sizes take the interpreter minutes")
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("heads,queries", [(16, 1), (16, 2), (128, 1), (128, 2), (20, 3)])
+def test_decode_of_published_sizes(heads, queries, fp8):
+    """Permuted pages, contexts from a page's first entry to many pages, NaN where nothing may be seen."""
+    from hadal.ops.triton.latent import mla_decode
+
+    lengths, rank, page = [queries, 63 + queries, 64, 65, 700, 1999, 4096, 5000], 512, 64
+    table, tables, context = rows_of(lengths, queries, page)
+    entry = torch.randn(int(table.max()) + 2, page, 576)
+    clean = latent_fp8.quantise_entries(entry, rank) if fp8 else entry.to(DTYPE)
+    poison_unused(entry, table, lengths, page)
+    cache = clean.clone()
+    cache[entry.isnan().any(-1)] = 0xFF if fp8 else float("nan")
+    q = draw(len(tables), heads, 576)
+    seen = latent_fp8.dequantise_entries(clean, rank).double() if fp8 else clean.double()
+    want = paged.mla_decode_reference(q.double().cpu(), seen, tables, context, rank, 0.03)
+    for shares in (None, 1, 32):
+        args = (rank, 0.03, queries, None, shares)
+        out = mla_decode(q, cache.to(DEVICE), tables.to(DEVICE), context.to(DEVICE), *args)
+        assert error(out, want) < TOLERANCE[DTYPE]

@@ -1,10 +1,10 @@
-"""Paged decode attention, split over the context with a log-sum-exp merge. Reference: `hadal.ops.paged`.
+"""Paged GQA decode attention, split over the context with a log-sum-exp merge. Reference: `hadal.ops.paged`.
 
 A program takes one sequence, a block of query heads and one share of the context; it keeps a running softmax
 in FP32 and writes its unmerged output with its log-sum-exp. A second kernel merges the shares. The number of
 shares is fixed by the batch size alone, so that the launch can be captured in a CUDA graph; shares beyond a
 short context are empty and say so with −inf.
-Legend: S sequences, H heads, G key/value heads, L latent, R rope, C head width, N keys a tile.
+Legend: S sequences, H heads, G key/value heads, C head width, N keys a tile. MLA: latent.py.
 """
 
 from __future__ import annotations
@@ -24,58 +24,6 @@ def _share(context_len, SPLITS: tl.constexpr, MIN: tl.constexpr):
     size = tl.cdiv(tl.cdiv(context_len, SPLITS), MIN) * MIN
     begin = tl.program_id(2) * size
     return begin, tl.minimum(begin + size, context_len)
-
-
-@triton.jit
-def _mla_kernel(
-    q, cache, table, context_len, partial, lse, heads, table_stride, scale,
-    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, MIN: tl.constexpr,
-):  # fmt: skip
-    s = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    latent_col = tl.arange(0, BLOCK_L)
-    rope_col = tl.arange(0, BLOCK_R)
-    entry: tl.constexpr = RANK + ROPE
-    q_row = q + (s * heads + h[:, None]) * entry
-    q_latent = tl.load(
-        q_row + latent_col[None, :], mask=(h < heads)[:, None] & (latent_col < RANK)[None, :], other=0.0
-    )
-    q_rope = tl.load(
-        q_row + RANK + rope_col[None, :], mask=(h < heads)[:, None] & (rope_col < ROPE)[None, :], other=0.0
-    )
-    begin, end = _share(tl.load(context_len + s), SPLITS, MIN)
-    top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_L], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        key = start + tl.arange(0, BLOCK_N)
-        page = tl.load(table + s * table_stride + key // PAGE, mask=key < end, other=0).to(tl.int64)
-        row = cache + (page * PAGE + key % PAGE) * entry
-        latent = tl.load(
-            row[:, None] + latent_col[None, :],
-            mask=(key < end)[:, None] & (latent_col < RANK)[None, :],
-            other=0.0,
-        )
-        rope = tl.load(
-            row[:, None] + RANK + rope_col[None, :],
-            mask=(key < end)[:, None] & (rope_col < ROPE)[None, :],
-            other=0.0,
-        )
-        score = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-        score = tl.dot(q_rope, tl.trans(rope), score, input_precision="ieee") * scale
-        score = tl.where((key < end)[None, :], score, float("-inf"))
-        peak = tl.maximum(top, tl.max(score, 1))
-        p = tl.exp(score - peak[:, None])
-        decay = tl.exp(top - peak)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(latent.dtype), latent, acc * decay[:, None], input_precision="ieee")
-        top = peak
-    out = (s * heads + h) * SPLITS + tl.program_id(2)
-    safe = tl.where(total > 0, total, 1.0)
-    to = partial + out[:, None] * BLOCK_L + latent_col[None, :]
-    tl.store(to, acc / safe[:, None], mask=(h < heads)[:, None])
-    tl.store(lse + out, tl.where(total > 0, top + tl.log(safe), float("-inf")), mask=h < heads)
 
 
 @triton.jit
@@ -145,27 +93,6 @@ def _splits(programs: int, table_SP: Tensor, page: int) -> int:
     useful = max(1, table_SP.shape[1] * page // MIN_SHARE)
     wanted = max(1, TARGET_PROGRAMS // programs)
     return 1 << max(0, (min(useful, wanted, 32)).bit_length() - 1)
-
-
-def mla_decode(
-    q_SHC: Tensor, cache_PBC: Tensor, block_table_SP: Tensor, context_len_S: Tensor, rank: int, scale: float
-) -> Tensor:
-    """z [S, H, L]; see `hadal.ops.paged.mla_decode_reference`."""
-    S, H, entry = q_SHC.shape
-    page, block_h, block_l = cache_PBC.shape[1], 16, triton.next_power_of_2(rank)
-    head_blocks = triton.cdiv(H, block_h)
-    splits = _splits(S * head_blocks, block_table_SP, page)
-    partial = torch.empty((S * H, splits, block_l), dtype=torch.float32, device=q_SHC.device)
-    lse = torch.empty((S * H, splits), dtype=torch.float32, device=q_SHC.device)
-    out = torch.empty((S, H, rank), dtype=q_SHC.dtype, device=q_SHC.device)
-    _mla_kernel[(S, head_blocks, splits)](
-        q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, partial, lse, H,
-        block_table_SP.stride(0), scale, RANK=rank, ROPE=entry - rank, BLOCK_L=block_l,
-        BLOCK_R=max(16, triton.next_power_of_2(entry - rank)), PAGE=page, SPLITS=splits, BLOCK_H=block_h,
-        BLOCK_N=32, MIN=MIN_SHARE, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    _merge_kernel[(S * H,)](partial, lse, out, rank, BLOCK=block_l, SPLITS=splits, num_warps=4)
-    return out
 
 
 def gqa_decode(

@@ -1,23 +1,20 @@
-"""Paged MLA decode: all rows that look at one sequence share a pass over its latent pages.
+"""Paged MLA decode over the latent cache, split over the context with a log-sum-exp merge.
 
-Rows of a sequence are its heads, times its query tokens: a step that verifies drafts has several, one behind
-the other in the stream, with the same pages and context lengths of their own. A tile of keys is brought into
-shared memory once and used for scores and for values: these are the first `rank` channels of the entries.
+    up to 32 rows   `_token_kernel`: a program takes 16 heads of one token; reading the cache is what costs
+    more            `_tall_kernel`: 64 rows of a sequence, its heads times its query tokens (a step that
+                    verifies drafts has several, one behind the other in the stream, with the same pages and
+                    context lengths of their own); now the tensor cores cost
 
-    up to 32 rows   `_narrow_kernel`: keys are the tensor core's long side, score[n, m] and z[l, m]; blocks
-                    of 16 rows, since three tiles of keys for the pipeline fill the shared memory
-    more            `_tall_kernel`: blocks of 64 rows are the long side, score[m, n] and z[m, l]
-
-A grid of (block of rows, sequence, share of the context); the size of a share follows from the context's own
-length, so that a short context in a captured graph wastes programs, not work. One share writes its output
-directly; more leave unmerged outputs and their log2-sum-exp2 for `_merge_kernel`. The cache is BF16 or FP32,
-or bytes as in hadal/ops/latent_fp8.py. References: `hadal.ops.paged`, `hadal.ops.latent_fp8`.
+A tile of entries is brought in once and serves scores and values: these are the first `rank` channels of the
+keys. A grid of (block of rows, sequence, share of the context). The number of shares is fixed by the batch
+size, so that a launch can be captured in a CUDA graph; the size of a share follows from the context's own
+length, and programs beyond it end at once. One share writes the output directly; more leave unmerged outputs
+and their log2-sum-exp2, merged by `merge`, or by `hadal.ops.triton.mla.values` on the way through W_UV. The
+cache is BF16 or FP32, or bytes as in hadal/ops/latent_fp8.py, dequantised once for both uses.
+References: `hadal.ops.paged`, `hadal.ops.latent_fp8`.
 Legend: S sequences, Q query tokens a sequence, H heads, M rows = Q · H, N keys of a tile, L latent, R rope.
 """
 
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
-# Tuples grow by addition in kernels: Triton neither unpacks them nor knows their types.
 from __future__ import annotations
 
 import functools
@@ -29,29 +26,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MIN_SHARE = 128  # keys that make a share worth its merge
-MOST_SHARES = 64
+from hadal.ops.triton import pdl
+
+MOST_SHARES = 32
 FP8_GROUP = tl.constexpr(128)
 
 
 class Config(NamedTuple):
-    """Block sizes; `slots`: programs that one multiprocessor runs at a time."""
+    """Block sizes; `slots`: programs that one multiprocessor runs at a time; `least`: keys that make a share
+    worth its merge; `registers`: the most that a thread may have. Up to 32 rows mean the kernel by token."""
 
     rows: int
     keys: int
     warps: int
     stages: int
     slots: int
+    least: int
+    registers: int | None = None
 
 
 def config_for(rows: int, fp8: bool) -> Config:
-    """By the rows of a sequence. Chosen by what compiles for sm_90 with few spills; not yet tuned on a card.
+    """By the rows of a sequence: heads times query tokens.
 
-    Tiles are prefetched from three stages on only: with two, the compiler (3.6) fetches after it computed.
+    By token, FP8 tiles wait in registers for their turn: the compiler (3.6) does not prefetch what it has to
+    convert first. With 128 registers a thread two programs fit, which hide each other's conversions.
     """
     if rows <= 32:
-        return Config(16, 64, 8, 3, 1) if fp8 else Config(16, 64, 4, 3, 1)
-    return Config(64, 32, 8, 3, 1)
+        return Config(16, 32, 8, 1, 2, 64, 128) if fp8 else Config(16, 32, 4, 2, 2, 64)
+    return Config(64, 32, 8, 3, 1, 128)
+
+
+class Parts(NamedTuple):
+    """Attention before its merge: z of sequences with one share in use, else shares and their weights."""
+
+    out_SHL: Tensor
+    partial: Tensor  # [rows, shares, L] FP32; rows are tokens · heads
+    lse: Tensor  # [rows, shares] log2-sum-exp2
+    context_len_S: Tensor
+    shares: int
+    queries: int  # consecutive context lengths that share their pages, and so the size of a share
+    least: int
 
 
 @triton.jit
@@ -66,8 +80,7 @@ def _share(context_len, s, shares, QUERIES: tl.constexpr, MIN: tl.constexpr):
 
 @triton.jit
 def _pages(table_row, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The page of each key from `start`, or the one page of them all. Loaded a tile ahead: an address that
-    waits for another load cannot be prefetched."""
+    """The page of each key from `start`, or the one page of them all."""
     if PAGE % BLOCK_N == 0:
         return tl.load(table_row + start // PAGE, mask=start < end, other=0)
     else:
@@ -82,26 +95,18 @@ def _rows(cache, page, start, size, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     if PAGE % BLOCK_N == 0:  # one base, and offsets that are known when compiling
         return cache + (page.to(tl.int64) * PAGE + start % PAGE) * size + n * size
     else:
-        return cache + (page.to(tl.int64) * PAGE + (start + n) % PAGE) * size
+        # Said aloud: of a run key % PAGE the compiler (3.6) knows that it begins at a multiple of PAGE, and
+        # keeps that for every key once a page of its own is added to each; it then loads 16 bytes at a time
+        # from entries that are 8 apart.
+        index = tl.multiple_of(page.to(tl.int64) * PAGE + (start + n) % PAGE, 1)
+        return cache + index * size
 
 
 @triton.jit
 def _latents(row, seen, RANK: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Latents [N, L] of BF16 entries at `row`; zeros where nothing is seen, whatever the cache holds."""
+    """Latents [N, L] of entries at `row`; zeros where nothing is seen, whatever the cache holds."""
     col = tl.arange(0, BLOCK_L)
     return tl.load(row[:, None] + col[None, :], mask=seen[:, None] & (col < RANK)[None, :], other=0.0)
-
-
-@triton.jit
-def _dequantised(row, seen, dtype: tl.constexpr, RANK: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Latents [N, L] of FP8 entries at `row`."""
-    GROUPS: tl.constexpr = RANK // FP8_GROUP
-    code = _latents(row.to(tl.pointer_type(tl.float8e4nv)), seen, RANK, BLOCK_L)
-    g = tl.arange(0, GROUPS)
-    at = (row + RANK).to(tl.pointer_type(tl.float32))[:, None] + g[None, :]
-    scale = tl.load(at, mask=seen[:, None] & (g < GROUPS)[None, :], other=0.0)
-    wide = code.to(tl.float16).to(tl.float32).reshape(row.shape[0], GROUPS, FP8_GROUP)
-    return (wide * scale[:, :, None]).reshape(row.shape[0], BLOCK_L).to(dtype)
 
 
 @triton.jit
@@ -111,154 +116,97 @@ def _ropes(row, seen, ROPE: tl.constexpr, BLOCK_R: tl.constexpr):
     return tl.load(row[:, None] + col[None, :], mask=seen[:, None] & (col < ROPE)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
-def _narrow_kernel(
-    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale, shares,
-    QUERIES: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, MIN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    s = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    size, used = _share(context_len, s, shares, QUERIES, MIN)
-    if tl.program_id(2) < used:
-        col = tl.arange(0, BLOCK_L)
-        rope_col = tl.arange(0, BLOCK_R)
-        real = m < rows
-        q_row = q + (s * rows + m) * (RANK + ROPE)
-        q_LM = tl.load(q_row[None, :] + col[:, None], mask=real[None, :] & (col < RANK)[:, None], other=0.0)
-        rope_mask = real[None, :] & (rope_col < ROPE)[:, None]
-        q_RM = tl.load(q_row[None, :] + RANK + rope_col[:, None], mask=rope_mask, other=0.0)
-        limit = tl.load(context_len + s * QUERIES + m // heads, mask=real, other=0)
-        begin = tl.program_id(2) * size
-        end = tl.minimum(begin + size, tl.max(limit, 0))
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_L, BLOCK_M], tl.float32)
-        pages = table + s * QUERIES * table_stride
-        n = tl.arange(0, BLOCK_N)
-        row = _rows(cache, _pages(pages, begin, end, PAGE, BLOCK_N), begin, RANK + ROPE, PAGE, BLOCK_N)
-        page = _pages(pages, begin + BLOCK_N, end, PAGE, BLOCK_N)
-        rope = _ropes(row + RANK, begin + n < end, ROPE, BLOCK_R)
-        for start in range(begin, end, BLOCK_N):
-            key = start + n
-            latent = _latents(row, key < end, RANK, BLOCK_L)
-            after = start + BLOCK_N
-            row = _rows(cache, page, after, RANK + ROPE, PAGE, BLOCK_N)
-            page = _pages(pages, after + BLOCK_N, end, PAGE, BLOCK_N)
-            # in registers, not in the pipeline: three tiles in shared memory leave no room for rope keys
-            ahead = _ropes(row + RANK, after + n < end, ROPE, BLOCK_R)
-            score = tl.dot(latent, q_LM, input_precision="ieee")
-            score = tl.dot(rope, q_RM, score, input_precision="ieee") * scale
-            score = tl.where(key[:, None] < limit[None, :], score, float("-inf"))
-            peak = tl.maximum(top, tl.max(score, 0))
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            p = tl.exp2(score - base[None, :])
-            decay = tl.exp2(top - base)
-            total = total * decay + tl.sum(p, 0)
-            acc = tl.dot(tl.trans(latent), p.to(latent.dtype), acc * decay[None, :], input_precision="ieee")
-            top = peak
-            rope = ahead
-        safe = tl.where(total > 0, total, 1.0)
-        acc = acc / safe[None, :]
-        at = s * rows + m
-        mask = real[None, :] & (col < RANK)[:, None]
-        if used == 1:
-            tl.store(out + at[None, :] * RANK + col[:, None], acc.to(out.dtype.element_ty), mask=mask)
-        else:
-            at = at * shares + tl.program_id(2)
-            tl.store(partial + at[None, :] * RANK + col[:, None], acc, mask=mask)
-            tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
+@triton.jit
+def _coded(row, seen, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr):
+    """FP8 entries at `row`: codes [N, L], scales [N, groups], rope keys [N, R]."""
+    GROUPS: tl.constexpr = RANK // FP8_GROUP
+    code = _latents(row.to(tl.pointer_type(tl.float8e4nv)), seen, RANK, BLOCK_L)
+    g = tl.arange(0, BLOCK_L // FP8_GROUP)
+    at = (row + RANK).to(tl.pointer_type(tl.float32))[:, None] + g[None, :]
+    scale = tl.load(at, mask=seen[:, None] & (g < GROUPS)[None, :], other=0.0)
+    return (
+        code,
+        scale,
+        _ropes((row + RANK + 4 * GROUPS).to(tl.pointer_type(tl.bfloat16)), seen, ROPE, BLOCK_R),
+    )
 
 
 @triton.jit
-def _groups(row, seen, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr):
-    """FP8 entries at `row`: codes and scales, a tuple each over groups of channels, and rope."""
-    GROUPS: tl.constexpr = RANK // FP8_GROUP
-    col = tl.arange(0, FP8_GROUP)
-    rope_col = tl.arange(0, BLOCK_R)
-    code_row = row.to(tl.pointer_type(tl.float8e4nv))
-    scale_row = (row + RANK).to(tl.pointer_type(tl.float32))
-    codes, scales = (), ()
-    for g in tl.static_range(GROUPS):
-        at = code_row[:, None] + g * FP8_GROUP + col[None, :]
-        codes = codes + (tl.load(at, mask=seen[:, None], other=0.0),)
-        scales = scales + (tl.load(scale_row + g, mask=seen, other=0.0),)
-    rope_row = (row + RANK + 4 * GROUPS).to(tl.pointer_type(tl.bfloat16))
-    rope_mask = seen[:, None] & (rope_col < ROPE)[None, :]
-    return codes, scales, tl.load(rope_row[:, None] + rope_col[None, :], mask=rope_mask, other=0.0)
+def _dequantised(code, scale, dtype: tl.constexpr):
+    """Latents [N, L] of codes and scales."""
+    wide = code.to(tl.float16).to(tl.float32).reshape(code.shape[0], scale.shape[1], FP8_GROUP)
+    return (wide * scale[:, :, None]).reshape(code.shape[0], code.shape[1]).to(dtype)
+
+
+@triton.jit
+def _leave(
+    acc, top, total, out, partial, lse, row, real, used, shares, RANK: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """Store z of `row` [M] where its share is the only one, else the share and its weight."""
+    col = tl.arange(0, BLOCK_L)
+    mask = real[:, None] & (col < RANK)[None, :]
+    safe = tl.where(total > 0, total, 1.0)
+    acc = acc / safe[:, None]
+    if used == 1:
+        tl.store(out + row[:, None] * RANK + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        at = row * shares + tl.program_id(2)
+        tl.store(partial + at[:, None] * RANK + col[None, :], acc, mask=mask)
+        tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
 
 
 @triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
-def _narrow_fp8_kernel(
-    q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale, shares,
-    QUERIES: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_R: tl.constexpr, PAGE: tl.constexpr, MIN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def _token_kernel(
+    q, cache, table, context_len, out, partial, lse, heads, table_stride, scale, shares,
+    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr,
+    FP8: tl.constexpr, MIN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`_narrow_kernel` by groups of 128 channels, each dequantised when its turn comes; z[m, l] there.
-
-    The compiler (3.6) does not prefetch values that it has to convert for two products, so that two programs
-    on a multiprocessor must hide each other's loads: what counts is few registers.
-    """
-    GROUPS: tl.constexpr = RANK // FP8_GROUP
+    ENTRY: tl.constexpr = RANK + 4 * (RANK // FP8_GROUP) + 2 * ROPE if FP8 else RANK + ROPE
+    pdl.begin(PDL)
     s = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    size, used = _share(context_len, s, shares, QUERIES, MIN)
+    h = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pdl.wait(PDL)
+    size, used = _share(context_len, s, shares, 1, MIN)
     if tl.program_id(2) < used:
-        col = tl.arange(0, FP8_GROUP)
-        rope_col = tl.arange(0, BLOCK_R)
-        real = m < rows
-        q_row = q + (s * rows + m) * (RANK + ROPE)
-        q_LM, acc = (), ()
-        for g in tl.static_range(GROUPS):
-            at = q_row[None, :] + g * FP8_GROUP + col[:, None]
-            q_LM = q_LM + (tl.load(at, mask=real[None, :], other=0.0),)
-            acc = acc + (tl.zeros([BLOCK_M, FP8_GROUP], tl.float32),)
-        rope_mask = real[None, :] & (rope_col < ROPE)[:, None]
-        q_RM = tl.load(q_row[None, :] + RANK + rope_col[:, None], mask=rope_mask, other=0.0)
-        limit = tl.load(context_len + s * QUERIES + m // heads, mask=real, other=0)
+        real = h < heads
+        q_row = q + (s * heads + h) * (RANK + ROPE)
+        q_ML = _latents(q_row, real, RANK, BLOCK_L)
+        q_MR = _ropes(q_row + RANK, real, ROPE, BLOCK_R)
         begin = tl.program_id(2) * size
-        end = tl.minimum(begin + size, tl.max(limit, 0))
+        end = tl.minimum(begin + size, tl.load(context_len + s))
         top = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        pages = table + s * QUERIES * table_stride
-        page = _pages(pages, begin, end, PAGE, BLOCK_N)
+        acc = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
+        pages = table + s * table_stride
+        n = tl.arange(0, BLOCK_N)
+        if FP8:  # tiles and pages are read one ahead
+            page = _pages(pages, begin, end, PAGE, BLOCK_N)
+            row = _rows(cache, page, begin, ENTRY, PAGE, BLOCK_N)
+            code, group, ahead = _coded(row, begin + n < end, RANK, ROPE, BLOCK_L, BLOCK_R)
+            page = _pages(pages, begin + BLOCK_N, end, PAGE, BLOCK_N)
         for start in range(begin, end, BLOCK_N):
-            key = start + tl.arange(0, BLOCK_N)
-            row = _rows(cache, page, start, RANK + 4 * GROUPS + 2 * ROPE, PAGE, BLOCK_N)
-            page = _pages(pages, start + BLOCK_N, end, PAGE, BLOCK_N)
-            codes, scales, rope = _groups(row, key < end, RANK, ROPE, BLOCK_R)
-            score = tl.dot(rope.to(q_RM.dtype), q_RM, input_precision="ieee")
-            latent = ()
-            for g in tl.static_range(GROUPS):
-                wide = codes[g].to(tl.float16).to(tl.float32) * scales[g][:, None]
-                latent = latent + (wide.to(q_RM.dtype),)
-                score = tl.dot(latent[g], q_LM[g], score, input_precision="ieee")
-            score = tl.where(key[:, None] < limit[None, :], score * scale, float("-inf"))
-            peak = tl.maximum(top, tl.max(score, 0))
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            p = tl.exp2(score - base[None, :])
-            decay = tl.exp2(top - base)
-            total = total * decay + tl.sum(p, 0)
-            p_MN = tl.trans(p.to(q_RM.dtype))
-            added = ()
-            for g in tl.static_range(GROUPS):
-                old = acc[g] * decay[:, None]
-                added = added + (tl.dot(p_MN, latent[g], old, input_precision="ieee"),)
-            acc, top = added, peak
-        safe = tl.where(total > 0, total, 1.0)
-        at = s * rows + m
-        if used == 1:
-            for g in tl.static_range(GROUPS):
-                to = out + at[:, None] * RANK + g * FP8_GROUP + col[None, :]
-                tl.store(to, (acc[g] / safe[:, None]).to(out.dtype.element_ty), mask=real[:, None])
-        else:
-            at = at * shares + tl.program_id(2)
-            for g in tl.static_range(GROUPS):
-                part = partial + at[:, None] * RANK + g * FP8_GROUP + col[None, :]
-                tl.store(part, acc[g] / safe[:, None], mask=real[:, None])
-            tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
+            key = start + n
+            if FP8:
+                latent = _dequantised(code, group, q_ML.dtype)
+                rope = ahead.to(q_MR.dtype)
+                row = _rows(cache, page, start + BLOCK_N, ENTRY, PAGE, BLOCK_N)
+                code, group, ahead = _coded(row, key + BLOCK_N < end, RANK, ROPE, BLOCK_L, BLOCK_R)
+                page = _pages(pages, start + 2 * BLOCK_N, end, PAGE, BLOCK_N)
+            else:
+                page = tl.load(pages + key // PAGE, mask=key < end, other=0).to(tl.int64)
+                row = cache + (page * PAGE + key % PAGE) * ENTRY
+                latent = _latents(row, key < end, RANK, BLOCK_L)
+                rope = _ropes(row + RANK, key < end, ROPE, BLOCK_R)
+            score = tl.dot(q_ML, tl.trans(latent), input_precision="ieee")
+            score = tl.dot(q_MR, tl.trans(rope), score, input_precision="ieee") * scale
+            score = tl.where((key < end)[None, :], score, float("-inf"))
+            peak = tl.maximum(top, tl.max(score, 1))
+            p = tl.exp2(score - peak[:, None])
+            decay = tl.exp2(top - peak)
+            total = total * decay + tl.sum(p, 1)
+            acc = tl.dot(p.to(latent.dtype), latent, acc * decay[:, None], input_precision="ieee")
+            top = peak
+        _leave(acc, top, total, out, partial, lse, s * heads + h, real, used, shares, RANK, BLOCK_L)
 
 
 @triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
@@ -266,19 +214,19 @@ def _tall_kernel(
     q, cache, table, context_len, out, partial, lse, rows, heads, table_stride, scale, shares,
     QUERIES: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_L: tl.constexpr,
     BLOCK_R: tl.constexpr, PAGE: tl.constexpr, FP8: tl.constexpr, MIN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    ENTRY: tl.constexpr = RANK + 4 * (RANK // FP8_GROUP) + 2 * ROPE if FP8 else RANK + ROPE
+    pdl.begin(PDL)
     s = tl.program_id(1).to(tl.int64)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pdl.wait(PDL)
     size, used = _share(context_len, s, shares, QUERIES, MIN)
     if tl.program_id(2) < used:
-        col = tl.arange(0, BLOCK_L)
-        rope_col = tl.arange(0, BLOCK_R)
         real = m < rows
         q_row = q + (s * rows + m) * (RANK + ROPE)
-        q_ML = tl.load(q_row[:, None] + col[None, :], mask=real[:, None] & (col < RANK)[None, :], other=0.0)
-        rope_mask = real[:, None] & (rope_col < ROPE)[None, :]
-        q_MR = tl.load(q_row[:, None] + RANK + rope_col[None, :], mask=rope_mask, other=0.0)
+        q_ML = _latents(q_row, real, RANK, BLOCK_L)
+        q_MR = _ropes(q_row + RANK, real, ROPE, BLOCK_R)
         limit = tl.load(context_len + s * QUERIES + m // heads, mask=real, other=0)
         begin = tl.program_id(2) * size
         end = tl.minimum(begin + size, tl.max(limit, 0))
@@ -289,66 +237,60 @@ def _tall_kernel(
         page = _pages(pages, begin, end, PAGE, BLOCK_N)
         for start in range(begin, end, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
-            if FP8:
-                GROUPS: tl.constexpr = RANK // FP8_GROUP
-                row = _rows(cache, page, start, RANK + 4 * GROUPS + 2 * ROPE, PAGE, BLOCK_N)
-                latent = _dequantised(row, key < end, q_ML.dtype, RANK, BLOCK_L)
-                rope_row = (row + RANK + 4 * GROUPS).to(tl.pointer_type(tl.bfloat16))
-            else:
-                row = _rows(cache, page, start, RANK + ROPE, PAGE, BLOCK_N)
-                latent = _latents(row, key < end, RANK, BLOCK_L)
-                rope_row = row + RANK
+            row = _rows(cache, page, start, ENTRY, PAGE, BLOCK_N)
+            # a tile ahead: an address that waits for another load cannot be prefetched
             page = _pages(pages, start + BLOCK_N, end, PAGE, BLOCK_N)
-            rope = _ropes(rope_row, key < end, ROPE, BLOCK_R).to(q_MR.dtype)
+            if FP8:
+                code, group, coarse = _coded(row, key < end, RANK, ROPE, BLOCK_L, BLOCK_R)
+                latent = _dequantised(code, group, q_ML.dtype)
+                rope = coarse.to(q_MR.dtype)
+            else:
+                latent = _latents(row, key < end, RANK, BLOCK_L)
+                rope = _ropes(row + RANK, key < end, ROPE, BLOCK_R)
             score = tl.dot(q_ML, tl.trans(latent), input_precision="ieee")
             score = tl.dot(q_MR, tl.trans(rope), score, input_precision="ieee") * scale
             score = tl.where(key[None, :] < limit[:, None], score, float("-inf"))
             peak = tl.maximum(top, tl.max(score, 1))
-            base = tl.where(peak == float("-inf"), 0.0, peak)
+            base = tl.where(peak == float("-inf"), 0.0, peak)  # rows of an earlier token may see nothing here
             p = tl.exp2(score - base[:, None])
             decay = tl.exp2(top - base)
             total = total * decay + tl.sum(p, 1)
             acc = tl.dot(p.to(latent.dtype), latent, acc * decay[:, None], input_precision="ieee")
             top = peak
-        safe = tl.where(total > 0, total, 1.0)
-        acc = acc / safe[:, None]
-        at = s * rows + m
-        mask = real[:, None] & (col < RANK)[None, :]
-        if used == 1:
-            tl.store(out + at[:, None] * RANK + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
-        else:
-            at = at * shares + tl.program_id(2)
-            tl.store(partial + at[:, None] * RANK + col[None, :], acc, mask=mask)
-            tl.store(lse + at, tl.where(total > 0, top + tl.log2(safe), float("-inf")), mask=real)
+        _leave(acc, top, total, out, partial, lse, s * rows + m, real, used, shares, RANK, BLOCK_L)
 
 
-@triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares
+@triton.jit
+def merged(
+    out, partial, lse, row, used, shares, SHARES: tl.constexpr, RANK: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """z [L] of a row in FP32: its shares weighted, or what was written directly."""
+    col = tl.arange(0, BLOCK_L)
+    if used == 1:
+        z = tl.load(out + row * RANK + col, mask=col < RANK, other=0.0).to(tl.float32)
+    else:
+        i = tl.arange(0, SHARES)
+        each = tl.load(lse + row * shares + i, mask=i < used, other=float("-inf"))
+        at = partial + (row * shares + i[:, None]) * RANK + col[None, :]
+        tile = tl.load(at, mask=(i < used)[:, None] & (col < RANK)[None, :], other=0.0)
+        weight = tl.exp2(each - tl.max(each, 0))  # some share has seen a key, or there would be only one
+        z = tl.sum(tile * (weight / tl.sum(weight, 0))[:, None], 0)
+    return z
+
+
+@triton.jit(do_not_specialize=["shares"])  # one kernel for all numbers of shares up to a power of two
 def _merge_kernel(
     partial, lse, out, context_len, rows, shares, QUERIES: tl.constexpr, RANK: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    MIN: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr, SHARES: tl.constexpr, MIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(0).to(tl.int64)
-    _, used = _share(context_len, s, shares, QUERIES, MIN)
+    pdl.begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    pdl.wait(PDL)
+    _, used = _share(context_len, row // rows, shares, QUERIES, MIN)
     if used > 1:
-        m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         col = tl.arange(0, BLOCK_L)
-        at = (s * rows + m) * shares
-        mask = (m < rows)[:, None] & (col < RANK)[None, :]
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, BLOCK_L], tl.float32)
-        for i in range(used):
-            each = tl.load(lse + at + i, mask=m < rows, other=float("-inf"))
-            tile = tl.load(partial + (at + i)[:, None] * RANK + col[None, :], mask=mask, other=0.0)
-            peak = tl.maximum(top, each)
-            base = tl.where(peak == float("-inf"), 0.0, peak)
-            decay, part = tl.exp2(top - base), tl.exp2(each - base)
-            total = total * decay + part
-            acc = acc * decay[:, None] + tile * part[:, None]
-            top = peak
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + (s * rows + m)[:, None] * RANK + col[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        z = merged(out, partial, lse, row, used, shares, SHARES, RANK, BLOCK_L)
+        tl.store(out + row * RANK + col, z.to(out.dtype.element_ty), mask=col < RANK)
 
 
 @functools.cache
@@ -358,20 +300,68 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shares_for(programs: int, keys: int, slots: int) -> int:
+def shares_for(programs: int, keys: int, slots: int, least: int) -> int:
     """Shares of a context of up to `keys`, by the waves that they take on `slots` and the tiles in each.
 
     A share costs its keys, and about 96 keys' time for its start and its part in the merge.
     """
-    best, least = 1, float("inf")
-    for shares in range(1, max(1, min(MOST_SHARES, keys // MIN_SHARE)) + 1):
-        each = triton.cdiv(triton.cdiv(keys, shares), MIN_SHARE) * MIN_SHARE
-        cost = triton.cdiv(programs * triton.cdiv(keys, each), slots) * (each + 96) + (
-            64 if shares > 1 else 0
-        )
-        if cost < least:
-            best, least = shares, cost
+    best, lowest = 1, float("inf")
+    for shares in range(1, max(1, min(MOST_SHARES, keys // least)) + 1):
+        each = triton.cdiv(triton.cdiv(keys, shares), least) * least
+        waves = triton.cdiv(programs * triton.cdiv(keys, each), slots)
+        cost = waves * (each + 96) + (64 if shares > 1 else 0)
+        if cost < lowest:
+            best, lowest = shares, cost
     return best
+
+
+def attend(
+    q_SHC: Tensor, cache_PBC: Tensor, block_table_SP: Tensor, context_len_S: Tensor, rank: int, scale: float,
+    queries: int = 1, config: Config | None = None, shares: int | None = None,
+) -> Parts:  # fmt: skip
+    """`mla_decode` before its merge."""
+    total, heads, entry = q_SHC.shape
+    if total % queries:
+        raise ValueError(f"{total} rows are no multiple of {queries} queries a sequence")
+    fp8 = cache_PBC.dtype == torch.uint8
+    config = config or config_for(queries * heads, fp8)
+    queries = queries if config.rows > 32 else 1  # by token, each is a sequence of its own
+    rows, S, page = queries * heads, total // queries, cache_PBC.shape[1]
+    blocks = triton.cdiv(rows, config.rows)
+    slots = _multiprocessors(q_SHC.device) * config.slots
+    shares = shares or shares_for(S * blocks, block_table_SP.shape[1] * page, slots, config.least)
+    out = torch.empty((total, heads, rank), dtype=q_SHC.dtype, device=q_SHC.device)
+    partial, lse = out, out
+    if shares > 1:
+        partial = torch.empty((total * heads, shares, rank), dtype=torch.float32, device=q_SHC.device)
+        lse = torch.empty((total * heads, shares), dtype=torch.float32, device=q_SHC.device)
+    arguments = (q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, out, partial, lse)
+    sizes = (heads, block_table_SP.stride(0), scale * log2(e), shares)
+    constants = {
+        "RANK": rank, "ROPE": entry - rank, "BLOCK_L": triton.next_power_of_2(rank),
+        "BLOCK_R": max(16, triton.next_power_of_2(entry - rank)), "PAGE": page, "FP8": fp8,
+        "MIN": config.least, "BLOCK_M": config.rows, "BLOCK_N": config.keys, "num_warps": config.warps,
+        "num_stages": config.stages, "maxnreg": config.registers, **pdl.options(q_SHC),
+    }  # fmt: skip
+    grid = (blocks, S, shares)  # blocks of a sequence run side by side and meet its pages in the L2 cache
+    if config.rows > 32:
+        _tall_kernel[grid](*arguments, rows, *sizes, QUERIES=queries, **constants)
+    else:
+        _token_kernel[grid](*arguments, *sizes, **constants)
+    return Parts(out, partial, lse, context_len_S, shares, queries, config.least)
+
+
+def merge(parts: Parts) -> Tensor:
+    """z [S·Q, H, L]."""
+    total, heads, rank = parts.out_SHL.shape
+    if parts.shares > 1:
+        _merge_kernel[(total * heads,)](
+            parts.partial, parts.lse, parts.out_SHL, parts.context_len_S, parts.queries * heads, parts.shares,
+            QUERIES=parts.queries, RANK=rank, BLOCK_L=triton.next_power_of_2(rank),
+            SHARES=triton.next_power_of_2(parts.shares), MIN=parts.least, num_warps=4,
+            **pdl.options(parts.out_SHL),
+        )  # fmt: skip
+    return parts.out_SHL
 
 
 def mla_decode(
@@ -380,38 +370,10 @@ def mla_decode(
 ) -> Tensor:  # fmt: skip
     """z [S·Q, H, L]; see `hadal.ops.paged.mla_decode_reference`.
 
-    With `queries` Q > 1 rows lie in groups of Q that see the same sequence: the block table of a group's
-    first row is read for all of them, and each row sees its own context length of those pages. A cache of
-    uint8 is one in FP8 (hadal/ops/latent_fp8.py).
+    With `queries` Q > 1 rows lie in groups of Q that see the same sequence: each of their block tables names
+    its pages, and each row sees its own context length of them. A cache of uint8 is one in FP8
+    (hadal/ops/latent_fp8.py).
     """
-    total, heads, entry = q_SHC.shape
-    if total % queries:
-        raise ValueError(f"{total} rows are no multiple of {queries} queries a sequence")
-    fp8 = cache_PBC.dtype == torch.uint8
-    rows, S, page = queries * heads, total // queries, cache_PBC.shape[1]
-    config = config or config_for(rows, fp8)
-    blocks = triton.cdiv(rows, config.rows)
-    slots = _multiprocessors(q_SHC.device) * config.slots
-    shares = shares or shares_for(S * blocks, block_table_SP.shape[1] * page, slots)
-    out = torch.empty((total, heads, rank), dtype=q_SHC.dtype, device=q_SHC.device)
-    partial, lse = out, out
-    if shares > 1:
-        partial = torch.empty((total * heads, shares, rank), dtype=torch.float32, device=q_SHC.device)
-        lse = torch.empty((total * heads, shares), dtype=torch.float32, device=q_SHC.device)
-    kernel, extra = (_narrow_fp8_kernel if fp8 else _narrow_kernel), {}
-    if config.rows > 32:
-        kernel, extra = _tall_kernel, {"FP8": fp8}
-    kernel[(blocks, S, shares)](  # blocks of a sequence run side by side and meet its pages in the L2 cache
-        q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, out, partial, lse, rows, heads,
-        block_table_SP.stride(0), scale * log2(e), shares, QUERIES=queries, RANK=rank,
-        ROPE=entry - rank, BLOCK_L=triton.next_power_of_2(rank),
-        BLOCK_R=max(16, triton.next_power_of_2(entry - rank)), PAGE=page, **extra,
-        MIN=MIN_SHARE, BLOCK_M=config.rows, BLOCK_N=config.keys, num_warps=config.warps,
-        num_stages=config.stages,
-    )  # fmt: skip
-    if shares > 1:
-        _merge_kernel[(S, triton.cdiv(rows, 4))](
-            partial, lse, out, context_len_S, rows, shares, QUERIES=queries, RANK=rank,
-            BLOCK_L=triton.next_power_of_2(rank), MIN=MIN_SHARE, BLOCK_M=4, num_warps=4,
-        )  # fmt: skip
-    return out
+    return merge(
+        attend(q_SHC, cache_PBC, block_table_SP, context_len_S, rank, scale, queries, config, shares)
+    )
