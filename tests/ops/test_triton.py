@@ -190,7 +190,7 @@ def pages_for(lengths: list[int], page: int, width: int) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads,rank,rope_dim", [(4, 24, 8), (20, 64, 16)])
 def test_mla_decode(heads, rank, rope_dim, dtype):
-    from hadal.ops.triton.decode import mla_decode
+    from hadal.ops.triton.latent import mla_decode
 
     lengths, page = [1, 67, 200], 16
     table, context = pages_for(lengths, page, 3)
