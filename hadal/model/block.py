@@ -36,4 +36,4 @@ class Block(nn.Module):
             return fast_TD
         attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)
         x_TD, normed_TD = self.post_attention_layernorm.after_add(x_TD, attended_TD)
-        return self.mlp(normed_TD, x_TD, ctx) if self.is_moe else x_TD + self.mlp(normed_TD)
+        return self.mlp(normed_TD, x_TD, ctx) if self.is_moe else self.mlp(normed_TD, x_TD)

@@ -16,8 +16,8 @@ from hadal.model.layers import Like, Linear
 from hadal.ops import invariant
 from hadal.ops.attention import attention
 from hadal.ops.exact import is_exact
+from hadal.ops.heads import gqa_heads
 from hadal.ops.paged import gather_pages, gqa_decode
-from hadal.ops.rope import rotate_half
 
 
 class GqaAttention(nn.Module):
@@ -37,18 +37,17 @@ class GqaAttention(nn.Module):
         """Attention output [T, D] of normed hidden states."""
         assert ctx.rotation_T2r is not None
         G = self.a.num_key_value_heads
-        qkv = self.qkv_proj(x_TD).unflatten(-1, (-1, self.a.head_dim))
-        qk = rotate_half(qkv[:, : self.heads + G], ctx.rotation_T2r)
-        q_THC, k_TGC, v_TGC = qk[:, : self.heads], qk[:, self.heads :], qkv[:, self.heads + G :]
+        qkv_THC = self.qkv_proj(x_TD).unflatten(-1, (-1, self.a.head_dim))
         if is_exact():
+            q_THC, k_TGC, v_TGC = gqa_heads(qkv_THC, ctx.rotation_T2r, G)
             out = self._exact(q_THC, torch.stack([k_TGC, v_TGC], 1), ctx)
         elif ctx.cache is None:
             lengths = ctx.lengths()
-            out = attention(q_THC, k_TGC, v_TGC, lengths, lengths, self.scale)
+            heads = gqa_heads(qkv_THC, ctx.rotation_T2r, G)
+            out = attention(*heads, lengths, lengths, self.scale)
         else:
-            assert ctx.slot_T is not None
-            ctx.cache.write(self.layer, ctx.slot_T, torch.stack([k_TGC, v_TGC], 1))
-            out = self._cached(q_THC, k_TGC, v_TGC, ctx)
+            heads = gqa_heads(qkv_THC, ctx.rotation_T2r, G, ctx.cache.layers[self.layer], ctx.slot_T)
+            out = self._cached(*heads, ctx)
         return self.o_proj(out.flatten(1))
 
     def _exact(self, q_THC: Tensor, entries: Tensor, ctx: Context) -> Tensor:
@@ -84,5 +83,5 @@ class GqaAttention(nn.Module):
         for s in range(first, len(ctx.context_lens)):
             length = ctx.context_lens[s]
             rows.append(gather_pages(pages, ctx.block_table_SP[s, : -(-length // size)], length))
-        k, v = torch.cat(rows).unbind(1)
+        k, v = (rows[0] if len(rows) == 1 else torch.cat(rows)).unbind(1)
         return k, v

@@ -67,5 +67,6 @@ class Ffn(nn.Module):
         self.gate_up_proj = Linear(hidden, 2 * width, **like)
         self.down_proj = Linear(width, hidden, **like)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return ffn(x_TD, self.gate_up_proj.weight, self.down_proj.weight)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
+        """ffn(x), plus the residual stream where it is given."""
+        return ffn(x_TD, self.gate_up_proj.weight, self.down_proj.weight, residual_TD)

@@ -20,10 +20,10 @@ from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.ops import invariant, latent_fp8
 from hadal.ops.attention import attention
 from hadal.ops.exact import is_exact
-from hadal.ops.linear import per_head
+from hadal.ops.heads import mla_heads
+from hadal.ops.linear import linear_pair, per_head
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages, mla_decode
-from hadal.ops.rope import rotate_interleaved
 
 
 class MlaAttention(nn.Module):
@@ -52,80 +52,69 @@ class MlaAttention(nn.Module):
         assert ctx.rotation_T2r is not None
         if is_exact():
             return self._exact(x_TD, ctx)
-        q_nope_THn, q_rope_THR = self._queries(x_TD)
-        kv_TC = self.kv_a_proj_with_mqa(x_TD)
+        q_THC, kv_TC = self._project(x_TD)
         norm = self.kv_a_layernorm
         if ctx.cache is None:
             entry_TC, lengths = latent_entry(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r), ctx.lengths()
-            q_rope_THR = rotate_interleaved(q_rope_THR, ctx.rotation_T2r)
-            out = self._expanded(q_nope_THn, q_rope_THR, entry_TC, lengths, lengths)
+            out = self._expanded(q_THC, ctx.rotation_T2r, entry_TC, lengths, lengths)
         else:
             assert ctx.slot_T is not None
             pages = ctx.cache.layers[self.layer]
             store = latent_fp8.write_latent if pages.dtype == torch.uint8 else write_latent
             entry_TC = store(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, pages, ctx.slot_T)
-            out = self._cached(q_nope_THn, q_rope_THR, entry_TC, ctx)
+            out = self._cached(q_THC, entry_TC, ctx)
         return self.o_proj(out)
 
     def _exact(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """The absorbed form for every token, cached or packed: one form for scoring and sampling."""
         assert ctx.rotation_T2r is not None
         norm = self.kv_a_layernorm
-        entries = latent_entry(self.kv_a_proj_with_mqa(x_TD), norm.weight, norm.eps, ctx.rotation_T2r)
+        q_THC, kv_TC = self._project(x_TD)
+        entries = latent_entry(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r)
         if ctx.cache is not None:
             assert ctx.slot_T is not None
             ctx.cache.write(self.layer, ctx.slot_T, entries)
             entries = ctx.cache.layers[self.layer]
         out = invariant.mla_attention(
-            self._query_heads(x_TD), ctx.rotation_T2r, entries, self.kv_b_proj.matrix, ctx.stream(),
+            q_THC, ctx.rotation_T2r, entries, self.kv_b_proj.matrix, ctx.stream(),
             self.a.kv_lora_rank, self.scale,
         )  # fmt: skip
         return self.o_proj(out)
 
-    def _query_heads(self, x_TD: Tensor) -> Tensor:
-        """[T, H, n + R], not rotated."""
+    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [T, H, n + R], not rotated, and what the cache entries are made of [T, C]."""
+        down = self.kv_a_proj_with_mqa.weight
         if self.a.q_lora_rank is None:
-            q = self.q_proj(x_TD)
+            q, kv_TC = linear_pair(x_TD, self.q_proj.weight, down)
         else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_TD)))
-        return q.unflatten(-1, (self.heads, -1))
-
-    def _queries(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        widths = [self.a.qk_nope_head_dim, self.a.qk_rope_head_dim]
-        q_nope, q_rope = self._query_heads(x_TD).split(widths, -1)
-        return q_nope, q_rope
+            q_latent, kv_TC = linear_pair(x_TD, self.q_a_proj.weight, down)
+            q = self.q_b_proj(self.q_a_layernorm(q_latent))
+        return q.unflatten(-1, (self.heads, -1)), kv_TC
 
     def _expanded(
-        self,
-        q_nope_THn: Tensor,
-        q_rope_THR: Tensor,
-        entry_NC: Tensor,
-        q_len: list[int],
-        k_len: list[int],
+        self, q_THC: Tensor, rotation_T2r: Tensor, entry_NC: Tensor, q_len: list[int], k_len: list[int]
     ) -> Tensor:
-        """Keys and values of every head from the latent, then ordinary causal attention; [T, H·v]."""
+        """Keys and values of every head from the latent, then ordinary causal attention; [T, H·v]. The
+        queries come unrotated, and may be overwritten."""
         latent_NL, k_rope_NR = entry_NC.split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
         kv_NHw = self.kv_b_proj(latent_NL).unflatten(-1, (self.heads, -1))
-        k_nope_NHn, v_NHv = kv_NHw.split([self.a.qk_nope_head_dim, self.a.v_head_dim], -1)
-        k = torch.cat([k_nope_NHn, k_rope_NR.unsqueeze(1).expand(-1, self.heads, -1)], -1)
-        q = torch.cat([q_nope_THn, q_rope_THR], -1)
-        return attention(q, k, v_NHv, q_len, k_len, self.scale).flatten(1)
+        q_THC, k_NHC, v_NHv = mla_heads(q_THC, rotation_T2r, kv_NHw, k_rope_NR)
+        return attention(q_THC, k_NHC, v_NHv, q_len, k_len, self.scale).flatten(1)
 
-    def _cached(self, q_nope_THn: Tensor, q_rope_THR: Tensor, entry_TC: Tensor, ctx: Context) -> Tensor:
+    def _cached(self, q_THC: Tensor, entry_TC: Tensor, ctx: Context) -> Tensor:
         """Decodes through the absorbed form, prefill chunks through the expanded one."""
         assert ctx.rotation_T2r is not None
         d, T = ctx.num_decodes, ctx.num_tokens
         parts = []
         if d:
-            parts.append(self._absorbed(q_nope_THn[:d], q_rope_THR[:d], ctx))
+            parts.append(self._absorbed(q_THC[:d], ctx))
         if d < T:
             q_len, k_len = ctx.lengths(d), list(ctx.context_lens[d:])
             # with nothing cached before, the stream itself holds all keys; from an FP8 cache they are always
             # read back, so that chunks and prefix hits see what a whole prompt sees
             fresh = q_len == k_len and not self._in_fp8(ctx)
             entry_NC = entry_TC[d:] if fresh else self._visible_entries(ctx, d, entry_TC.dtype)
-            q_rope = rotate_interleaved(q_rope_THR[d:], ctx.rotation_T2r[d:])
-            parts.append(self._expanded(q_nope_THn[d:], q_rope, entry_NC, q_len, k_len))
+            parts.append(self._expanded(q_THC[d:], ctx.rotation_T2r[d:], entry_NC, q_len, k_len))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _in_fp8(self, ctx: Context) -> bool:
@@ -143,14 +132,15 @@ class MlaAttention(nn.Module):
                 rows.append(latent_fp8.gather_entries(pages, page_P, length, self.a.kv_lora_rank, dtype))
             else:
                 rows.append(gather_pages(pages, page_P, length))
-        return torch.cat(rows)
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _absorbed(self, q_nope_SHn: Tensor, q_rope_SHR: Tensor, ctx: Context) -> Tensor:
+    def _absorbed(self, q_SHC: Tensor, ctx: Context) -> Tensor:
         """One query token a sequence over the latent cache; [S, H·v]."""
         assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None
         d, n = ctx.num_decodes, self.a.qk_nope_head_dim
         w_HwL = self.kv_b_proj.matrix.view(self.heads, n + self.a.v_head_dim, self.a.kv_lora_rank)
         assert ctx.rotation_T2r is not None
+        q_nope_SHn, q_rope_SHR = q_SHC.split([n, self.a.qk_rope_head_dim], -1)
         decode = latent_fp8.decode if self._in_fp8(ctx) else mla_decode
         z_SHL = decode(
             absorbed_query(q_nope_SHn, q_rope_SHR, ctx.rotation_T2r[:d], w_HwL[:, :n]),

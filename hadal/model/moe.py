@@ -68,10 +68,11 @@ class Experts(nn.Module):
         x_TD: Tensor,
         expert_TK: Tensor,
         weight_TK: Tensor,
-        shared_TD: Tensor | None,
+        shared: Ffn | None,
         residual_TD: Tensor,
     ) -> Tensor:
-        return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj, shared_TD, residual_TD)
+        weights = None if shared is None else (shared.gate_up_proj.weight, shared.down_proj.weight)
+        return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj, weights, residual_TD)
 
 
 class Moe(nn.Module):
@@ -103,8 +104,7 @@ class Moe(nn.Module):
             ctx.routing.append(Routing(self.layer, self.gate, expert_TK, score_TE))
         else:
             expert_TK, weight_TK, _ = self.gate(x_TD)
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
-        return self.experts(x_TD, expert_TK, weight_TK, shared_TD, residual_TD)
+        return self.experts(x_TD, expert_TK, weight_TK, self.shared_experts, residual_TD)
 
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         from hadal.ops.gate import gate_reference

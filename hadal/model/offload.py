@@ -162,7 +162,7 @@ class OffloadedExperts(nn.Module):
         x_TD: Tensor,
         expert_TK: Tensor,
         weight_TK: Tensor,
-        shared_TD: Tensor | None,
+        shared: Callable[[Tensor], Tensor] | None,
         residual_TD: Tensor,
     ) -> Tensor:
         """Σ_k w_k · expert_k(x) + shared + residual; waits for the GPU to say which experts are wanted."""
@@ -172,7 +172,7 @@ class OffloadedExperts(nn.Module):
             y = self.cache.ffn(self.layer, expert, x_TD[token]).to(out_TD.dtype)
             out_TD.index_add_(0, token, y * weight_TK[token, slot].unsqueeze(-1).to(out_TD.dtype))
         out = out_TD.to(x_TD.dtype)
-        out = out if shared_TD is None else out + shared_TD
+        out = out if shared is None else out + shared(x_TD)
         return residual_TD + out
 
 

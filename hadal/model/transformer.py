@@ -20,7 +20,7 @@ from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.model.mtp import Mtp
 from hadal.ops import invariant
 from hadal.ops.exact import is_exact
-from hadal.ops.linear import linear
+from hadal.ops.linear import linear_wide
 from hadal.ops.rope import rotation_table
 
 
@@ -94,8 +94,7 @@ class Transformer(nn.Module):
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if is_exact():  # never rounded to BF16: the trainer's losses see the same numbers
             return invariant.linear(normed_TD, weight, wide=True)
-        logits_TV = linear(normed_TD, weight)
-        return logits_TV if logits_TV.dtype == torch.float64 else logits_TV.float()
+        return linear_wide(normed_TD, weight)
 
     def mtp_forward(
         self, hidden_TD: Tensor, next_token_T: Tensor, context: Context, depth: int = 0

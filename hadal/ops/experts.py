@@ -17,6 +17,7 @@ from hadal.ops.exact import is_exact
 from hadal.ops.linear import SMALL_M, linear
 from hadal.ops.packed import Packed
 
+FEW_TOKENS = 256  # on a GPU: up to here programs find their rows themselves; beyond, rows are sorted
 SMALL_EXPERT = 1 << 16  # weights of a matrix up to which one CPU call for all experts is the faster way
 
 
@@ -34,16 +35,16 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
     return silu(gate) * up
 
 
-def ffn(x_TD: Tensor, gate_up_2ID: Tensor | Packed, down_DI: Tensor | Packed) -> Tensor:
-    """Dense SwiGLU feed-forward network."""
-    if isinstance(gate_up_2ID, Packed) or isinstance(down_DI, Packed):
-        return linear(swiglu(linear(x_TD, gate_up_2ID)), down_DI)
-    if use_triton(x_TD, gate_up_2ID, down_DI):
+def ffn(
+    x_TD: Tensor, gate_up_2ID: Tensor | Packed, down_DI: Tensor | Packed, residual_TD: Tensor | None = None
+) -> Tensor:
+    """Dense SwiGLU feed-forward network, plus the residual stream where it is given."""
+    if use_triton(x_TD, gate_up_2ID, down_DI) and isinstance(gate_up_2ID, Tensor):
         from hadal.ops.triton import linear as fast
 
         if fast.wants(x_TD, gate_up_2ID):
-            return linear(fast.linear(x_TD, gate_up_2ID, swiglu=True), down_DI)
-    return linear(swiglu(linear(x_TD, gate_up_2ID)), down_DI)
+            return linear(fast.linear(x_TD, gate_up_2ID, swiglu=True), down_DI, residual_TO=residual_TD)
+    return linear(swiglu(linear(x_TD, gate_up_2ID)), down_DI, residual_TO=residual_TD)
 
 
 def experts_reference(
@@ -70,9 +71,9 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, T
         return route.spread(x_TD, place, expert_TK.shape[1]), place, end_E
     flat = expert_TK.flatten()
     order = flat.argsort(stable=True)
-    counts_E = torch.zeros(n_experts, dtype=torch.int32, device=x_TD.device)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
+    counts_E = torch.zeros(n_experts, dtype=torch.int32, device=x_TD.device)
     counts_E.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
     row_ND = x_TD.index_select(0, order // expert_TK.shape[1])
     return row_ND, place, counts_E.cumsum(0, dtype=torch.int32)
@@ -129,12 +130,18 @@ def experts_by_segment(
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor,
     gate_up_E2ID: Tensor | Packed, down_EDI: Tensor | Packed,
-    shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+    shared: tuple[Tensor | Packed, Tensor | Packed] | None = None, residual_TD: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The routed experts on x [T, D]: expert [T, K] int64, weight [T, K] FP32 → [T, D]. No token is dropped.
+    """The experts on x [T, D]: expert [T, K] int64, weight [T, K] FP32 → [T, D]. No token is dropped.
 
-    The shared expert's output and the residual stream are added in the same pass where they are given.
+    `shared`: gate_up and down of the expert that all tokens use. The residual stream is added where given.
     """
+    plain = isinstance(gate_up_E2ID, Tensor) and not needs_grad(x_TD, weight_TK, gate_up_E2ID, residual_TD)
+    if plain and use_triton(x_TD, *(shared or ())) and 0 < x_TD.shape[0] <= FEW_TOKENS:
+        from hadal.ops.triton.experts import experts as fast
+
+        return fast(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared, residual_TD)  # type: ignore[arg-type]
+    shared_TD = None if shared is None else ffn(x_TD, *shared)
     if is_exact():
         return invariant.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     if isinstance(gate_up_E2ID, Packed) or isinstance(down_EDI, Packed):
@@ -142,10 +149,6 @@ def experts(
         return packed.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     frozen = not needs_grad(*args)
-    if frozen and use_triton(x_TD) and 0 < x_TD.shape[0] <= 256:
-        from hadal.ops.triton.experts import experts as fast
-
-        return fast(*args)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
     small = x_TD.shape[0] <= SMALL_M or (x_TD.shape[0] <= 1024 and down_EDI[0].numel() <= SMALL_EXPERT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,8 +22,17 @@ def native_bf16() -> bool:
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor | Packed, bias_O: Tensor | None = None) -> Tensor:
-    """Matrix product with a weight stored [out, in]. Few rows on CPU go through a weight-streaming kernel."""
+def linear(
+    x_TI: Tensor, weight_OI: Tensor | Packed, bias_O: Tensor | None = None, residual_TO: Tensor | None = None
+) -> Tensor:
+    """Matrix product with a weight stored [out, in], plus the residual stream where it is given. Few rows go
+    through a weight-streaming kernel."""
+    if residual_TO is not None:
+        if not needs_grad(bias_O, residual_TO) and _few_on_gpu(x_TI, weight_OI, residual_TO):
+            from hadal.ops.triton import linear as fast
+
+            return fast.linear(x_TI, cast(Tensor, weight_OI), bias_O, residual_TO)
+        return residual_TO + linear(x_TI, weight_OI, bias_O)
     if is_exact():
         return invariant.linear(x_TI, weight_OI, bias_O)
     if isinstance(weight_OI, Packed):
@@ -33,12 +43,41 @@ def linear(x_TI: Tensor, weight_OI: Tensor | Packed, bias_O: Tensor | None = Non
         if x_TI.dtype == torch.bfloat16 and not native_bf16():  # emulated BF16 runs at a third of FP32's rate
             bias = None if bias_O is None else bias_O.float()
             return torch.nn.functional.linear(x_TI.float(), weight_OI.float(), bias).to(x_TI.dtype)
-    if use_triton(x_TI, weight_OI) and not needs_grad(bias_O):
+    if not needs_grad(bias_O) and _few_on_gpu(x_TI, weight_OI):
         from hadal.ops.triton import linear as fast
 
-        if fast.wants(x_TI, weight_OI):
-            return fast.linear(x_TI, weight_OI, bias_O)
+        return fast.linear(x_TI, weight_OI, bias_O)
     return torch.nn.functional.linear(x_TI, weight_OI, bias_O)
+
+
+def _few_on_gpu(x: Tensor, *others: Tensor | Packed) -> bool:
+    """Whether the kernels of hadal/ops/triton/linear.py take these."""
+    if not use_triton(x, *others):
+        return False
+    from hadal.ops.triton import linear as fast
+
+    return fast.wants(x, *(t for t in others if isinstance(t, Tensor)))
+
+
+def linear_pair(x_TI: Tensor, first_OI: Tensor | Packed, second_PI: Tensor | Packed) -> tuple[Tensor, Tensor]:
+    """Two products over the same input, [T, O] and [T, P]; one launch for few rows on a GPU."""
+    if _few_on_gpu(x_TI, first_OI, second_PI):
+        from hadal.ops.triton import linear as fast
+
+        return fast.linear_pair(x_TI, cast(Tensor, first_OI), cast(Tensor, second_PI))
+    return linear(x_TI, first_OI), linear(x_TI, second_PI)
+
+
+def linear_wide(x_TI: Tensor, weight_OI: Tensor | Packed) -> Tensor:
+    """The product in FP32 (FP64 for FP64): on a GPU never rounded to BF16 on its way."""
+    if _few_on_gpu(x_TI, weight_OI):
+        from hadal.ops.triton import linear as fast
+
+        return fast.linear(x_TI, cast(Tensor, weight_OI), dtype=torch.float32)
+    if use_triton(x_TI, weight_OI) and x_TI.dtype == torch.bfloat16:
+        return torch.mm(x_TI, cast(Tensor, weight_OI).t(), out_dtype=torch.float32)
+    y_TO = linear(x_TI, weight_OI)
+    return y_TO if y_TO.dtype == torch.float64 else y_TO.float()
 
 
 def per_head(x_SHI: Tensor, weight: Tensor, across: bool) -> Tensor:

@@ -61,9 +61,9 @@ def _cuda(fast: bool) -> list[Row]:
         rows += [(name, "torch", why) for name in ("gate", "norms", "rotary embedding")]
         rows += [(f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA")]
         return [*rows, ("packed weights", "torch, dequantised for every product", why)]
-    from hadal.ops.triton.linear import MAX_INPUTS, MAX_ROWS
+    from hadal.ops.triton.linear import MAX_ROWS
 
-    few = f"Triton to {MAX_ROWS} rows of {MAX_INPUTS} BF16 inputs, then torch (cuBLAS)"
+    few = f"Triton to {MAX_ROWS} rows in BF16, then torch (cuBLAS)"
     return [
         ("linear layers", few, "few rows: the weights are read once, at the memory's rate"),
         ("routed experts", f"Triton to 256 tokens, then {grouped}", "few tokens: one read of the weights"),

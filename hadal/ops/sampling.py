@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hadal.ops import invariant
+from hadal.ops.dispatch import use_triton
 from hadal.ops.exact import is_exact
 
 Rows = npt.NDArray[np.float32]
@@ -176,6 +177,11 @@ def sample(logits_BV: Tensor, filters: Filters, u_B: Tensor | None) -> Tensor:
 def sample_tensors(logits_BV: Tensor, filters: Filters, u_B: Tensor | None) -> Tensor:
     """`sample` for all rows at once in tensor operations that never wait for the device."""
     if filters.all_greedy:
+        if use_triton(logits_BV):
+            from hadal.ops.triton import argmax as fast
+
+            if fast.wants(logits_BV):
+                return fast.argmax(logits_BV)
         token_B = logits_BV.argmax(-1)
         best_B = logits_BV.gather(1, token_B.unsqueeze(1)).squeeze(
             1

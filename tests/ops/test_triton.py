@@ -12,10 +12,12 @@ import torch
 from hadal.config import Moe
 from hadal.ops import gate as gate_op
 from hadal.ops import paged, rope
-from hadal.ops.experts import experts_reference
+from hadal.ops.experts import experts_reference, ffn
 from hadal.ops.rms_norm import rms_norm_reference
 
 pytest.importorskip("triton")
+from hadal.ops.triton import arrivals
+
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
@@ -152,7 +154,18 @@ def test_experts(tokens, hidden, width, n_experts, K, dtype):
     expert[: tokens // 2] = torch.arange(K, device=DEVICE)  # a crowded expert has more rows than a tile
     weight = draw(tokens, K, dtype=torch.float32).abs()
     wide = experts_reference(x.double(), expert, weight.double(), gate_up.double(), down.double())
-    close(experts(x, expert, weight, gate_up, down), wide, dtype)
+    for paired in (True, False):
+        close(experts(x, expert, weight, gate_up, down, paired=paired), wide, dtype)
+    residual = draw(tokens, hidden, dtype=dtype)
+    for parts in (1, 2):  # a shared expert of so many routed widths
+        up = draw(2 * parts * width, hidden, dtype=dtype, scale=hidden**-0.5)
+        back = draw(hidden, parts * width, dtype=dtype, scale=(parts * width) ** -0.5)
+        want = wide + ffn(x.double(), up.double(), back.double()) + residual.double()
+        for paired in (True, False):
+            out = experts(x, expert, weight, gate_up, down, (up, back), residual, paired=paired)
+            close(out, want, dtype)
+    with pytest.raises(ValueError, match="no multiple"):
+        experts(x, expert, weight, gate_up, down, (up, back[:, :-1]))
 
 
 @needs_triton
@@ -241,8 +254,39 @@ def test_linear_of_few_rows(rows, outs, width, dtype):
         pytest.skip("the dispatcher gives these kernels BF16 only; FP32 tiles exceed shared memory")
     x = draw(rows, width + 3, dtype=dtype)[:, :width]
     w = draw(2 * outs, width, dtype=dtype, scale=width**-0.5)
-    bias = draw(2 * outs, dtype=dtype)
-    close(few.linear(x, w, bias), torch.nn.functional.linear(x.double(), w.double(), bias.double()), dtype)
+    bias, residual = draw(2 * outs, dtype=dtype), draw(rows, 2 * outs, dtype=dtype)
+    want = torch.nn.functional.linear(x.double(), w.double(), bias.double())
+    for splits in (1, 2, 3):
+        config = few.Config(16, 32, 2, 2, splits)
+        close(few.linear(x, w, bias, config=config), want, dtype)
+        close(few.linear(x, w, bias, residual, config=config), want + residual.double(), dtype)
+        for out, part in zip(
+            few.linear_pair(x, w[:outs], w[outs:], config), (w[:outs], w[outs:]), strict=True
+        ):
+            close(out, x.double() @ part.double().T, dtype)
+    assert not arrivals.counters(x.device).any()  # zero again, for the next launch
     gate, up = (x.double() @ w.double().T).chunk(2, -1)
     close(few.linear(x, w, swiglu=True), torch.nn.functional.silu(gate) * up, dtype)
+    wide = few.linear(x, w, dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    close(wide, x.double() @ w.double().T, torch.float32)
     assert few.wants(x, w) == (dtype == torch.bfloat16)
+
+
+@needs_triton
+def test_argmax_of_logits():
+    from hadal.ops.triton.argmax import argmax
+
+    logits = torch.randn(7, 9000).to(DEVICE)[:, :8990]
+    logits[0, [17, 5000, 8000]] = 9.0  # the first of equals
+    logits[1, 8989] = 9.0
+    logits[2, 4100] = float("nan")
+    logits[3, 0] = float("inf")
+    logits[4] = float("-inf")
+    logits[5, :4096] = float("-inf")
+    want = logits.argmax(-1)
+    want[2:5] = -1
+    want[0] = 17
+    assert argmax(logits).tolist() == want.tolist()
+    assert argmax(logits[:, :100].bfloat16().contiguous()[5:]).tolist()[0] == -1
+    assert not arrivals.counters(logits.device).any()

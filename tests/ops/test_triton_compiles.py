@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from hadal.config import preset
 from hadal.ops.packed import Kind, Packed
+from hadal.ops.triton import pdl
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="the kernels run there"
@@ -59,6 +60,7 @@ def compiled(monkeypatch) -> list[Any]:
 
     monkeypatch.setattr(JITFunction, "run", warm_up)
     monkeypatch.setattr(driver, "_active", H100())
+    monkeypatch.setattr(pdl, "options", lambda x: {"PDL": True, "launch_pdl": True})
     return kernels
 
 
@@ -121,6 +123,37 @@ def gate() -> None:
         apart.route(torch.empty(2, moe.n_routed_experts), bias, moe)
 
 
+def few_rows(rows: int) -> None:
+    """Linear layers of V2-Lite and Qwen 1.5B at decode."""
+    from hadal.ops.triton.linear import linear, linear_pair
+
+    x, wide = torch.empty(rows, 2048, dtype=BF16), torch.empty(rows, 8960, dtype=BF16)
+    linear_pair(x, torch.empty(3072, 2048, dtype=BF16), torch.empty(576, 2048, dtype=BF16))
+    linear(x, torch.empty(2048, 2048, dtype=BF16), residual_MN=x)
+    linear(x, torch.empty(21888, 2048, dtype=BF16), swiglu=True)
+    linear(x, torch.empty(102400, 2048, dtype=BF16), dtype=torch.float32)
+    linear(wide, torch.empty(1536, 8960, dtype=BF16), torch.empty(1536, dtype=BF16))
+
+
+def few_experts(tokens: int) -> None:
+    from hadal.ops.triton.experts import experts
+
+    x = torch.empty(tokens, 2048, dtype=BF16)
+    up, down = torch.empty(64, 2816, 2048, dtype=BF16), torch.empty(64, 2048, 1408, dtype=BF16)
+    shared = torch.empty(5632, 2048, dtype=BF16), torch.empty(2048, 2816, dtype=BF16)
+    chosen = torch.zeros(tokens, 6, dtype=torch.int64)
+    experts(x, chosen, torch.empty(tokens, 6), up, down, shared, x)
+
+
+def small() -> None:
+    from hadal.ops.triton.argmax import argmax
+    from hadal.ops.triton.norm import add_rms_norm
+
+    x = torch.empty(4, 2048, dtype=BF16)
+    add_rms_norm(x, x, x[0], 1e-6)
+    argmax(torch.empty(4, 102400))
+
+
 def write() -> None:
     from hadal.ops.triton.latent_fp8 import write_latent
 
@@ -142,6 +175,12 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "experts FP8": (experts, ("fp8", 100), 2),
     "products in FP8": (fp8, (), 6),
     "gate": (gate, (), 4),
+    "linear, 1 row": (few_rows, (1,), 5),
+    "linear, 32 rows": (few_rows, (32,), 5),
+    "experts, 1 token": (few_experts, (1,), 3),
+    "experts, 32 tokens": (few_experts, (32,), 3),
+    "experts, 256 tokens": (few_experts, (256,), 3),
+    "norm, argmax": (small, (), 2),
     "FP8 latent entries": (write, (), 1),
 }
 

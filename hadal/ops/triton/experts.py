@@ -2,16 +2,34 @@
 
 Three kernels: gate_up product + SwiGLU, down product, weighted sum. A program owns one expert and a block of
 its output rows; it finds the (token, k) pairs routed to it by itself, so nothing is sorted, nothing is
-synchronised with the host, and every expert's weights are read once for each BLOCK_M of its rows.
-Legend: P = T·K pairs, D hidden, I width, E experts.
+synchronised with the host, and every expert's weights are read once for each BLOCK_M of its rows. For a few
+pairs a program owns one pair instead. The shared expert runs in the same launches, as so many parts of the
+routed width that every token chose; its weights are fetched while the kernel before still runs.
+Legend: P = T·K pairs, R = P + T·parts rows, D hidden, I width, E experts.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from hadal.ops.triton import pdl
+
+PAIRED = 32  # (token, k) pairs up to which every pair has programs of its own: most choose different experts
+AHEAD_BYTES = 64 << 10  # of a program's shared weights that are fetched before its input is there
+
+
+class Tiles(NamedTuple):
+    """Block sizes of a kernel."""
+
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
 
 
 @triton.jit
@@ -52,73 +70,144 @@ def _rows_of_expert(mine, rank, pair, first, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _gate_up_kernel(
-    x, expert, w, out, pairs, hidden, width,
-    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+def _gate_up_rows(
+    x, row, to_row, gate_row, up_row, out, n, hidden, width,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(1).to(tl.int64)
+    """silu(gate)·up of the rows `row` of x (−1: none) into the rows `to_row` of out [.., width]."""
+    x_row = x + tl.maximum(row, 0).to(tl.int64) * hidden
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, hidden, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = (n[:, None] < width) & (d[None, :] < hidden)
+        x_mask = (row >= 0)[None, :] & (d < hidden)[:, None]
+        value = tl.load(x_row[None, :] + d[:, None], mask=x_mask, other=0.0)
+        gate_tile = tl.load(gate_row + d[None, :], mask=mask, other=0.0)
+        gate = tl.dot(gate_tile, value, gate, input_precision="ieee")
+        up = tl.dot(tl.load(up_row + d[None, :], mask=mask, other=0.0), value, up, input_precision="ieee")
+    y = _silu_mul(gate, up, out.dtype.element_ty)
+    to = out + tl.maximum(to_row, 0).to(tl.int64)[None, :] * width + n[:, None]
+    tl.store(to, y.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < width)[:, None])
+
+
+@triton.jit
+def _down_rows(
+    h, row, w_row, out, n, hidden, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    """The down product of the rows `row` of h (−1: none) into the same rows of out [.., hidden]."""
+    h_row = h + tl.maximum(row, 0).to(tl.int64) * width
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, width, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        mask = (n[:, None] < hidden) & (i[None, :] < width)
+        h_mask = (row >= 0)[None, :] & (i < width)[:, None]
+        value = tl.load(h_row[None, :] + i[:, None], mask=h_mask, other=0.0)
+        acc = tl.dot(tl.load(w_row + i[None, :], mask=mask, other=0.0), value, acc, input_precision="ieee")
+    to = out + tl.maximum(row, 0).to(tl.int64)[None, :] * hidden + n[:, None]
+    tl.store(to, acc.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < hidden)[:, None])
+
+
+@triton.jit
+def _fetch(row, length, AHEAD: tl.constexpr, PDL: tl.constexpr):
+    """The first AHEAD inputs of these weight rows [N, 1] into L2."""
+    line = tl.arange(0, AHEAD // pdl.LINE) * pdl.LINE
+    pdl.prefetch(row + tl.minimum(line, length - 1)[None, :], PDL)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr, PAIRED: tl.constexpr,
+    K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    pdl.begin(PDL)
+    part = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pair = tl.arange(0, BLOCK_P)
-    mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
-    count = tl.sum(mine.to(tl.int32), 0)
-    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-    gate_row = w + (e * 2 * width + n[:, None]) * hidden
-    up_row = gate_row + width * hidden
-    for first in range(0, count, BLOCK_M):
-        row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
-        x_row = x + (tl.maximum(row, 0) // K).to(tl.int64) * hidden
-        gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for start in range(0, hidden, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            mask = (n[:, None] < width) & (d[None, :] < hidden)
-            value = tl.load(
-                x_row[None, :] + d[:, None], mask=(row >= 0)[None, :] & (d < hidden)[:, None], other=0.0
-            )
-            gate = tl.dot(
-                tl.load(gate_row + d[None, :], mask=mask, other=0.0), value, gate, input_precision="ieee"
-            )
-            up = tl.dot(tl.load(up_row + d[None, :], mask=mask, other=0.0), value, up, input_precision="ieee")
-        y = _silu_mul(gate, up, out.dtype.element_ty)
-        to = out + tl.maximum(row, 0).to(tl.int64)[None, :] * width + n[:, None]
-        tl.store(to, y.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < width)[:, None])
+    weight_n = tl.minimum(n, width - 1)[:, None].to(tl.int64)
+    i = tl.arange(0, BLOCK_M)
+    if part < PARTS:  # of the shared expert, for every token
+        gate_row = shared + (part * width + weight_n) * hidden
+        up_row = gate_row + tl.cast(PARTS * width, tl.int64) * hidden
+        if PDL:
+            _fetch(gate_row, hidden, AHEAD, PDL)
+            _fetch(up_row, hidden, AHEAD, PDL)
+        pdl.wait(PDL)
+        for first in range(0, tokens, BLOCK_M):
+            row = tl.where(first + i < tokens, first + i, -1)
+            to_row = pairs + part * tokens + row
+            _gate_up_rows(x, row, to_row, gate_row, up_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_D)
+    else:
+        pdl.wait(PDL)
+        if PAIRED:  # one program for a pair: an expert that two tokens chose is read twice
+            e = tl.load(expert + part - PARTS)
+            gate_row = w + (e * 2 * width + weight_n) * hidden
+            row = tl.where(i == 0, part - PARTS, -1)
+            _gate_up_rows(
+                x, tl.where(i == 0, (part - PARTS) // K, -1), row, gate_row,
+                gate_row + tl.cast(width, tl.int64) * hidden, out, n, hidden, width, BLOCK_M, BLOCK_N,
+                BLOCK_D,
+            )  # fmt: skip
+        else:
+            e = (part - PARTS).to(tl.int64)
+            pair = tl.arange(0, BLOCK_P)
+            mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
+            rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+            gate_row = w + (e * 2 * width + weight_n) * hidden
+            for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
+                row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
+                _gate_up_rows(
+                    x, tl.where(row >= 0, row // K, -1), row, gate_row,
+                    gate_row + tl.cast(width, tl.int64) * hidden, out, n, hidden, width, BLOCK_M, BLOCK_N,
+                    BLOCK_D,
+                )  # fmt: skip
 
 
 @triton.jit
 def _down_kernel(
-    h, expert, w, out, pairs, hidden, width,
+    h, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr, PAIRED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    e = tl.program_id(1).to(tl.int64)
+    pdl.begin(PDL)
+    part = tl.program_id(1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pair = tl.arange(0, BLOCK_P)
-    mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
-    count = tl.sum(mine.to(tl.int32), 0)
-    rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-    w_row = w + (e * hidden + n[:, None]) * width
-    for first in range(0, count, BLOCK_M):
-        row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
-        h_row = h + tl.maximum(row, 0).to(tl.int64) * width
-        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for start in range(0, width, BLOCK_I):
-            i = start + tl.arange(0, BLOCK_I)
-            mask = (n[:, None] < hidden) & (i[None, :] < width)
-            value = tl.load(
-                h_row[None, :] + i[:, None], mask=(row >= 0)[None, :] & (i < width)[:, None], other=0.0
-            )
-            acc = tl.dot(
-                tl.load(w_row + i[None, :], mask=mask, other=0.0), value, acc, input_precision="ieee"
-            )
-        to = out + tl.maximum(row, 0).to(tl.int64)[None, :] * hidden + n[:, None]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < hidden)[:, None])
+    weight_n = tl.minimum(n, hidden - 1)[:, None].to(tl.int64)
+    i = tl.arange(0, BLOCK_M)
+    if part < PARTS:
+        w_row = shared + weight_n * (PARTS * width) + part * width
+        if PDL:
+            _fetch(w_row, width, AHEAD, PDL)
+        pdl.wait(PDL)
+        for first in range(0, tokens, BLOCK_M):
+            row = tl.where(first + i < tokens, pairs + part * tokens + first + i, -1)
+            _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
+    else:
+        pdl.wait(PDL)
+        if PAIRED:
+            e = tl.load(expert + part - PARTS)
+            row = tl.where(i == 0, part - PARTS, -1)
+            w_row = w + (e * hidden + weight_n) * width
+            _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
+        else:
+            e = (part - PARTS).to(tl.int64)
+            pair = tl.arange(0, BLOCK_P)
+            mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
+            rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+            w_row = w + (e * hidden + weight_n) * width
+            for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
+                row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
+                _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
 
 
 @triton.jit
 def _combine_kernel(
-    y, place, weight, shared, residual, out, hidden,
+    y, place, weight, shared, residual, out, tokens, hidden, PARTS: tl.constexpr,
     K: tl.constexpr, PLACED: tl.constexpr, SHARED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < hidden
@@ -129,6 +218,9 @@ def _combine_kernel(
             at = tl.load(place + at)
         row = tl.load(y + at * hidden + col, mask=inside, other=0.0).to(tl.float32)
         acc += row * tl.load(weight + token * K + k)
+    for part in tl.static_range(PARTS):
+        at = tokens * (K + part) + token
+        acc += tl.load(y + at * hidden + col, mask=inside, other=0.0).to(tl.float32)
     if SHARED:
         acc += tl.load(shared + token * hidden + col, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
@@ -138,25 +230,44 @@ def _combine_kernel(
 
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
-    shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+    shared: tuple[Tensor, Tensor] | None = None, residual_TD: Tensor | None = None,
+    tiles: tuple[Tiles, Tiles] | None = None, paired: bool | None = None,
 ) -> Tensor:  # fmt: skip
-    """Σ_k w_k · expert_k(x) + shared + residual, [T, D], summed in FP32."""
+    """Σ_k w_k · expert_k(x) + shared(x) + residual, [T, D], summed in FP32. `shared`: the gate_up [2S, D] and
+    down [D, S] weights of an expert for all tokens, S a multiple of the routed width."""
     tokens, hidden = x_TD.shape
     K, (n_experts, _, width) = expert_TK.shape[1], down_EDI.shape
-    pairs = tokens * K
+    pairs, parts = tokens * K, 0
+    shared_up = shared_down = x_TD
+    if shared is not None:
+        shared_up, shared_down = shared
+        parts = shared_down.shape[1] // width
+        if parts * width != shared_down.shape[1]:
+            raise ValueError(f"a shared width of {shared_down.shape[1]} is no multiple of {width}")
     x_TD = x_TD.contiguous()
-    h_PI = torch.empty((pairs, width), dtype=x_TD.dtype, device=x_TD.device)
-    y_PD = torch.empty((pairs, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    blocks = {"BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": _rows_a_tile(pairs, n_experts)}
-    _gate_up_kernel[(triton.cdiv(width, 64), n_experts)](
-        x_TD, expert_TK, gate_up_E2ID, h_PI, pairs, hidden, width,
-        K=K, **blocks, BLOCK_N=64, BLOCK_D=128 if blocks["BLOCK_M"] == 16 else 64, num_warps=4, num_stages=3,
+    rows = pairs + parts * tokens
+    h_RI = torch.empty((rows, width), dtype=x_TD.dtype, device=x_TD.device)
+    y_RD = torch.empty((rows, hidden), dtype=x_TD.dtype, device=x_TD.device)
+    paired = pairs <= min(PAIRED, n_experts) if paired is None else paired
+    block_m = 16 if paired else _rows_a_tile(pairs, n_experts)
+    up, down = tiles or (Tiles(64, 128 if block_m == 16 else 64, 4, 3),
+                         Tiles(64, 128 if block_m == 16 else 64, 4, 4))  # fmt: skip
+    programs = parts + (pairs if paired else n_experts)
+    constants = {
+        "PARTS": parts, "PAIRED": paired, "BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": block_m,
+        **pdl.options(x_TD),
+    }  # fmt: skip
+    ahead = AHEAD_BYTES // (up.outputs * x_TD.element_size())
+    _gate_up_kernel[(triton.cdiv(width, up.outputs), programs)](
+        x_TD, expert_TK, gate_up_E2ID, shared_up, h_RI, tokens, pairs, hidden, width, K=K,
+        BLOCK_N=up.outputs, BLOCK_D=up.inputs, AHEAD=ahead // 2, num_warps=up.warps, num_stages=up.stages,
+        **constants,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(hidden, 64), n_experts)](
-        h_PI, expert_TK, down_EDI, y_PD, pairs, hidden, width,
-        **blocks, BLOCK_N=64, BLOCK_I=128 if blocks["BLOCK_M"] == 16 else 64, num_warps=4, num_stages=4,
+    _down_kernel[(triton.cdiv(hidden, down.outputs), programs)](
+        h_RI, expert_TK, down_EDI, shared_down, y_RD, tokens, pairs, hidden, width, BLOCK_N=down.outputs,
+        BLOCK_I=down.inputs, AHEAD=ahead, num_warps=down.warps, num_stages=down.stages, **constants,
     )  # fmt: skip
-    return _combine(y_PD, None, weight_TK, shared_TD, residual_TD)
+    return _combine(y_RD, None, weight_TK, None, residual_TD, parts)
 
 
 def _rows_a_tile(pairs: int, n_experts: int) -> int:
@@ -181,14 +292,16 @@ def _combine(
     weight_TK: Tensor,
     shared_TD: Tensor | None,
     residual_TD: Tensor | None,
+    parts: int = 0,
 ) -> Tensor:
+    """parts: rows of the shared expert for every token, behind all pairs' rows."""
     (tokens, K), hidden = weight_TK.shape, row_ND.shape[1]
     out_TD = torch.empty((tokens, hidden), dtype=row_ND.dtype, device=row_ND.device)
     _combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
         row_ND, row_ND if place is None else place, weight_TK,
         row_ND if shared_TD is None else shared_TD.contiguous(),
-        row_ND if residual_TD is None else residual_TD.contiguous(), out_TD, hidden, K=K,
-        PLACED=place is not None, SHARED=shared_TD is not None, RESIDUAL=residual_TD is not None,
-        BLOCK=1024, num_warps=4,
+        row_ND if residual_TD is None else residual_TD.contiguous(), out_TD, tokens, hidden,
+        PARTS=parts, K=K, PLACED=place is not None, SHARED=shared_TD is not None,
+        RESIDUAL=residual_TD is not None, BLOCK=1024, num_warps=4, **pdl.options(row_ND),
     )  # fmt: skip
     return out_TD

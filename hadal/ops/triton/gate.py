@@ -11,6 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.config import Moe
+from hadal.ops.triton import linear as few_rows
+from hadal.ops.triton import pdl
 
 
 @triton.jit
@@ -74,8 +76,10 @@ def _gate_kernel(
     logit, bias, expert, weight, n_experts, scale,
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
     K: tl.constexpr, TOPK_GROUP: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
-    SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr,
+    SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, BLOCK_G)
     p = tl.arange(0, BLOCK_P)
@@ -90,6 +94,8 @@ def _gate_kernel(
 
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """FP32 router logits. BF16 products are exact in FP32: a BF16 product with FP32 output loses nothing."""
+    if few_rows.wants(x_TD, weight_ED):
+        return few_rows.linear(x_TD, weight_ED, dtype=torch.float32)
     if x_TD.dtype == torch.bfloat16 and x_TD.is_cuda:
         return torch.mm(x_TD, weight_ED.t(), out_dtype=torch.float32)
     return x_TD.float() @ weight_ED.float().t()
@@ -109,7 +115,7 @@ def route(logit_TE: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Te
     _gate_kernel[(tokens,)](
         logit_TE, bias_E if bias_E is not None else logit_TE, expert_TK, weight_TK, n_experts,
         weight_factor(moe), **constants(moe, n_experts, bias_E is not None),
-        num_warps=1 if n_experts <= 64 else 4,
+        num_warps=1 if n_experts <= 64 else 4, **pdl.options(logit_TE),
     )  # fmt: skip
     return expert_TK, weight_TK
 

@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.config import Moe
+from hadal.ops.triton import pdl
+from hadal.ops.triton.arrivals import counters
 from hadal.ops.triton.gate import _choose, constants, weight_factor
 
 MAX_TOKENS = 4
-_COUNTERS: dict[torch.device, Tensor] = {}
 
 
 @triton.jit
@@ -26,11 +27,16 @@ def _fused_kernel(
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
     K: tl.constexpr, TOPK_GROUP: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
-    SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr,
+    SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    pdl.begin(PDL)
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     m = tl.arange(0, BLOCK_M)
     begin = tl.program_id(1) * share
+    if PDL:
+        line = tl.minimum(begin + tl.arange(0, 16) * pdl.LINE, hidden - 1)
+        pdl.prefetch(w + tl.minimum(e, n_experts - 1)[:, None].to(tl.int64) * hidden + line[None, :], PDL)
+    pdl.wait(PDL)
     acc = tl.zeros([BLOCK_E, BLOCK_M], tl.float32)
     for start in range(begin, tl.minimum(begin + share, hidden), BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -61,20 +67,6 @@ def _fused_kernel(
         tl.store(arrived, 0)  # for the next launch
 
 
-def _counter(device: torch.device) -> Tensor:
-    """Zero, and zero again after every launch: one per device, so launches must not overlap on two streams.
-
-    While a graph is being recorded, a zero of its own, whose clearing is recorded too: memory of the graph's
-    pool must not become everybody's.
-    """
-    if device in _COUNTERS:
-        return _COUNTERS[device]
-    fresh = torch.zeros(1, dtype=torch.int32, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return fresh
-    return _COUNTERS.setdefault(device, fresh)
-
-
 def wants(x_TD: Tensor) -> bool:
     """Whether this kernel takes so few rows."""
     return 0 < x_TD.shape[0] <= MAX_TOKENS and x_TD.dtype == torch.bfloat16
@@ -95,9 +87,9 @@ def gate(
     expert_TK = torch.empty((tokens, K), dtype=torch.int64, device=x_TD.device)
     weight_TK = torch.empty((tokens, K), dtype=torch.float32, device=x_TD.device)
     _fused_kernel[(triton.cdiv(n_experts, block_e), splits)](
-        x_TD, weight_ED, bias_E if bias_E is not None else partial, partial, _counter(x_TD.device), expert_TK,
+        x_TD, weight_ED, bias_E if bias_E is not None else partial, partial, counters(x_TD.device), expert_TK,
         weight_TK, tokens, n_experts, hidden, x_TD.stride(0), share, weight_factor(moe), BLOCK_E=block_e,
         BLOCK_M=16, BLOCK_D=256, SPLITS=splits, **constants(moe, n_experts, bias_E is not None),
-        num_warps=4, num_stages=3,
+        num_warps=4, num_stages=3, **pdl.options(x_TD),
     )  # fmt: skip
     return expert_TK, weight_TK

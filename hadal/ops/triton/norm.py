@@ -7,12 +7,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hadal.ops.triton import pdl
+
 
 @triton.jit
-def _norm_kernel(x, delta, weight, total, out, width, x_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_kernel(
+    x, delta, weight, total, out, width, x_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    pdl.begin(PDL)
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < width
+    scale_by = tl.load(weight + col, mask=inside, other=0.0)
+    pdl.wait(PDL)
     value = tl.load(x + row * x_stride + col, mask=inside, other=0.0)
     if ADD:  # the sum is rounded to the stream's dtype before it is normed, as in the unfused pair
         value = value + tl.load(delta + row * width + col, mask=inside, other=0.0)
@@ -20,7 +28,7 @@ def _norm_kernel(x, delta, weight, total, out, width, x_stride, eps, ADD: tl.con
     wide = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide) / width + eps)
     normed = (wide * scale).to(out.dtype.element_ty)
-    tl.store(out + row * width + col, normed * tl.load(weight + col, mask=inside, other=0.0), mask=inside)
+    tl.store(out + row * width + col, normed * scale_by, mask=inside)
 
 
 def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,6 +51,7 @@ def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tupl
         ADD=delta is not None,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 16),
+        **pdl.options(rows),
     )
     return total.view(x.shape), out.view(x.shape)
 
