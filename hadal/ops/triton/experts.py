@@ -231,7 +231,7 @@ def _combine_kernel(
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
     shared: tuple[Tensor, Tensor] | None = None, residual_TD: Tensor | None = None,
-    tiles: tuple[Tiles, Tiles] | None = None, paired: bool | None = None,
+    tiles: tuple[Tiles, Tiles] | None = None, paired: bool | None = None, rows_a_tile: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Σ_k w_k · expert_k(x) + shared(x) + residual, [T, D], summed in FP32. `shared`: the gate_up [2S, D] and
     down [D, S] weights of an expert for all tokens, S a multiple of the routed width."""
@@ -249,7 +249,7 @@ def experts(
     h_RI = torch.empty((rows, width), dtype=x_TD.dtype, device=x_TD.device)
     y_RD = torch.empty((rows, hidden), dtype=x_TD.dtype, device=x_TD.device)
     paired = pairs <= min(PAIRED, n_experts) if paired is None else paired
-    block_m = 16 if paired else _rows_a_tile(pairs, n_experts)
+    block_m = 16 if paired else rows_a_tile or _rows_a_tile(pairs, n_experts)
     up, down = tiles or (Tiles(64, 128 if block_m == 16 else 64, 4, 3),
                          Tiles(64, 128 if block_m == 16 else 64, 4, 4))  # fmt: skip
     programs = parts + (pairs if paired else n_experts)
