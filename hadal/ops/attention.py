@@ -49,26 +49,23 @@ def attention(
     """Causal attention of every sequence, [T, H, V]. Lengths are host integers; Σ q_len = T, Σ k_len = N."""
     if forced_reference() or q_THC.dtype == torch.float64:
         return attention_reference(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
-    width_V, width = v_NGV.shape[-1], q_THC.shape[-1]
-    if width_V < width:  # flash kernels want equal widths; zero columns add nothing
-        v_NGV = pad(v_NGV, (0, width - width_V))
     if len(set(q_len)) == 1 and len(set(k_len)) == 1:
-        out = _uniform(q_THC, k_NGC, v_NGV, len(q_len), scale)
-    elif varlen_available(q_THC):
-        out = _varlen(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
-    else:
-        parts, t, n = [], 0, 0
-        for Q, N in zip(q_len, k_len, strict=True):
-            parts.append(_uniform(q_THC[t : t + Q], k_NGC[n : n + N], v_NGV[n : n + N], 1, scale))
-            t, n = t + Q, n + N
-        out = torch.cat(parts)
-    return out[..., :width_V]
+        return _uniform(q_THC, k_NGC, v_NGV, len(q_len), scale)
+    if varlen_available(q_THC):
+        return _varlen(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
+    parts, t, n = [], 0, 0
+    for Q, N in zip(q_len, k_len, strict=True):
+        parts.append(_uniform(q_THC[t : t + Q], k_NGC[n : n + N], v_NGV[n : n + N], 1, scale))
+        t, n = t + Q, n + N
+    return torch.cat(parts)
 
 
 def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale: float) -> Tensor:
     """Sequences of equal lengths as one batch through torch's fused attention."""
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_THC, k_NGC, v_NGV))
-    queries, keys = q.shape[2], k.shape[2]
+    queries, keys, width_V = q.shape[2], k.shape[2], v.shape[3]
+    if width_V < q.shape[3] and not _takes_narrow_values(q, k, v):
+        v = pad(v, (0, q.shape[3] - width_V))  # zero columns add nothing
     mask = None if queries in (1, keys) else _visible(queries, keys, q.device)
     out = scaled_dot_product_attention(
         q,
@@ -79,7 +76,35 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
         scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
-    return out.transpose(1, 2).flatten(0, 1)
+    return out.transpose(1, 2).flatten(0, 1)[..., :width_V]
+
+
+_NARROW: dict[tuple[torch.device, torch.dtype, int, int], bool] = {}
+
+
+def _takes_narrow_values(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether cuDNN's attention, which torch prefers where it can, takes values narrower than keys (MLA: 128
+    beside 192). Its flash kernels want equal widths. Found out once, on a small input."""
+    key = (q.device, q.dtype, q.shape[3], v.shape[3])
+    if key not in _NARROW:
+        _NARROW[key] = q.is_cuda and _try_narrow(q, k, v)
+    return _NARROW[key]
+
+
+def _try_narrow(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    small = [
+        torch.arange(128 * x.shape[3], device=x.device).mul(i).sin().view(1, 1, 128, -1).to(x.dtype)
+        for i, x in enumerate((q, k, v), 1)
+    ]
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            out = scaled_dot_product_attention(*small, is_causal=True)
+    except RuntimeError:  # not this cuDNN, or not this card
+        return False
+    want = attention_reference(*(x[0].transpose(0, 1) for x in small), [128], [128], q.shape[3] ** -0.5)
+    return bool((out[0].transpose(0, 1) - want).norm() < 0.02 * want.norm())
 
 
 @functools.cache
@@ -110,10 +135,13 @@ def _varlen(
     elif q_THC.shape[1] != k_NGC.shape[1]:
         repeat = q_THC.shape[1] // k_NGC.shape[1]
         k_NGC, v_NGV = k_NGC.repeat_interleave(repeat, 1), v_NGV.repeat_interleave(repeat, 1)
+    width_V = v_NGV.shape[2]
+    if width_V < q_THC.shape[2]:  # flash kernels want equal widths; zero columns add nothing
+        v_NGV = pad(v_NGV, (0, q_THC.shape[2] - width_V))
     q_start, k_start = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
     q, k, v = q_THC.contiguous(), k_NGC.contiguous(), v_NGV.contiguous()
     out: Tensor = function(q, k, v, q_start, k_start, max(q_len), max(k_len), scale=scale, **options)
-    return out
+    return out[..., :width_V]
 
 
 @functools.lru_cache(maxsize=64)

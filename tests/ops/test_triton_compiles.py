@@ -81,6 +81,22 @@ def gqa() -> None:
     gqa_decode(torch.empty(2, 12, 128, dtype=BF16), cache, table, context, 0.1, True, 4)
 
 
+def heads() -> None:
+    from hadal.ops.triton.heads import gqa_heads, mla_heads
+
+    kv, rope = torch.empty(4, 16, 256, dtype=BF16), torch.empty(4, 576, dtype=BF16)[:, 512:]
+    mla_heads(torch.empty(3, 16, 192, dtype=BF16), torch.empty(3, 2, 32), kv, rope)
+    cache, slot = torch.empty(9, 64, 2, 2, 128, dtype=BF16), torch.zeros(3, dtype=torch.int64)
+    gqa_heads(torch.empty(3, 16, 128, dtype=BF16), torch.empty(3, 2, 64), 2, cache, slot)
+
+
+def route(n_experts: int) -> None:
+    from hadal.ops.triton.route import places, spread
+
+    place, _ = places(torch.zeros(4000, 6, dtype=torch.int64), n_experts)
+    spread(torch.empty(4000, 2048, dtype=BF16), place, 6)
+
+
 def linear(kind: Kind, rows: int) -> None:
     from hadal.ops.triton.packed import dequantise, streamed
 
@@ -155,7 +171,7 @@ def small() -> None:
 
 
 def write() -> None:
-    from hadal.ops.triton.latent_fp8 import write_latent
+    from hadal.ops.triton.mla import write_latent
 
     kv, norm = torch.empty(4, 576, dtype=BF16), torch.empty(512, dtype=BF16)
     cache, slot = torch.empty(10, 64, 656, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
@@ -168,6 +184,9 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "MLA, FP8, 16 heads": (mla, (16, 1, True), 2),
     "MLA, FP8, 128 heads": (mla, (128, 1, True), 2),
     "GQA, pages ahead": (gqa, (), 2),
+    "heads": (heads, (), 2),
+    "rows of 64 experts": (route, (64,), 3),
+    "rows of 256 experts": (route, (256,), 3),
     "linear INT8": (linear, ("int8", 1), 3),
     "linear INT4": (linear, ("int4", 16), 3),
     "linear FP8": (linear, ("fp8", 64), 3),

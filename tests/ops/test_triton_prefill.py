@@ -57,3 +57,52 @@ def test_rows_by_expert_are_those_of_a_stable_sort(tokens, experts, per_token):
     assert torch.equal(got_place.cpu(), place) and torch.equal(got_end.cpu(), end)
     if tokens <= 700:
         assert torch.equal(spread(x.to(DEVICE), got_place, per_token).cpu(), rows)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,keys,heads,nope,rope,value", [(1, 1, 2, 8, 4, 8), (5, 9, 20, 24, 12, 16)])
+def test_mla_heads(tokens, keys, heads, nope, rope, value, dtype):
+    from hadal.ops import heads as op
+    from hadal.ops.triton.heads import mla_heads
+
+    rotation = torch.randn(tokens, 2, rope // 2, device=DEVICE)
+    wide = draw(tokens, heads * (nope + rope) + 3, dtype=dtype)
+    q = wide[:, :-3].unflatten(-1, (heads, -1))
+    kv = draw(keys, heads, nope + value, dtype=dtype)
+    k_rope = draw(keys, 5 + rope, dtype=dtype)[:, 5:]
+    double = (q.cpu().double(), rotation.cpu().double(), kv.cpu().double(), k_rope.cpu().double())
+    want_q, want_k, want_v = op.mla_heads(*double)
+    with torch.no_grad():
+        k = mla_heads(q, rotation, kv, k_rope)
+    close(q, want_q, dtype)
+    assert torch.equal(q[..., :nope].cpu(), double[0][..., :nope].to(dtype))
+    assert torch.equal(k.cpu(), want_k.to(dtype))
+    assert torch.equal(want_v, double[2][..., nope:])
+    with pytest.raises(ValueError, match="side by side"):
+        mla_heads(q.transpose(1, 2), rotation, kv, k_rope)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,heads,groups,width", [(1, 4, 2, 8), (7, 12, 2, 24), (3, 9, 3, 64)])
+def test_gqa_heads(tokens, heads, groups, width, dtype):
+    from hadal.ops import heads as op
+    from hadal.ops.triton.heads import gqa_heads
+
+    rotation = torch.randn(tokens, 2, width // 2, device=DEVICE)
+    qkv = draw(tokens, heads + 2 * groups, width, dtype=dtype)
+    alone = qkv.clone()
+    cache = draw(5, 4, 2, groups, width, dtype=dtype)
+    want_cache = cache.cpu().double()
+    slot = torch.randperm(19)[:tokens] + 1
+    double = qkv.cpu().double()
+    want = op.gqa_heads(double, rotation.cpu().double(), groups, want_cache, slot)
+    out = gqa_heads(qkv, rotation, groups, cache, slot.to(DEVICE))
+    assert out is qkv
+    close(out, torch.cat(want, 1), dtype)
+    close(cache, want_cache, dtype)
+    untouched = torch.ones(20, dtype=torch.bool)
+    untouched[slot] = False
+    assert torch.equal(cache.flatten(0, 1).cpu()[untouched].double(), want_cache.flatten(0, 1)[untouched])
+    assert torch.equal(gqa_heads(alone, rotation, groups), out)
