@@ -18,9 +18,8 @@ from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.ops import invariant, latent_fp8
-from hadal.ops.attention import attention
+from hadal.ops.attention import mla_attention
 from hadal.ops.exact import is_exact
-from hadal.ops.heads import mla_heads
 from hadal.ops.linear import linear_pair, per_head
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages, mla_decode
@@ -98,8 +97,7 @@ class MlaAttention(nn.Module):
         queries come unrotated, and may be overwritten."""
         latent_NL, k_rope_NR = entry_NC.split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
         kv_NHw = self.kv_b_proj(latent_NL).unflatten(-1, (self.heads, -1))
-        q_THC, k_NHC, v_NHv = mla_heads(q_THC, rotation_T2r, kv_NHw, k_rope_NR)
-        return attention(q_THC, k_NHC, v_NHv, q_len, k_len, self.scale).flatten(1)
+        return mla_attention(q_THC, rotation_T2r, kv_NHw, k_rope_NR, q_len, k_len, self.scale).flatten(1)
 
     def _cached(self, q_THC: Tensor, entry_TC: Tensor, ctx: Context) -> Tensor:
         """Decodes through the absorbed form, prefill chunks through the expanded one."""

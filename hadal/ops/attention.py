@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from hadal.ops.dispatch import forced_reference
+from hadal.ops.dispatch import forced_reference, use_triton
+from hadal.ops.heads import mla_heads, rotate_queries
+
+FLASH = False  # our own kernel (triton/flash.py) instead of torch's: not yet raced on a card
 
 
 def attention_reference(
@@ -49,6 +52,11 @@ def attention(
     """Causal attention of every sequence, [T, H, V]. Lengths are host integers; Σ q_len = T, Σ k_len = N."""
     if forced_reference() or q_THC.dtype == torch.float64:
         return attention_reference(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
+    if FLASH and use_triton(q_THC, k_NGC, v_NGV):
+        from hadal.ops.triton import flash
+
+        if flash.wants(q_THC, v_NGV):
+            return flash.attention(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
     if len(set(q_len)) == 1 and len(set(k_len)) == 1:
         return _uniform(q_THC, k_NGC, v_NGV, len(q_len), scale)
     if varlen_available(q_THC):
@@ -58,6 +66,23 @@ def attention(
         parts.append(_uniform(q_THC[t : t + Q], k_NGC[n : n + N], v_NGV[n : n + N], 1, scale))
         t, n = t + Q, n + N
     return torch.cat(parts)
+
+
+def mla_attention(
+    q_THC: Tensor, rotation_T2r: Tensor, kv_NHw: Tensor, rope_NR: Tensor, q_len: Sequence[int],
+    k_len: Sequence[int], scale: float,
+) -> Tensor:  # fmt: skip
+    """`attention` in MLA's expanded form, from what `hadal.ops.heads.mla_heads` takes; [T, H, V]. The queries
+    may be overwritten."""
+    nope = q_THC.shape[2] - rope_NR.shape[1]
+    if FLASH and use_triton(q_THC, kv_NHw, rope_NR):
+        from hadal.ops.triton import flash
+
+        k_NHn, v_NHv = kv_NHw[..., :nope], kv_NHw[..., nope:]
+        if flash.wants(q_THC, v_NHv):  # keys need not be put together
+            q_THC = rotate_queries(q_THC, rotation_T2r, nope)
+            return flash.attention(q_THC, k_NHn, v_NHv, q_len, k_len, scale, rope_NR)
+    return attention(*mla_heads(q_THC, rotation_T2r, kv_NHw, rope_NR), q_len, k_len, scale)
 
 
 def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale: float) -> Tensor:
@@ -94,16 +119,17 @@ def _takes_narrow_values(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _try_narrow(q: Tensor, k: Tensor, v: Tensor) -> bool:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    small = [
+    small_q, small_k, small_v = (
         torch.arange(128 * x.shape[3], device=x.device).mul(i).sin().view(1, 1, 128, -1).to(x.dtype)
         for i, x in enumerate((q, k, v), 1)
-    ]
+    )
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = scaled_dot_product_attention(*small, is_causal=True)
+            out = scaled_dot_product_attention(small_q, small_k, small_v, is_causal=True)
     except RuntimeError:  # not this cuDNN, or not this card
         return False
-    want = attention_reference(*(x[0].transpose(0, 1) for x in small), [128], [128], q.shape[3] ** -0.5)
+    q_THC, k_THC, v_THV = (x[0].transpose(0, 1) for x in (small_q, small_k, small_v))
+    want = attention_reference(q_THC, k_THC, v_THV, [128], [128], q.shape[3] ** -0.5)
     return bool((out[0].transpose(0, 1) - want).norm() < 0.02 * want.norm())
 
 

@@ -27,10 +27,19 @@ def mla_heads(
         from hadal.ops.triton.heads import mla_heads as fast
 
         return q_THC, fast(q_THC, rotation_T2r, kv_NHw, rope_NR), v_NHv
-    rotated_THR = rotate_interleaved(q_THC[..., nope:], rotation_T2r)
-    q_THC = torch.cat([q_THC[..., :nope], rotated_THR], -1)
+    q_THC = rotate_queries(q_THC, rotation_T2r, nope)
     k_rope_NHR = rope_NR.unsqueeze(1).expand(-1, kv_NHw.shape[1], -1)
     return q_THC, torch.cat([kv_NHw[..., :nope], k_rope_NHR], -1), v_NHv
+
+
+def rotate_queries(q_THC: Tensor, rotation_T2r: Tensor, nope: int) -> Tensor:
+    """Queries with their columns from `nope` on rotated, in place where nothing is differentiated."""
+    if use_triton(q_THC):
+        from hadal.ops.triton.heads import rotate_queries as fast
+
+        fast(q_THC, rotation_T2r, nope)
+        return q_THC
+    return torch.cat([q_THC[..., :nope], rotate_interleaved(q_THC[..., nope:], rotation_T2r)], -1)
 
 
 def gqa_heads(

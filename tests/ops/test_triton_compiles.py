@@ -90,6 +90,16 @@ def heads() -> None:
     gqa_heads(torch.empty(3, 16, 128, dtype=BF16), torch.empty(3, 2, 64), 2, cache, slot)
 
 
+def flash() -> None:
+    from hadal.ops.triton.flash import attention
+
+    kv, rope = torch.empty(200, 16, 256, dtype=BF16), torch.empty(200, 576, dtype=BF16)[:, 512:]
+    q, keys, values = torch.empty(100, 16, 192, dtype=BF16), kv[..., :128], kv[..., 128:]
+    attention(q, keys, values, [100], [200], 0.1, rope)
+    attention(q, torch.empty(200, 16, 192, dtype=BF16), values, [100], [200], 0.1)
+    attention(q[..., :128], values[:, :2], values[:, 2:4], [100], [200], 0.1)
+
+
 def route(n_experts: int) -> None:
     from hadal.ops.triton.route import places, spread
 
@@ -178,6 +188,18 @@ def write() -> None:
     write_latent(kv, norm, 1e-6, torch.empty(4, 64), cache, slot)
 
 
+def ends(heads: int, tokens: int, page_bytes: int) -> None:
+    from hadal.ops.triton import latent, mla
+
+    product, up = torch.empty(tokens, heads * 192 + 576, dtype=BF16), torch.empty(heads, 256, 512, dtype=BF16)
+    q, kv = product[:, : heads * 192].unflatten(1, (heads, 192)), product[:, heads * 192 :]
+    cache = torch.empty(9, 64, page_bytes, dtype=torch.uint8 if page_bytes == 656 else BF16)
+    slot = torch.zeros(tokens, dtype=torch.int64)
+    q = mla.queries(q, kv, kv[0, :512], 1e-6, torch.empty(tokens, 64), up[:, :128], cache, slot)
+    table, context = torch.zeros(tokens, 80, dtype=INT32), torch.zeros(tokens, dtype=INT32)
+    mla.values(latent.attend(q, cache, table, context, 512, 0.1, shares=32), up[:, 128:])
+
+
 CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "MLA, 16 heads": (mla, (16, 1, False), 2),
     "MLA, 128 heads": (mla, (128, 1, False), 2),
@@ -185,6 +207,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "MLA, FP8, 128 heads": (mla, (128, 1, True), 2),
     "GQA, pages ahead": (gqa, (), 2),
     "heads": (heads, (), 2),
+    "attention of a stream": (flash, (), 3),
     "rows of 64 experts": (route, (64,), 3),
     "rows of 256 experts": (route, (256,), 3),
     "linear INT8": (linear, ("int8", 1), 3),
@@ -201,6 +224,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "experts, 256 tokens": (few_experts, (256,), 3),
     "norm, argmax": (small, (), 2),
     "FP8 latent entries": (write, (), 1),
+    "around MLA, 16 heads": (ends, (16, 1, 576), 3),
+    "around MLA, 128 heads, FP8": (ends, (128, 16, 656), 3),
 }
 
 

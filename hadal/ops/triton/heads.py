@@ -52,12 +52,19 @@ def mla_heads(q_THC: Tensor, rotation_T2r: Tensor, kv_NHw: Tensor, rope_NR: Tens
         raise ValueError("heads must lie side by side: q and kv are views of projections' outputs")
     k = torch.empty((N, H, width), dtype=kv_NHw.dtype, device=kv_NHw.device)
     block_h = min(16, triton.next_power_of_2(H))
+    if not (T or N):
+        return k
     _mla_heads_kernel[(max(T, N), triton.cdiv(H, block_h))](
         q_THC, rotation_T2r.contiguous(), kv_NHw, rope_NR, k, T, N, H, q_THC.stride(0), kv_NHw.stride(0),
         rope_NR.stride(0), WIDTH=both, NOPE=width - R, ROPE=R, BLOCK_H=block_h,
         BLOCK_N=triton.next_power_of_2(width - R), BLOCK_R=triton.next_power_of_2(R), num_warps=4,
     )  # fmt: skip
     return k
+
+
+def rotate_queries(q_THC: Tensor, rotation_T2r: Tensor, nope: int) -> None:
+    """The queries' rope parts, rotated where they lie."""
+    mla_heads(q_THC, rotation_T2r, q_THC[:0], q_THC[:0, 0, nope:])
 
 
 @triton.jit
