@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
-from hadal.ops import invariant, latent_fp8
+from hadal.ops import absorbed, invariant, latent_fp8
 from hadal.ops.attention import mla_attention
 from hadal.ops.exact import is_exact
-from hadal.ops.linear import linear_pair, per_head
+from hadal.ops.linear import linear_pair
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
-from hadal.ops.paged import gather_pages, mla_decode
+from hadal.ops.paged import gather_pages
 
 
 class MlaAttention(nn.Module):
@@ -56,6 +56,8 @@ class MlaAttention(nn.Module):
         if ctx.cache is None:
             entry_TC, lengths = latent_entry(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r), ctx.lengths()
             out = self._expanded(q_THC, ctx.rotation_T2r, entry_TC, lengths, lengths)
+        elif ctx.num_decodes == ctx.num_tokens:
+            out = self._decoded(q_THC, kv_TC, ctx)
         else:
             assert ctx.slot_T is not None
             pages = ctx.cache.layers[self.layer]
@@ -132,20 +134,33 @@ class MlaAttention(nn.Module):
                 rows.append(gather_pages(pages, page_P, length))
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
-    def _absorbed(self, q_SHC: Tensor, ctx: Context) -> Tensor:
-        """One query token a sequence over the latent cache; [S, H·v]."""
+    def _ups(self) -> tuple[Tensor, Tensor]:
+        """W_UK [H, n, L] and W_UV [H, v, L], views of one matrix."""
+        widths = [self.a.qk_nope_head_dim, self.a.v_head_dim]
+        w_HwL = self.kv_b_proj.matrix.view(self.heads, sum(widths), self.a.kv_lora_rank)
+        up_HnL, up_HvL = w_HwL.split(widths, 1)
+        return up_HnL, up_HvL
+
+    def _decoded(self, q_THC: Tensor, kv_TC: Tensor, ctx: Context) -> Tensor:
+        """A step of decodes alone, from entries stored with the queries' absorption; [T, H·v]."""
         assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None
-        d, n = ctx.num_decodes, self.a.qk_nope_head_dim
-        w_HwL = self.kv_b_proj.matrix.view(self.heads, n + self.a.v_head_dim, self.a.kv_lora_rank)
-        assert ctx.rotation_T2r is not None
-        q_nope_SHn, q_rope_SHR = q_SHC.split([n, self.a.qk_rope_head_dim], -1)
-        decode = latent_fp8.decode if self._in_fp8(ctx) else mla_decode
-        z_SHL = decode(
-            absorbed_query(q_nope_SHn, q_rope_SHR, ctx.rotation_T2r[:d], w_HwL[:, :n]),
-            ctx.cache.layers[self.layer],
-            ctx.block_table_SP[:d],
-            ctx.context_len_S[:d],
-            self.a.kv_lora_rank,
-            self.scale,
+        assert ctx.slot_T is not None and ctx.rotation_T2r is not None
+        norm, pages = self.kv_a_layernorm, ctx.cache.layers[self.layer]
+        up_HnL, up_HvL = self._ups()
+        q_SHC = absorbed.queries(
+            q_THC, kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, up_HnL, pages, ctx.slot_T
         )
-        return per_head(z_SHL, w_HwL[:, n:], across=False).flatten(1)
+        table_SP, context_len_S = ctx.block_table_SP, ctx.context_len_S
+        return absorbed.attend(q_SHC, pages, table_SP, context_len_S, up_HvL, self.scale)
+
+    def _absorbed(self, q_SHC: Tensor, ctx: Context) -> Tensor:
+        """One query token a sequence over the latent cache, beside chunks of prompts; [S, H·v]."""
+        assert ctx.cache is not None and ctx.block_table_SP is not None and ctx.context_len_S is not None
+        assert ctx.rotation_T2r is not None
+        d, pages = ctx.num_decodes, ctx.cache.layers[self.layer]
+        up_HnL, up_HvL = self._ups()
+        q_nope_SHn, q_rope_SHR = q_SHC.split([self.a.qk_nope_head_dim, self.a.qk_rope_head_dim], -1)
+        q_SHC = absorbed_query(q_nope_SHn, q_rope_SHR, ctx.rotation_T2r[:d], up_HnL)
+        return absorbed.attend(
+            q_SHC, pages, ctx.block_table_SP[:d], ctx.context_len_S[:d], up_HvL, self.scale
+        )

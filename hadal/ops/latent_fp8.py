@@ -50,7 +50,7 @@ def write_latent(
 ) -> Tensor:
     """`hadal.ops.mla.write_latent` for this cache: stores the entries, returns them unquantised [T, C]."""
     if use_triton(kv_TC, norm_L):
-        from hadal.ops.triton.latent_fp8 import write_latent as fast
+        from hadal.ops.triton.mla import write_latent as fast
 
         return fast(kv_TC, norm_L, eps, rotation_T2r, cache_PBB, slot_T)
     entry_TC = latent_entry(kv_TC, norm_L, eps, rotation_T2r)

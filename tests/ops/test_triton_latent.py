@@ -101,7 +101,7 @@ def test_decode_of_fp8_entries(heads, queries, shares, page):
 @needs_triton
 def test_fp8_entries_are_written_as_the_reference_writes_them():
     from hadal.ops.triton import mla
-    from hadal.ops.triton.latent_fp8 import write_latent
+    from hadal.ops.triton.mla import write_latent
 
     rank, width, tokens = 384, 400, 5
     kv, norm = draw(tokens, width + 5)[:, :width], draw(rank)
@@ -161,3 +161,105 @@ def test_decode_of_published_sizes(heads, queries, fp8):
         args = (rank, 0.03, queries, None, shares)
         out = mla_decode(q, cache.to(DEVICE), tables.to(DEVICE), context.to(DEVICE), *args)
         assert error(out, want) < TOLERANCE[DTYPE]
+
+
+# heads, nope, rank, rope, tokens: more than a block of tokens; partial parts; all sizes published
+ENDS = [(3, 12, 40, 8, 18), (2, 16, 128, 16, 5)] + (
+    [(16, 128, 512, 64, 1), (16, 128, 512, 64, 16)] if CUDA else []
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("heads,nope,rank,rope_dim,tokens", ENDS)
+def test_queries_and_entries_in_one_kernel(heads, nope, rank, rope_dim, tokens, fp8):
+    """Against FP64; q and kv are views of one product, W_UK one of a matrix with W_UV."""
+    from hadal.ops.mla import absorbed_query, latent_entry
+    from hadal.ops.triton import mla
+
+    if fp8 and rank % 128:
+        pytest.skip("FP8 entries have groups of 128")
+    width = nope + rope_dim
+    product, norm = draw(tokens, heads * width + rank + rope_dim), draw(rank)
+    q, kv = product[:, : heads * width].unflatten(1, (heads, width)), product[:, heads * width :]
+    up = (draw(heads, nope + 8, rank) * nope**-0.5)[:, :nope]
+    rotation = rope.rotation_table(rope.Rope(), rope_dim, 50)[torch.randint(0, 50, (tokens,))].to(DEVICE)
+    size = latent_fp8.entry_bytes(rank, rope_dim) if fp8 else rank + rope_dim
+    cache = torch.full((4, 8, size), 7, dtype=torch.uint8 if fp8 else DTYPE, device=DEVICE)
+    slot = torch.randperm(32)[:tokens].to(DEVICE)
+    other = cache.clone()
+    out = mla.queries(q, kv, norm, 1e-6, rotation, up, cache, slot)
+    turn, exact = rotation.cpu().double(), q.cpu().double()
+    want = absorbed_query(exact[..., :nope], exact[..., nope:], turn, up.cpu().double())
+    assert error(out, want) < TOLERANCE[DTYPE]
+    mla.write_latent(kv, norm, 1e-6, rotation, other, slot)
+    assert torch.equal(cache, other)
+    if not fp8:
+        entry = latent_entry(kv.cpu().double(), norm.cpu().double(), 1e-6, turn)
+        assert error(cache.view(32, size)[slot], entry) < TOLERANCE[DTYPE]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "heads,rank,width,tokens,shares", [(3, 24, 20, 5, 4), (16, 128, 40, 3, 1), (2, 24, 40, 9, 2)]
+)
+def test_merge_and_values_in_one_kernel(heads, rank, width, tokens, shares, monkeypatch):
+    """Against FP64, of shares in any number in use: none, one, some, all."""
+    from hadal.ops.triton import latent, mla
+
+    monkeypatch.setattr(mla, "VALUE_PROGRAMS", 16)  # so that programs take several tokens
+    context = torch.tensor([0, 64, 65, 100, 400] * tokens)[:tokens].int()
+    size = ((context / shares).ceil() / 64).ceil().clamp_min(1) * 64
+    used = (context / size).ceil().clamp_min(1).int()
+    z, partial = draw(tokens, heads, rank), torch.randn(tokens * heads, shares, rank)
+    lse = torch.randn(tokens * heads, shares) * 3
+    partial[torch.arange(shares) >= used.repeat_interleave(heads).unsqueeze(1)] = float("nan")
+    weight = (
+        (lse.double() * 0.6931471805599453).masked_fill(partial[..., 0].isnan(), float("-inf")).softmax(-1)
+    )
+    want = (weight.unsqueeze(-1) * partial.double().nan_to_num(0)).sum(1).view(tokens, heads, rank)
+    want[used == 1] = z.double().cpu()[used == 1]
+    z[used.to(DEVICE) > 1] = float("nan")
+    parts = latent.Parts(z, partial.to(DEVICE), lse.to(DEVICE), context.to(DEVICE), shares, 1, 64)
+    up = (draw(heads, 12 + width, rank) * rank**-0.5)[:, 12:]
+    out = mla.values(parts, up)
+    exact = torch.einsum("thl,hvl->thv", want.to(DTYPE).double(), up.cpu().double()).flatten(1)
+    assert error(out, exact) < TOLERANCE[DTYPE]
+    assert error(latent.merge(parts), want) < TOLERANCE[DTYPE]
+
+
+@pytest.mark.skipif(not CUDA, reason="fused kernels are taken on CUDA")
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_step_of_few_rows_is_the_step_of_many(heads, fp8, monkeypatch):
+    """Fused and separate kernels, at published sizes, in graphs as they are replayed."""
+    from hadal.ops import absorbed
+
+    lengths, rank, width = [1, 64, 700, 5000], 512, 576
+    table, context = pages_for(lengths, 64, 3)
+    table, context = table.to(DEVICE), context.to(DEVICE)
+    slot = torch.stack([table[s, (n - 1) // 64] * 64 + (n - 1) % 64 for s, n in enumerate(lengths)]).long()
+    entry = torch.randn(int(table.max()) + 2, 64, width)
+    cache = (latent_fp8.quantise_entries(entry, rank) if fp8 else entry.to(DTYPE)).to(DEVICE)
+    product, norm = draw(4, heads * 192 + width), draw(rank)
+    q, kv = product[:, : heads * 192].unflatten(1, (heads, 192)), product[:, heads * 192 :]
+    up = draw(heads, 256, rank) * 0.05
+    rotation = rope.rotation_table(rope.Rope(), 64, 6000).to(DEVICE)[context.long() - 1]
+
+    def step(few: int, pages: torch.Tensor) -> torch.Tensor:
+        monkeypatch.setattr(absorbed, "FEW_ROWS", few)
+        made = absorbed.queries(q, kv, norm, 1e-6, rotation, up[:, :128], pages, slot)
+        return absorbed.attend(made, pages, table, context, up[:, 128:], 0.07)
+
+    plain, fused = cache.clone(), cache.clone()
+    with torch.inference_mode():
+        want = step(0, plain)
+        out = step(4, fused)
+        assert torch.equal(plain, fused) and error(out, want) < TOLERANCE[DTYPE]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                again = step(4, fused)
+        for _ in range(3):
+            graph.replay()
+        assert torch.equal(again, out)
