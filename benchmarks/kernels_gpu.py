@@ -27,15 +27,16 @@ import torch
 from common import machine, save
 from torch import Tensor
 
-from hadal.config import Moe, preset
+from hadal.ops import attention as attention_op
 from hadal.ops import experts as expert_op
-from hadal.ops import gate as gate_op
 from hadal.ops import latent_fp8, paged
+from hadal.ops import rope as rope_op
 from hadal.ops.fp8 import dequantise_activations
 from hadal.ops.packed import KINDS, Kind, Packed, linear_reference, pack
 from hadal.ops.packed import experts_reference as packed_experts
-from hadal.ops.triton import decode, fp8, gate, gate_fused, latent, packed
+from hadal.ops.triton import decode, flash, fp8, latent, packed, route
 from hadal.ops.triton import experts as few_experts
+from hadal.ops.triton import heads as head_kernels
 from hadal.ops.triton import linear as few_rows
 
 CUDA = torch.cuda.is_available()
@@ -282,6 +283,170 @@ def gqa(bench: Bench) -> None:
             ]
             bench.race("gqa", f"{S} × {length}", name, calls, nbytes=nbytes,
                        check=lambda out, want=want: relative(out[:1], want))  # fmt: skip
+        gqa_entries(bench, S, heads, groups, width, cache)
+
+
+def gqa_entries(bench: Bench, S: int, heads: int, groups: int, width: int, cache: Tensor) -> None:
+    """Rotation and the cache entries of S tokens: in one kernel, and as three operations."""
+    qkv, rotation = random(S, heads + 2 * groups, width), rotations(S, width // 2)
+    slot = torch.randperm(cache.shape[0] * cache.shape[1], device=DEVICE)[:S]
+
+    def apart() -> Tensor:
+        turned = rope_op.rotate_half(qkv[:, : heads + groups], rotation)
+        entry = torch.stack([turned[:, heads:], qkv[:, heads + groups :]], 1)
+        cache.flatten(0, 1).index_copy_(0, slot, entry)
+        return turned
+
+    copy = qkv.clone()
+    want = apart()
+    race = functools.partial(bench.race, "gqa", f"{S} tokens to the cache", nbytes=qkv.nbytes * 2)
+    us = race("three operations", [apart])
+    once = functools.partial(head_kernels.gqa_heads, qkv.clone(), rotation, groups, cache, slot)
+    error = relative(once()[:, : heads + groups], want)  # in place: only the first call has these inputs
+    if not error <= 1e-6:
+        bench.failed.append(f"gqa, {S} tokens to the cache: relative error {error:.3g}")
+    call = functools.partial(head_kernels.gqa_heads, copy, rotation, groups, cache, slot)
+    race("one kernel", [call], peer=("three", us))
+
+
+# --- around the products of a prefill -----------------------------------------------------------------------
+def prefill(bench: Bench) -> None:
+    """V2-Lite's shapes at a prompt of 4000 tokens; each kernel beside what it replaces."""
+    T, D, E, K, width = (40, 48, 8, 2, 24) if bench.small else (4000, 2048, 64, 6, 1408)
+    routing(bench, T, D, E, K)
+    swiglu(bench, T * K, width)
+    H, nope, rope, value = (2, 16, 16, 16) if bench.small else (16, 128, 64, 128)
+    mla_prefill(bench, T, H, nope, rope, value)
+    gqa_prefill(bench, T, 4 if bench.small else 12, 2, 16 if bench.small else 128)
+    if CUDA:
+        new_lengths(H, nope + rope, value)
+
+
+def swiglu(bench: Bench, rows: int, width: int) -> None:
+    product = random(rows, 2 * width)
+    gate, up = product.chunk(2, -1)
+    want = torch.nn.functional.silu(gate.float()) * up.float()
+    race = functools.partial(
+        bench.race, "prefill", f"SwiGLU {rows} × {2 * width}", nbytes=3 * product.nbytes // 2,
+        check=lambda out: relative(out, want),
+    )  # fmt: skip
+    us = race("torch", [lambda: torch.nn.functional.silu(gate) * up])
+    race("ours", [lambda: expert_op.swiglu(product)], peer=("torch", us))
+
+
+def rotations(T: int, pairs: int) -> Tensor:
+    """cos and sin of random angles: rotating over and over, as a race does, keeps lengths."""
+    angle = torch.rand(T, pairs, device=DEVICE) * 6
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def routing(bench: Bench, T: int, D: int, E: int, K: int) -> None:
+    x, expert = random(T, D), torch.rand(T, E, device=DEVICE).topk(K, -1).indices
+
+    def by_sort() -> tuple[Tensor, Tensor, Tensor]:
+        flat = expert.flatten()
+        order = flat.argsort(stable=True)
+        counts = torch.zeros(E, dtype=torch.int32, device=DEVICE)
+        counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.numel(), device=DEVICE)
+        return x.index_select(0, order // K), place, counts.cumsum(0, dtype=torch.int32)
+
+    def by_counting() -> tuple[Tensor, Tensor, Tensor]:
+        place, end = route.places(expert, E)
+        return route.spread(x, place, K), place, end
+
+    want = by_sort()
+
+    def differs(out: tuple[Tensor, Tensor, Tensor]) -> float:
+        return float(not all(torch.equal(a, b) for a, b in zip(out, want, strict=True)))
+
+    race = functools.partial(bench.race, "prefill", f"{T} × {K} rows of {D} to {E} experts",
+                             nbytes=(K + 1) * x.nbytes, check=differs)  # fmt: skip
+    us = race("sorted", [by_sort])
+    race("counted", [by_counting], peer=("sorted", us))
+    bench.race("prefill", f"{T} × {K} places of {E} experts", "counted",
+               [functools.partial(route.places, expert, E)], nbytes=2 * expert.nbytes)  # fmt: skip
+
+
+def mla_prefill(bench: Bench, T: int, H: int, nope: int, rope: int, value: int) -> None:
+    """Heads and attention of one prompt: torch's attention over whole keys, ours over keys in two parts."""
+    q, kv = random(T, H, nope + rope), random(T, H, nope + value)
+    entry, rotation = random(T, 512 + rope), rotations(T, rope // 2)
+    k_rope, scale, lengths = entry[:, 512:], (nope + rope) ** -0.5, [T]
+    k, v = torch.cat([kv[..., :nope], k_rope.unsqueeze(1).expand(-1, H, -1)], -1), kv[..., nope:]
+
+    def apart() -> tuple[Tensor, Tensor, Tensor]:
+        turned = torch.cat([q[..., :nope], rope_op.rotate_interleaved(q[..., nope:], rotation)], -1)
+        whole = torch.cat([kv[..., :nope], k_rope.unsqueeze(1).expand(-1, H, -1)], -1)
+        return turned, whole, torch.nn.functional.pad(v, (0, nope + rope - value))
+
+    case, moved = f"{T} × {H} heads × {nope}+{rope}", q.nbytes + 3 * kv.nbytes
+    us = bench.race("prefill", f"heads, {case}", "four operations", [apart], nbytes=moved)
+    once = functools.partial(head_kernels.mla_heads, q.clone(), rotation, kv, k_rope)  # turns on at each call
+    bench.race("prefill", f"heads, {case}", "one kernel", [once], nbytes=moved, peer=("four", us),
+               check=lambda out: relative(out, k))  # fmt: skip
+    turn = functools.partial(head_kernels.rotate_queries, q.clone(), rotation, nope)
+    bench.race("prefill", f"heads, {case}", "queries alone", [turn], nbytes=2 * T * H * rope * q.itemsize)
+    rows = min(T, 200)  # the last ones see the most
+    want = attention_op.attention_reference(q[-rows:].float(), k.float(), v.float(), [rows], [T], scale)
+    race = functools.partial(
+        bench.race, "prefill", f"attention, {case}, {value}", flops=T * T * H * (nope + rope + value),
+        check=lambda out: relative(out[-rows:], want),
+    )  # fmt: skip
+    wide = torch.nn.functional.pad(v, (0, nope + rope - value))
+    us = race("torch, values padded",
+              [lambda: attention_op._uniform(q, k, wide, 1, scale)[..., :value]])  # fmt: skip
+    race("torch, values as they are", [lambda: attention_op._uniform(q, k, v, 1, scale)], peer=("padded", us))
+    if CUDA and attention_op.varlen_available(q):
+        race("torch, variable lengths", [lambda: attention_op._varlen(q, k, v, lengths, lengths, scale)],
+             peer=("padded", us))  # fmt: skip
+    for config in flash_configs(bench.small):
+        ours = functools.partial(
+            flash.attention, q, kv[..., :nope], v, lengths, lengths, scale, k_rope, config
+        )
+        race(f"ours {tuple(config)}", [ours], peer=("padded", us))
+    ours = functools.partial(flash.attention, q, k, v, lengths, lengths, scale)
+    race("ours, keys together", [ours], peer=("padded", us))
+
+
+def flash_configs(small: bool) -> list[flash.Config]:
+    """Those that compile for sm_90 without spills."""
+    if small:
+        return [flash.Config(32, 16, 4, 2)]
+    return [flash.Config(*sizes) for sizes in
+            [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 4)]]  # fmt: skip
+
+
+def gqa_prefill(bench: Bench, T: int, heads: int, groups: int, width: int) -> None:
+    qkv, scale = random(T, heads + 2 * groups, width), width**-0.5
+    q, k, v = qkv.split([heads, groups, groups], 1)
+    rows = min(T, 200)
+    want = attention_op.attention_reference(q[-rows:].float(), k.float(), v.float(), [rows], [T], scale)
+    race = functools.partial(
+        bench.race, "prefill", f"attention, {T} × {heads}/{groups} heads × {width}",
+        flops=2 * T * T * heads * width, check=lambda out: relative(out[-rows:], want),
+    )  # fmt: skip
+    us = race("torch", [lambda: attention_op._uniform(q, k, v, 1, scale)])
+    for config in flash_configs(bench.small):
+        ours = functools.partial(flash.attention, q, k, v, [T], [T], scale, None, config)
+        race(f"ours {tuple(config)}", [ours], peer=("torch", us))
+
+
+def new_lengths(H: int, width: int, value: int) -> None:
+    """What the first call at a length costs: cuDNN plans anew for each."""
+    for name in ("torch", "ours"):
+        for T in (1000, 1001, 1037, 1037):
+            q, k, v = random(T, H, width), random(T, H, width), random(T, H, value)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            if name == "torch":
+                attention_op._uniform(q, k, v, 1, 0.1)
+            else:
+                flash.attention(q, k, v, [T], [T], 0.1)
+            torch.cuda.synchronize()
+            ms = (time.perf_counter() - begin) * 1e3
+            print(f"prefill  attention at a length of {T}, {name}: {ms:.2f} ms")
 
 
 # --- linear layers ------------------------------------------------------------------------------------------
@@ -501,40 +666,8 @@ def quantisers(bench: Bench) -> None:
         bench.race("quantise", case, "ours", [call], nbytes=nbytes)
 
 
-# --- gate ---------------------------------------------------------------------------------------------------
-def gates(bench: Bench) -> None:
-    names = {"V2-Lite": "deepseek-v2-lite", "V3": "deepseek-v3"}
-    for name, known in names.items():
-        config = preset(known).config
-        moe, D = config.moe, 48 if bench.small else config.hidden_size
-        assert isinstance(moe, Moe)
-        weights = [random(moe.n_routed_experts, D, scale=D**-0.5) for _ in range(4)]
-        bias = torch.randn(moe.n_routed_experts, device=DEVICE) if moe.topk_method == "noaux_tc" else None
-        for T in (1, 4):
-            x = random(T, D)
-            want, _, score = gate_op.gate_reference(x, weights[0], bias, moe)
-
-            def check(out: tuple[Tensor, Tensor], score: Tensor = score, want: Tensor = want) -> float:
-                """By the scores of what was chosen: equal ones may be chosen either way."""
-                return relative(
-                    score.gather(1, out[0]).sort(-1).values, score.gather(1, want).sort(-1).values
-                )
-
-            for form, f in (("two kernels", gate.gate), ("one kernel", gate_fused.gate)):
-                calls = [functools.partial(f, x, w, bias, moe) for w in weights]
-                bench.race(
-                    "gate",
-                    f"{name}, {T} tokens",
-                    form,
-                    calls,
-                    nbytes=weights[0].nbytes,
-                    check=check,
-                    limit=1e-5,
-                )
-
-
 PARTS: dict[str, Callable[[Bench], None]] = {
-    "mla": mla, "gqa": gqa, "grouped": grouped, "experts": experts, "linear": linear, "gate": gates,
+    "mla": mla, "gqa": gqa, "prefill": prefill, "grouped": grouped, "experts": experts, "linear": linear,
 }  # fmt: skip
 
 
