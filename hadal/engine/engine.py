@@ -37,8 +37,8 @@ from hadal.engine.request import (
     SamplingParams,
     TokenLogprob,
     Update,
-    check_token_ids,
     merge_updates,
+    pack_token_ids,
     resolve_max_tokens,
 )
 from hadal.engine.runner import Runner, StepOutput
@@ -405,7 +405,7 @@ class Engine(OfflineApi):
         started.
         """
         params = params or SamplingParams(**self.sampling_defaults)
-        ids = check_token_ids(prompt_ids, self.vocab_size)
+        ids, words = pack_token_ids(prompt_ids, self.vocab_size)
         for field_name, tokens in (
             ("logit_bias", params.logit_bias),
             ("stop_token_ids", params.stop_token_ids),
@@ -437,6 +437,7 @@ class Engine(OfflineApi):
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             pooling=pooling,
             on_update=on_update,
+            prompt_array=words,
             eos_ids=frozenset() if params.ignore_eos else self._eos,
             repeatable=params.is_greedy or params.seed is not None or self._seeded,
         )

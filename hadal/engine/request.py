@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 Pooling = Literal["mean", "last", "weighted"]
 
@@ -344,8 +346,10 @@ class Request:
     eos_ids: frozenset[int] = frozenset()  # end the request (empty with ignore_eos)
     # the output follows from prompt and parameters alone, whatever is drafted: greedy, or with a seed
     repeatable: bool = True
+    prompt_array: array[int] | None = None  # prompt_ids as C integers, where the caller has them so
 
     token_ids: list[int] = field(init=False)
+    prompt_words: array[int] = field(init=False)  # the prompt as C integers: converted once, not a page each
     draft_ids: list[int] = field(default_factory=list, init=False)
     status: Status = field(default=Status.WAITING, init=False)
     order: int = field(default=0, init=False)  # place of arrival, given by the scheduler
@@ -363,6 +367,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        self.prompt_words = self.prompt_array or array("i", self.prompt_ids)
         self.metrics = RequestMetrics(self.arrival)
 
     @property
@@ -399,7 +404,9 @@ class Request:
         if len(done) < full:
             parent = done[-1] if done else root_hash(self.cache_salt, page_size)
             for start in range(len(done) * page_size, full * page_size, page_size):
-                page = array("i", self.token_ids[start : start + page_size + ahead])
+                stop = start + page_size + ahead
+                inside = stop <= len(self.prompt_words)
+                page = self.prompt_words[start:stop] if inside else array("i", self.token_ids[start:stop])
                 parent = hashlib.sha256(parent + page.tobytes()).digest()
                 done.append(parent)
         return done
@@ -411,6 +418,13 @@ def root_hash(salt: str, page_size: int) -> bytes:
 
 def check_token_ids(prompt_ids: Any, vocab_size: int, field_name: str = "prompt") -> list[int]:
     """A copy of the prompt as a list of ints, each in [0, vocab_size). Raises RequestError."""
+    return pack_token_ids(prompt_ids, vocab_size, field_name)[0]
+
+
+def pack_token_ids(
+    prompt_ids: Any, vocab_size: int, field_name: str = "prompt"
+) -> tuple[list[int], array[int]]:  # fmt: skip
+    """`check_token_ids`, and the same as C integers."""
     if isinstance(prompt_ids, (str, bytes)) or not isinstance(prompt_ids, Sequence):
         raise RequestError(f"{field_name} must be a list of token ids", field_name)
     ids = list(prompt_ids)
@@ -419,12 +433,18 @@ def check_token_ids(prompt_ids: Any, vocab_size: int, field_name: str = "prompt"
     if set(map(type, ids)) != {int}:
         bad = next(token for token in ids if type(token) is not int)
         raise RequestError(f"{field_name} must hold integers only, not {_shown(bad)}", field_name)
-    low, high = min(ids), max(ids)
-    if low < 0 or high >= vocab_size:
+    try:
+        words = array("i", ids)
+        view = np.frombuffer(words, np.int32)
+        wrong = view.min() < 0 or view.max() >= vocab_size
+    except OverflowError:
+        wrong = True
+    if wrong:
+        low, high = min(ids), max(ids)
         bad = low if low < 0 else high
         message = f"{field_name} holds token id {_shown(bad)}; ids go from 0 to {vocab_size - 1}"
         raise RequestError(message, field_name)
-    return ids
+    return ids, words
 
 
 def resolve_max_tokens(prompt_len: int, max_tokens: int | None, limit: int) -> int:
@@ -464,5 +484,6 @@ __all__ = [
     "Update",
     "check_token_ids",
     "merge_updates",
+    "pack_token_ids",
     "resolve_max_tokens",
 ]

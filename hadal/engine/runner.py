@@ -249,11 +249,17 @@ class Runner:
 
     def _fill_tokens(self, s: ScheduledSequence, token: Array, position: Array, slot: Array) -> None:
         """Inputs of one sequence's tokens, drafts last, into arrays of their number."""
-        ids = s.request.token_ids[s.start : s.start + s.num_tokens]
-        token[:] = ids + s.request.draft_ids[: s.num_drafts] if s.num_drafts else ids
-        position[:] = np.arange(s.start, s.start + s.num_tokens)
-        page = self._table[s.request.slot, position // self.page_size]
-        slot[:] = page * self.page_size + position % self.page_size
+        request, size, end = s.request, self.page_size, s.start + s.num_tokens
+        if end <= len(request.prompt_words):
+            token[:] = np.frombuffer(request.prompt_words, np.int32)[s.start : end]
+        else:
+            ids = request.token_ids[s.start : end]
+            token[:] = ids + request.draft_ids[: s.num_drafts] if s.num_drafts else ids
+        position[:] = np.arange(s.start, end)
+        first = s.start // size
+        pages = self._table[request.slot, first : -(-end // size)].astype(np.int64)
+        places = (pages * size)[:, None] + np.arange(size)
+        slot[:] = places.ravel()[s.start - first * size :][: s.num_tokens]
 
     def _fill_decodes(self, plan: Schedule, token: Array, position: Array, slot: Array) -> list[int]:
         """Inputs of single tokens and drafts; returns each row's row of the block table."""
