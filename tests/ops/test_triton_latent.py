@@ -9,12 +9,10 @@ import sys
 import pytest
 import torch
 
-from hadal.config import Moe
-from hadal.ops import gate as gate_op
 from hadal.ops import latent_fp8, paged, rope
 
 pytest.importorskip("triton")
-from tests.ops.test_triton import GATES, pages_for, poison_unused
+from tests.ops.test_triton import pages_for, poison_unused
 from tests.ops.test_triton_packed import error, poisoned, rounded  # noqa: F401  (fixtures)
 
 CUDA = torch.cuda.is_available()
@@ -120,24 +118,6 @@ def test_fp8_entries_are_written_as_the_reference_writes_them():
     assert error(entry, mla.write_latent(kv, norm, 1e-6, rotation, plain, slot)) < 1e-6
     untouched = [i for i in range(32) if i not in slot.tolist()]
     assert (cache.view(32, size)[untouched] == 7).all()
-
-
-@needs_triton
-@pytest.mark.parametrize("moe", GATES, ids=lambda m: f"{m.topk_method}-{m.n_routed_experts}")
-def test_gate_in_one_kernel(moe: Moe):
-    from hadal.ops.triton.gate_fused import gate
-
-    x, weight = draw(3, 530), draw(moe.n_routed_experts, 530) * 0.06
-    bias = torch.randn(moe.n_routed_experts) - 1.0 if moe.topk_method == "noaux_tc" else None
-    want_expert, want_weights, _ = gate_op.gate_reference(x.cpu(), weight.cpu(), bias, moe)
-    on_device = None if bias is None else bias.to(DEVICE)
-    for splits in (1, 2, 2):  # the counter is ready for the next launch
-        expert, weights = (t.cpu() for t in gate(x, weight, on_device, moe, splits=splits))
-        order, want_order = expert.argsort(-1), want_expert.argsort(-1)
-        assert torch.equal(expert.gather(1, order), want_expert.gather(1, want_order))
-        assert error(weights.gather(1, order), want_weights.gather(1, want_order)) < 2e-5
-    with pytest.raises(ValueError, match="up to 4"):
-        gate(draw(5, 530), weight, on_device, moe)
 
 
 @pytest.mark.skipif(not CUDA, reason="real sizes take the interpreter minutes")
@@ -263,3 +243,26 @@ def test_a_step_of_few_rows_is_the_step_of_many(heads, fp8, monkeypatch):
         for _ in range(3):
             graph.replay()
         assert torch.equal(again, out)
+
+
+# last in the file: a fault on the card would take every test behind it along
+@pytest.mark.skipif(
+    not CUDA or torch.cuda.get_device_capability() < (9, 0), reason="Gluon compiles for Hopper alone"
+)
+@pytest.mark.parametrize("heads,queries", [(128, 1), (128, 2), (20, 3), (16, 1)])
+def test_tall_decode_in_gluon(heads, queries):
+    from hadal.ops.triton.latent_gluon import mla_decode
+
+    lengths, rank, page = [queries, 63 + queries, 64, 65, 700, 1999, 4096, 5000], 512, 64
+    table, tables, context = rows_of(lengths, queries, page)
+    entry = torch.randn(int(table.max()) + 2, page, 576)
+    clean = entry.to(DTYPE)
+    poison_unused(entry, table, lengths, page)
+    q = draw(len(tables), heads, 576)
+    want = paged.mla_decode_reference(q.double().cpu(), clean.double(), tables, context, rank, 0.03)
+    for shares in (None, 1, 7):
+        pages = (tables.to(DEVICE), context.to(DEVICE))
+        out = mla_decode(q, entry.to(DTYPE).to(DEVICE), *pages, rank, 0.03, queries, shares)
+        assert error(out, want) < TOLERANCE[DTYPE]
+    with pytest.raises(ValueError, match="on pages of 16"):
+        mla_decode(q, entry.to(DTYPE).to(DEVICE)[:, :16], *pages, rank, 0.03)
