@@ -27,17 +27,19 @@ import torch
 from common import machine, save
 from torch import Tensor
 
+from hadal.ops import absorbed, latent_fp8, paged
 from hadal.ops import attention as attention_op
 from hadal.ops import experts as expert_op
-from hadal.ops import latent_fp8, paged
 from hadal.ops import rope as rope_op
 from hadal.ops.fp8 import dequantise_activations
+from hadal.ops.mla import absorbed_query
 from hadal.ops.packed import KINDS, Kind, Packed, linear_reference, pack
 from hadal.ops.packed import experts_reference as packed_experts
-from hadal.ops.triton import decode, flash, fp8, latent, packed, route
+from hadal.ops.triton import decode, flash, fp8, latent, latent_gluon, packed, route
 from hadal.ops.triton import experts as few_experts
 from hadal.ops.triton import heads as head_kernels
 from hadal.ops.triton import linear as few_rows
+from hadal.ops.triton import mla as around_mla
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -194,72 +196,187 @@ def ceilings(bench: Bench) -> None:
 
 
 # --- MLA decode ---------------------------------------------------------------------------------------------
-def mla(bench: Bench) -> None:
-    rank, entry, page, scale = 512, 576, 64, 0.1
-    shapes = [(s, h, n, 1) for s, h, n in FLASH_MLA] + [(32, 16, 640, 1), (1, 16, 384, 1), (8, 16, 2048, 3),
-                                                       (32, 128, 4096, 2)]  # fmt: skip
-    for S, H, length, Q in [(2, 4, 100, 1), (1, 20, 70, 2)] if bench.small else shapes:
-        nbytes = S * length * entry * 2 + S * Q * H * (entry + rank) * 2
-        sets = copies(nbytes)
-        pages = -(-length // page)
-        cache = random(sets * S * pages + 1, page, entry)
-        cache8 = latent_fp8.quantise_entries(cache, rank)
+RANK, ENTRY, PAGE = 512, 576, 64
+MLA_SHAPES = [(s, h, n, 1) for s, h, n in FLASH_MLA] + [(1, 16, 512, 1), (32, 16, 640, 1), (1, 128, 4096, 1),
+                                                       (8, 16, 2048, 3), (32, 128, 4096, 2)]  # fmt: skip
+
+
+class MlaCase:
+    """Inputs of a shape: caches in BF16 and FP8, shuffled pages in several sets, references of few rows."""
+
+    def __init__(self, S: int, H: int, length: int, Q: int) -> None:
+        self.rows, self.Q, self.scale = Q * H, Q, 0.1
+        self.flops = 2 * S * Q * H * length * (ENTRY + RANK)
+        self.nbytes = S * length * ENTRY * 2 + S * Q * H * (ENTRY + RANK) * 2
+        self.less = self.nbytes - S * length * (ENTRY * 2 - 656)
+        sets, pages = copies(self.nbytes), -(-length // PAGE)
+        self.cache = random(sets * S * pages + 1, PAGE, ENTRY)
+        self.cache8 = latent_fp8.quantise_entries(self.cache, RANK)
         tables = (torch.randperm(sets * S * pages, device=DEVICE) + 1).int().view(sets, S, pages)
-        tables = tables.repeat_interleave(Q, 1)
-        context = (length - Q + 1 + torch.arange(Q, device=DEVICE)).int().repeat(S)
-        q = random(S * Q, H, entry)
-        rows = min(2 * Q, S * Q)
-        few = cache[tables[0, :rows].flatten().long()].float()
-        index = torch.arange(few.shape[0], device=DEVICE).view(rows, pages)
-        want = paged.mla_decode_reference(q[:rows].float(), few, index, context[:rows], rank, scale)
-        fp8_few = latent_fp8.dequantise_entries(cache8[tables[0, :rows].flatten().long()], rank)
-        want8 = paged.mla_decode_reference(q[:rows].float(), fp8_few, index, context[:rows], rank, scale)
-        flops = 2 * S * Q * H * length * (entry + rank)
-        case = f"{S} × {H} heads × {length}" + (f", {Q} rows" if Q > 1 else "")
+        self.tables = tables.repeat_interleave(Q, 1)
+        self.context = (length - Q + 1 + torch.arange(Q, device=DEVICE)).int().repeat(S)
+        self.q = random(S * Q, H, ENTRY)
+        self.title = f"{S} × {H} heads × {length}" + (f", {Q} rows" if Q > 1 else "")
         flash = FLASH_MLA.get((S, H, length))
-        peer = ("FlashMLA", flash) if flash and Q == 1 else None
-        race = functools.partial(bench.race, "mla", case, flops=flops)
+        self.peer = ("FlashMLA", flash) if flash and Q == 1 else None
 
-        def error(out: Tensor, reference: Tensor, rows: int = rows) -> float:
-            return relative(out[:rows], reference)
+    def want(self, cache: Tensor) -> Tensor:
+        """The first sequences' outputs, in FP32."""
+        n = min(2 * self.Q, self.q.shape[0])
+        few = cache[self.tables[0, :n].flatten().long()]
+        few = latent_fp8.dequantise_entries(few, RANK) if few.dtype == torch.uint8 else few.float()
+        index = torch.arange(few.shape[0], device=DEVICE).view(n, -1)
+        q = self.q[:n].float()
+        return paged.mla_decode_reference(q, few, index, self.context[:n], RANK, self.scale)
 
-        def calls(f: Callable[..., Tensor], c: Tensor, tables: Tensor = tables, q: Tensor = q,
-                  context: Tensor = context, **options: Any) -> list[Call]:  # fmt: skip
-            return [functools.partial(f, q, c, t, context, rank, scale, **options) for t in tables]
+    def calls(self, f: Callable[..., Tensor], cache: Tensor, **options: Any) -> list[Call]:
+        arguments = (self.context, RANK, self.scale, self.Q)
+        return [functools.partial(f, self.q, cache, t, *arguments, **options) for t in self.tables]
 
-        check, check8 = functools.partial(error, reference=want), functools.partial(error, reference=want8)
-        race("by token", calls(decode.mla_decode, cache), nbytes=nbytes * Q, check=check, peer=peer)
-        new = calls(latent.mla_decode, cache, queries=Q)
-        race("by sequence", new, nbytes=nbytes, check=check, peer=peer)
-        less = nbytes - S * length * (entry * 2 - cache8.shape[-1])
-        race("by sequence, FP8 cache", calls(latent.mla_decode, cache8, queries=Q), nbytes=less, check=check8)
+    def race(
+        self, bench: Bench, name: str, f: Callable[..., Tensor], fp8_cache: bool, **options: Any
+    ) -> None:
+        cache = self.cache8 if fp8_cache else self.cache
+        want = self.want(cache)
+        bench.race(
+            "mla", self.title, name + (", FP8 cache" if fp8_cache else ""), self.calls(f, cache, **options),
+            flops=self.flops, nbytes=self.less if fp8_cache else self.nbytes, peer=self.peer,
+            check=lambda out: relative(out[: len(want)], want),
+        )  # fmt: skip
+
+
+def mla(bench: Bench) -> None:
+    """What is chosen, and its candidates. What never ran on a card comes last: a fault ends the process."""
+    shapes = [(2, 4, 100, 1), (1, 20, 70, 2)] if bench.small else MLA_SHAPES
+    for shape in shapes:
+        case = MlaCase(*shape)
+        for fp8_cache in (False, True):
+            case.race(bench, "chosen", latent.mla_decode, fp8_cache)
+            for name, config in latent_candidates(case.rows, fp8_cache).items():
+                case.race(bench, name, latent.mla_decode, fp8_cache, config=config)
+        del case
+    for S, H in [(2, 3)] if bench.small else [(1, 16), (4, 16), (32, 16), (1, 128), (4, 128), (16, 128)]:
+        mla_ends(bench, S, H)
+    for shape in shapes if CUDA else []:
+        case = MlaCase(*shape)
+        if case.rows > 32:
+            case.race(bench, "tall in Gluon", latent_gluon.mla_decode, False)
         if bench.tune:
-            for form, c in (("BF16", cache), ("FP8", cache8)):
-                configs = list(latent_configs(Q * H, form == "FP8"))
-                shares = sorted({1, 2, 4, 8, 16, 32} & set(range(1, max(1, length // 128) + 1)))
-                best_of(
-                    bench, f"mla {case} {form}", configs,
-                    lambda k, c=c, Q=Q, calls=calls: calls(latent.mla_decode, c, queries=Q, config=k),
-                )  # fmt: skip
-                best_of(
-                    bench, f"mla {case} {form} shares", shares,
-                    lambda k, c=c, Q=Q, calls=calls: calls(latent.mla_decode, c, queries=Q, shares=k),
-                )  # fmt: skip
+            tune_mla(bench, case)
+        del case
+
+
+def latent_candidates(rows: int, fp8_cache: bool) -> dict[str, latent.Config]:
+    """Beside what `latent.config_for` chooses; all compile for sm_90 within its shared memory."""
+    if rows > 32:
+        few = {"by token": latent.config_for(16, fp8_cache)}
+        if fp8_cache:
+            return few | {"tall, 2 stages": latent.Config(64, 32, 8, 2, 1, 128)}
+        return few | {"tall, 64 keys": latent.Config(64, 64, 8, 2, 1, 128)}
+    if fp8_cache:
+        return {
+            "16 keys": latent.Config(16, 16, 8, 1, 2, 64),
+            "one program": latent.Config(16, 32, 8, 1, 1, 64),
+        }
+    return {}
+
+
+def tune_mla(bench: Bench, case: MlaCase) -> None:
+    for form, cache in (("BF16", case.cache), ("FP8", case.cache8)):
+        configs = list(latent_configs(case.rows, form == "FP8"))
+        keys = case.tables.shape[-1] * PAGE
+        shares = [n for n in (1, 2, 4, 8, 16, 32) if n <= max(1, keys // 64)]
+
+        def run(config: latent.Config | None, shares: int | None = None, cache: Tensor = cache) -> list[Call]:
+            return case.calls(latent.mla_decode, cache, config=config, shares=shares)
+
+        best_of(bench, f"mla {case.title} {form}", configs, run)
+        best_of(bench, f"mla {case.title} {form} shares", shares, lambda n, run=run: run(None, n))
 
 
 def latent_configs(rows: int, fp8_cache: bool) -> Iterator[latent.Config]:
     """Those that compile for sm_90 within its shared memory and without many spills."""
     if rows <= 32:
-        narrow = [(16, 64, 4, 3), (16, 64, 8, 3)]
+        sizes = [
+            (16, 32, 4, 2, 2),
+            (16, 32, 4, 3, 2),
+            (16, 64, 4, 2, 2),
+            (16, 64, 8, 2, 2),
+            (16, 16, 4, 3, 3),
+        ]
         if fp8_cache:
-            narrow += [(16, 64, 8, 2), (16, 64, 4, 2), (32, 64, 8, 3), (32, 64, 8, 2)]
-        if rows > 16:
-            narrow.append((64, 32, 8, 3))
-        yield from (latent.Config(*sizes, slots) for sizes in narrow for slots in (1, 2))
-    tall = [(64, 32, 8, 3), (64, 32, 8, 4), (64, 64, 8, 2)]
+            sizes = [(16, 32, 8, 1, 1), (16, 16, 8, 1, 2), (16, 16, 4, 1, 2)]
+            yield latent.Config(16, 32, 8, 1, 2, 64, 128)
+        for least in (64, 128):
+            yield from (latent.Config(*each, least) for each in sizes)
+        return
+    tall = [(64, 32, 8, 2), (64, 32, 8, 3), (64, 32, 8, 4), (64, 64, 8, 2)]
     if fp8_cache:
         tall = [(64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 2), (64, 64, 8, 3)]
-    yield from (latent.Config(*sizes, 1) for sizes in tall)
+    yield from (latent.Config(*sizes, 1, least) for sizes in tall for least in (128, 256))
+
+
+def mla_ends(bench: Bench, S: int, H: int) -> None:
+    """The kernels around attention, at a context of 512, each and all: fused against what they replace."""
+    nope, value, length = 128, 128, 64 if bench.small else 512
+    sets = 2 if bench.small else min(40, int(-(-L2_BYTES // (H * 256 * RANK * 2))))
+    ups = [random(H, nope + value, RANK, scale=0.05) for _ in range(sets)]
+    product, norm = random(S, H * 192 + ENTRY), random(RANK)
+    q, kv = product[:, : H * 192].unflatten(1, (H, 192)), product[:, H * 192 :]
+    angle = torch.rand(S, 32, device=DEVICE) * 6
+    rotation = torch.cat([angle.cos(), angle.sin()], -1)
+    pages = length // PAGE
+    plain = random(S * pages + 1, PAGE, ENTRY)
+    table = (torch.randperm(S * pages, device=DEVICE) + 1).int().view(S, pages)
+    context = torch.full((S,), length, dtype=torch.int32, device=DEVICE)
+    slot = table[:, -1].long() * PAGE + PAGE - 1
+    exact = absorbed_query(q[..., :nope].float(), q[..., nope:].float(), rotation, ups[0][:, :nope].float())
+    for cache in (plain, latent_fp8.quantise_entries(plain, RANK)):
+        case = f"{S} × {H} heads" + (", FP8 cache" if cache.dtype == torch.uint8 else "")
+
+        def enter(up: Tensor, cache: Tensor = cache) -> Tensor:
+            return absorbed.queries(q, kv, norm, 1e-6, rotation, up[:, :nope], cache, slot)
+
+        def whole(up: Tensor, cache: Tensor = cache) -> Tensor:
+            return absorbed.attend(enter(up), cache, table, context, up[:, nope:], 0.1)
+
+        parts = latent.attend(random(S, H, ENTRY), cache, table, context, RANK, 0.1)
+        latent.merge(parts)
+        z = parts.out_SHL.clone()
+        want = torch.einsum("shl,hvl->shv", z.float(), ups[0][:, nope:].float()).flatten(1)
+
+        def leave(up: Tensor, parts: latent.Parts = parts) -> Tensor:
+            if absorbed.is_few(parts.out_SHL, up):
+                return around_mla.values(parts, up[:, nope:])
+            out = latent.merge(parts)
+            return torch.bmm(out.transpose(0, 1), up[:, nope:].transpose(1, 2)).transpose(0, 1).flatten(1)
+
+        checks = {
+            "queries, entries": (enter, exact),
+            "merge, values": (leave, want),
+            "with attention": (whole, None),
+        }
+        for title, (call, reference) in checks.items():
+            ends_race(bench, f"{case}: {title}", call, ups, reference)
+
+
+def ends_race(
+    bench: Bench, case: str, call: Callable[[Tensor], Tensor], ups: list[Tensor], want: Tensor | None
+) -> None:
+    """Apart and fused; without a reference, fused against apart."""
+    few, apart = absorbed.FEW_ROWS, None
+    try:
+        for name, rows in (("apart", 0), ("fused", 1 << 20)):
+            absorbed.FEW_ROWS = rows
+            result = call(ups[0])
+            apart = result.float() if apart is None else apart
+            reference = apart if want is None else want
+            bench.race(
+                "mla", case, name, [functools.partial(call, up) for up in ups], nbytes=ups[0].nbytes,
+                check=lambda out, reference=reference: relative(out, reference),
+            )  # fmt: skip
+    finally:
+        absorbed.FEW_ROWS = few
 
 
 # --- GQA decode ---------------------------------------------------------------------------------------------
