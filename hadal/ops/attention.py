@@ -57,7 +57,9 @@ def attention(
 
         if flash.wants(q_THC, v_NGV):
             return flash.attention(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
-    if len(set(q_len)) == 1 and len(set(k_len)) == 1:
+    alike = len(set(q_len)) == 1 and len(set(k_len)) == 1
+    masked = alike and q_len[0] not in (1, k_len[0])  # behind a prefix: a mask in memory, and all of its work
+    if alike and not (masked and varlen_available(q_THC)):
         return _uniform(q_THC, k_NGC, v_NGV, len(q_len), scale)
     if varlen_available(q_THC):
         return _varlen(q_THC, k_NGC, v_NGV, q_len, k_len, scale)

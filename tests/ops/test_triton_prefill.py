@@ -177,3 +177,13 @@ def test_flash_attention_with_one_rope_key_for_all_heads(dtype):
     close(attention(q, k, v, [37], [50], 0.3, rope, Config(16, 16, 4, 2)), want, dtype)
     with pytest.raises(ValueError, match="as wide as queries"):
         attention(q, k, v, [37], [50], 0.3, rope[:, 1:])
+
+
+def test_sizes_are_tritons():
+    import triton
+
+    from hadal.ops.triton.sizes import ceil_div, power_of_2
+
+    for number in (0, 1, 2, 3, 63, 64, 65, 4000):
+        assert power_of_2(number) == max(1, triton.next_power_of_2(number))
+        assert ceil_div(number, 64) == triton.cdiv(number, 64)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.ops.triton import pdl
+from hadal.ops.triton.sizes import power_of_2
 
 AHEAD, STAGES = False, 2  # the block table read a tile early, with three stages or more: not yet measured
 TARGET_PROGRAMS = 264  # two programs for each of an H100's 132 multiprocessors
@@ -120,7 +121,7 @@ def gqa_decode(
     q_SHC = q_SHC if q_SHC.stride()[1:] == (q_SHC.shape[2], 1) else q_SHC.contiguous()
     S, H, width = q_SHC.shape
     page, groups = cache_PB2GC.shape[1], cache_PB2GC.shape[3]
-    block_c = max(16, triton.next_power_of_2(width))
+    block_c = max(16, power_of_2(width))
     splits = _splits(S * groups, block_table_SP, page)
     out = torch.empty((S, H, width), dtype=q_SHC.dtype, device=q_SHC.device)
     partial = lse = out
@@ -130,7 +131,7 @@ def gqa_decode(
     _gqa_kernel[(S, groups, splits)](
         q_SHC, cache_PB2GC, block_table_SP, context_len_S, partial, lse, out, H, H // groups, groups,
         q_SHC.stride(0), block_table_SP.stride(0), scale, WIDTH=width, BLOCK_C=block_c, PAGE=page,
-        SPLITS=splits, BLOCK_H=max(16, triton.next_power_of_2(H // groups)), BLOCK_N=64, MIN=MIN_SHARE,
+        SPLITS=splits, BLOCK_H=max(16, power_of_2(H // groups)), BLOCK_N=64, MIN=MIN_SHARE,
         AHEAD=ahead, num_warps=4, num_stages=stages, **pdl.options(q_SHC),
     )  # fmt: skip
     if splits > 1:

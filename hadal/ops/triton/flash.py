@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hadal.ops.triton.sizes import power_of_2
+
 LOG2_E = 1.4426950408889634
 
 
@@ -167,8 +169,8 @@ def attention(
         q_THC, k_NGC, second if rest else k_NGC, v_NGV, out, blocks, q_THC.stride(0), q_THC.stride(1),
         k_NGC.stride(0), k_NGC.stride(1), r_stride, r_head, v_NGV.stride(0), v_NGV.stride(1), out.stride(0),
         H // G, scale * LOG2_E, FIRST=first, SECOND=rest, VALUE=value,
-        BLOCK_F=max(16, triton.next_power_of_2(first)), BLOCK_S=max(16, triton.next_power_of_2(rest or 1)),
-        BLOCK_V=max(16, triton.next_power_of_2(value)), BLOCK_M=config.queries, BLOCK_N=config.keys,
+        BLOCK_F=max(16, power_of_2(first)), BLOCK_S=max(16, power_of_2(rest or 1)),
+        BLOCK_V=max(16, power_of_2(value)), BLOCK_M=config.queries, BLOCK_N=config.keys,
         STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     return out

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.ops.triton import pdl
+from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 
 @triton.jit
@@ -51,13 +52,13 @@ def mla_heads(q_THC: Tensor, rotation_T2r: Tensor, kv_NHw: Tensor, rope_NR: Tens
     if q_THC.stride()[1:] != (width, 1) or kv_NHw.stride()[1:] != (both, 1) or rope_NR.stride(1) != 1:
         raise ValueError("heads must lie side by side: q and kv are views of projections' outputs")
     k = torch.empty((N, H, width), dtype=kv_NHw.dtype, device=kv_NHw.device)
-    block_h = min(16, triton.next_power_of_2(H))
+    block_h = min(16, power_of_2(H))
     if not (T or N):
         return k
-    _mla_heads_kernel[(max(T, N), triton.cdiv(H, block_h))](
+    _mla_heads_kernel[(max(T, N), ceil_div(H, block_h))](
         q_THC, rotation_T2r.contiguous(), kv_NHw, rope_NR, k, T, N, H, q_THC.stride(0), kv_NHw.stride(0),
         rope_NR.stride(0), WIDTH=both, NOPE=width - R, ROPE=R, BLOCK_H=block_h,
-        BLOCK_N=triton.next_power_of_2(width - R), BLOCK_R=triton.next_power_of_2(R), num_warps=4,
+        BLOCK_N=power_of_2(width - R), BLOCK_R=power_of_2(R), num_warps=4,
     )  # fmt: skip
     return k
 
@@ -108,12 +109,12 @@ def gqa_heads(
     if qkv_THC.stride()[1:] != (qkv_THC.shape[2], 1):
         raise ValueError("heads must lie side by side: qkv is a view of the projection's output")
     tokens, stacked, width = qkv_THC.shape
-    block_h = min(8, triton.next_power_of_2(stacked))
+    block_h = min(8, power_of_2(stacked))
     if tokens:
-        _gqa_heads_kernel[(tokens, triton.cdiv(stacked, block_h))](
+        _gqa_heads_kernel[(tokens, ceil_div(stacked, block_h))](
             qkv_THC, rotation_T2r.contiguous(), qkv_THC if cache_PB2GC is None else cache_PB2GC,
             qkv_THC if slot_T is None else slot_T, stacked - 2 * groups, groups, qkv_THC.stride(0),
             WIDTH=width, CACHED=cache_PB2GC is not None, BLOCK_H=block_h,
-            BLOCK_R=triton.next_power_of_2(width // 2), num_warps=2, **pdl.options(qkv_THC),
+            BLOCK_R=power_of_2(width // 2), num_warps=2, **pdl.options(qkv_THC),
         )  # fmt: skip
     return qkv_THC

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hadal.ops.triton.sizes import ceil_div, power_of_2
+
 CHUNKS = 128  # runs of pairs, each one program's
 BLOCK_P = 64  # pairs looked at together
 
@@ -83,10 +85,10 @@ def places(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
     if not pairs:
         return place, torch.zeros(n_experts, dtype=torch.int32, device=device)
     offset = torch.empty(n_experts, dtype=torch.int32, device=device)
-    chunk = triton.cdiv(triton.cdiv(pairs, CHUNKS), BLOCK_P) * BLOCK_P
-    runs = triton.cdiv(pairs, chunk)
+    chunk = ceil_div(ceil_div(pairs, CHUNKS), BLOCK_P) * BLOCK_P
+    runs = ceil_div(pairs, chunk)
     counts = torch.empty((runs, n_experts), dtype=torch.int32, device=device)
-    block_e = triton.next_power_of_2(n_experts)
+    block_e = power_of_2(n_experts)
     _count_kernel[(runs,)](
         expert_TK, counts, pairs, chunk, n_experts, BLOCK_P=BLOCK_P, BLOCK_E=block_e, num_warps=4
     )
@@ -103,8 +105,8 @@ def spread(x_TD: Tensor, place: Tensor, K: int) -> Tensor:
     tokens, width = x_TD.shape
     out = torch.empty((tokens * K, width), dtype=x_TD.dtype, device=x_TD.device)
     if tokens:
-        block = min(2048, triton.next_power_of_2(width))
-        _spread_kernel[(tokens, triton.cdiv(width, block))](
+        block = min(2048, power_of_2(width))
+        _spread_kernel[(tokens, ceil_div(width, block))](
             x_TD, place, out, width, x_TD.stride(0), K=K, BLOCK=block, num_warps=max(1, min(8, block // 256))
         )
     return out
