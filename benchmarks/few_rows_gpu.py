@@ -25,7 +25,7 @@ from torch.nn.functional import linear as torch_linear
 from hadal.config import Moe, preset
 from hadal.ops.experts import experts_reference, ffn
 from hadal.ops.rms_norm import rms_norm_reference
-from hadal.ops.triton import argmax, gate, gate_fused, linear, norm
+from hadal.ops.triton import argmax, gate, gemv, linear, norm
 from hadal.ops.triton import experts as few
 
 PAIR = (3072, 576)  # V2-Lite's queries and latents
@@ -70,11 +70,11 @@ def linears(bench: Bench, tuner: Tuner | None) -> None:
         weight = random(N * (2 if kind == "swiglu" else 1), K, scale=K**-0.5)
         weights = [weight] + [weight.clone() for _ in range(copies(weight.nbytes) - 1)]
         bias = random(N) if kind == "bias" else None
-        for M in (1, 32):
+        for M in (1, 4, 32):
             x = random(M, K)
             residual = random(M, N) if kind == "residual" else None
 
-            def call(w: torch.Tensor, config: linear.Config | None = None, x: torch.Tensor = x,
+            def call(w: torch.Tensor, config: linear.Config | gemv.Config | None = None, x: torch.Tensor = x,
                      residual: torch.Tensor | None = residual) -> torch.Tensor:  # fmt: skip
                 if kind == "pair":  # noqa: B023 — called within the turn
                     return torch.cat(linear.linear_pair(x, w[: PAIR[0]], w[PAIR[0] :], config), 1)
@@ -114,13 +114,24 @@ def tune_linear(
 ) -> None:  # fmt: skip
     splits = [1] if kind == "swiglu" or N > 16384 else [1, 2, 4] if K > 4096 else [1, 2]
     blocks = [(16, 256, 2), (16, 512, 4), (32, 256, 4), (64, 128, 4)]
-    configs = [
+    configs: list[linear.Config | gemv.Config] = [
         linear.Config(n, k, warps, stages, s)
         for (n, k, warps), stages, s in itertools.product(blocks, (3, 5), splits)
     ]
+    if M <= gemv.MAX_ROWS:
+        blocks = [
+            (8, 2048, 4),
+            (4, 2048, 4),
+            (16, 2048, 8),
+            (8, 2048, 8),
+            (8, 1024, 4),
+            (16, 1024, 4),
+            (4, 4096, 8),
+        ]
+        configs = [linear.Config(64, 128, 4, 5, s) for s in splits] + [gemv.Config(*b) for b in blocks]
     dtype = torch.float32 if kind == "wide" else None
 
-    def run(config: linear.Config) -> list[Call]:
+    def run(config: linear.Config | gemv.Config) -> list[Call]:
         if kind == "pair":
             return [
                 functools.partial(linear.linear_pair, x, w[: PAIR[0]], w[PAIR[0] :], config) for w in weights
@@ -192,10 +203,8 @@ def small(bench: Bench) -> None:
     one = random(D)
     for T in (1, 4, 32):
         x, delta = random(T, D), random(T, D)
-        for name, form in (("two kernels", gate.gate), ("one kernel", gate_fused.gate)):
-            if form is gate.gate or T <= gate_fused.MAX_TOKENS:
-                calls = [functools.partial(form, x, w, None, moe) for w in weights]
-                bench.race("gate", f"V2-Lite, {T} tokens", name, calls, nbytes=weights[0].nbytes)
+        calls = [functools.partial(gate.gate, x, w, None, moe) for w in weights]
+        bench.race("gate", f"V2-Lite, {T} tokens", "ours", calls, nbytes=weights[0].nbytes)
         want = rms_norm_reference((x + delta).float(), one.float(), 1e-6)
         bench.race(
             "norm", f"{T} × {D}", "ours", [lambda x=x, d=delta: norm.add_rms_norm(x, d, one, 1e-6)] * 4,

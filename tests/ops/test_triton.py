@@ -16,7 +16,7 @@ from hadal.ops.experts import experts_reference, ffn
 from hadal.ops.rms_norm import rms_norm_reference
 
 pytest.importorskip("triton")
-from hadal.ops.triton import arrivals
+from hadal.ops.triton import arrivals, gemv
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -154,14 +154,15 @@ def test_experts(tokens, hidden, width, n_experts, K, dtype):
     expert[: tokens // 2] = torch.arange(K, device=DEVICE)  # a crowded expert has more rows than a tile
     weight = draw(tokens, K, dtype=torch.float32).abs()
     wide = experts_reference(x.double(), expert, weight.double(), gate_up.double(), down.double())
-    for paired in (True, False):
+    forms = (True, False) if tokens <= 4 else (False,)
+    for paired in forms:
         close(experts(x, expert, weight, gate_up, down, paired=paired), wide, dtype)
     residual = draw(tokens, hidden, dtype=dtype)
     for parts in (1, 2):  # a shared expert of so many routed widths
         up = draw(2 * parts * width, hidden, dtype=dtype, scale=hidden**-0.5)
         back = draw(hidden, parts * width, dtype=dtype, scale=(parts * width) ** -0.5)
         want = wide + ffn(x.double(), up.double(), back.double()) + residual.double()
-        for paired in (True, False):
+        for paired in forms:
             out = experts(x, expert, weight, gate_up, down, (up, back), residual, paired=paired)
             close(out, want, dtype)
     with pytest.raises(ValueError, match="no multiple"):
@@ -245,7 +246,7 @@ def poison_unused(cache: torch.Tensor, table: torch.Tensor, lengths: list[int], 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 32])
+@pytest.mark.parametrize("rows", [1, 3, 32])
 @pytest.mark.parametrize("outs,width", [(19, 33), (70, 130)])
 def test_linear_of_few_rows(rows, outs, width, dtype):
     from hadal.ops.triton import linear as few
@@ -256,8 +257,8 @@ def test_linear_of_few_rows(rows, outs, width, dtype):
     w = draw(2 * outs, width, dtype=dtype, scale=width**-0.5)
     bias, residual = draw(2 * outs, dtype=dtype), draw(rows, 2 * outs, dtype=dtype)
     want = torch.nn.functional.linear(x.double(), w.double(), bias.double())
-    for splits in (1, 2, 3):
-        config = few.Config(16, 32, 2, 2, splits)
+    configs: list[few.Config | gemv.Config] = [few.Config(16, 32, 2, 2, splits) for splits in (1, 2, 3)]
+    for config in [*configs, gemv.Config(8, 64, 2)] if rows <= 4 else configs:
         close(few.linear(x, w, bias, config=config), want, dtype)
         close(few.linear(x, w, bias, residual, config=config), want + residual.double(), dtype)
         for out, part in zip(

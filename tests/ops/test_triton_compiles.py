@@ -145,7 +145,6 @@ def fp8() -> None:
 
 def gate() -> None:
     from hadal.ops.triton import gate as apart
-    from hadal.ops.triton import gate_fused
 
     for name in ("deepseek-v2-lite", "deepseek-v3"):
         config = preset(name).config
@@ -153,8 +152,7 @@ def gate() -> None:
         assert moe is not None
         bias = torch.zeros(moe.n_routed_experts) if moe.topk_method == "noaux_tc" else None
         weight = torch.empty(moe.n_routed_experts, config.hidden_size, dtype=BF16)
-        gate_fused.gate(torch.empty(2, config.hidden_size, dtype=BF16), weight, bias, moe)
-        apart.route(torch.empty(2, moe.n_routed_experts), bias, moe)
+        apart.gate(torch.empty(2, config.hidden_size, dtype=BF16), weight, bias, moe)
 
 
 def few_rows(rows: int) -> None:

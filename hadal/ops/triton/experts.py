@@ -2,9 +2,9 @@
 
 Three kernels: gate_up product + SwiGLU, down product, weighted sum. A program owns one expert and a block of
 its output rows; it finds the (token, k) pairs routed to it by itself, so nothing is sorted, nothing is
-synchronised with the host, and every expert's weights are read once for each BLOCK_M of its rows. For a few
-pairs a program owns one pair instead. The shared expert runs in the same launches, as so many parts of the
-routed width that every token chose; its weights are fetched while the kernel before still runs.
+synchronised with the host, and every expert's weights are read once for each BLOCK_M of its rows. The shared
+expert runs in the same launches, as so many parts of the routed width that every token chose; its weights are
+fetched while the kernel before still runs. One or two tokens go through gemv.py.
 Legend: P = T·K pairs, R = P + T·parts rows, D hidden, I width, E experts.
 """
 
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hadal.ops.triton import pdl
+from hadal.ops.triton import gemv, pdl
+from hadal.ops.triton.gemv import silu_mul
 
-PAIRED = 32  # (token, k) pairs up to which every pair has programs of its own: most choose different experts
+PAIRED_TOKENS = 2  # up to so many every (token, k) pair has programs of its own: most choose other experts
 AHEAD_BYTES = 64 << 10  # of a program's shared weights that are fetched before its input is there
 
 
@@ -33,20 +34,13 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _silu_mul(gate, up, out_type: tl.constexpr):
-    """silu(gate)·up with the roundings of the unfused path (products rounded before, silu rounded once)."""
-    g = gate.to(out_type).to(tl.float32)
-    return (g / (1.0 + tl.exp(-g))).to(out_type).to(tl.float32) * up.to(out_type).to(tl.float32)
-
-
-@triton.jit
 def _swiglu_kernel(x, out, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < width
     gate = tl.load(x + row * 2 * width + col, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + col, mask=inside, other=0.0).to(tl.float32)
-    value = _silu_mul(gate, up, out.dtype.element_ty)
+    value = silu_mul(gate, up, out.dtype.element_ty)
     tl.store(out + row * width + col, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -86,7 +80,7 @@ def _gate_up_rows(
         gate_tile = tl.load(gate_row + d[None, :], mask=mask, other=0.0)
         gate = tl.dot(gate_tile, value, gate, input_precision="ieee")
         up = tl.dot(tl.load(up_row + d[None, :], mask=mask, other=0.0), value, up, input_precision="ieee")
-    y = _silu_mul(gate, up, out.dtype.element_ty)
+    y = silu_mul(gate, up, out.dtype.element_ty)
     to = out + tl.maximum(to_row, 0).to(tl.int64)[None, :] * width + n[:, None]
     tl.store(to, y.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < width)[:, None])
 
@@ -117,7 +111,7 @@ def _fetch(row, length, AHEAD: tl.constexpr, PDL: tl.constexpr):
 
 @triton.jit
 def _gate_up_kernel(
-    x, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr, PAIRED: tl.constexpr,
+    x, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr,
     K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -139,33 +133,23 @@ def _gate_up_kernel(
             _gate_up_rows(x, row, to_row, gate_row, up_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_D)
     else:
         pdl.wait(PDL)
-        if PAIRED:  # one program for a pair: an expert that two tokens chose is read twice
-            e = tl.load(expert + part - PARTS)
-            gate_row = w + (e * 2 * width + weight_n) * hidden
-            row = tl.where(i == 0, part - PARTS, -1)
+        e = (part - PARTS).to(tl.int64)
+        pair = tl.arange(0, BLOCK_P)
+        mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
+        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+        gate_row = w + (e * 2 * width + weight_n) * hidden
+        for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
+            row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
             _gate_up_rows(
-                x, tl.where(i == 0, (part - PARTS) // K, -1), row, gate_row,
+                x, tl.where(row >= 0, row // K, -1), row, gate_row,
                 gate_row + tl.cast(width, tl.int64) * hidden, out, n, hidden, width, BLOCK_M, BLOCK_N,
                 BLOCK_D,
             )  # fmt: skip
-        else:
-            e = (part - PARTS).to(tl.int64)
-            pair = tl.arange(0, BLOCK_P)
-            mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
-            rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-            gate_row = w + (e * 2 * width + weight_n) * hidden
-            for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
-                row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
-                _gate_up_rows(
-                    x, tl.where(row >= 0, row // K, -1), row, gate_row,
-                    gate_row + tl.cast(width, tl.int64) * hidden, out, n, hidden, width, BLOCK_M, BLOCK_N,
-                    BLOCK_D,
-                )  # fmt: skip
 
 
 @triton.jit
 def _down_kernel(
-    h, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr, PAIRED: tl.constexpr,
+    h, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
     AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -184,20 +168,14 @@ def _down_kernel(
             _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
     else:
         pdl.wait(PDL)
-        if PAIRED:
-            e = tl.load(expert + part - PARTS)
-            row = tl.where(i == 0, part - PARTS, -1)
-            w_row = w + (e * hidden + weight_n) * width
+        e = (part - PARTS).to(tl.int64)
+        pair = tl.arange(0, BLOCK_P)
+        mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
+        rank = tl.cumsum(mine.to(tl.int32), 0) - 1
+        w_row = w + (e * hidden + weight_n) * width
+        for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
+            row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
             _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
-        else:
-            e = (part - PARTS).to(tl.int64)
-            pair = tl.arange(0, BLOCK_P)
-            mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
-            rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-            w_row = w + (e * hidden + weight_n) * width
-            for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
-                row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
-                _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
 
 
 @triton.jit
@@ -235,44 +213,53 @@ def experts(
 ) -> Tensor:  # fmt: skip
     """Σ_k w_k · expert_k(x) + shared(x) + residual, [T, D], summed in FP32. `shared`: the gate_up [2S, D] and
     down [D, S] weights of an expert for all tokens, S a multiple of the routed width."""
-    tokens, hidden = x_TD.shape
-    K, (n_experts, _, width) = expert_TK.shape[1], down_EDI.shape
-    pairs, parts = tokens * K, 0
-    shared_up = shared_down = x_TD
+    parts, width = 0, down_EDI.shape[2]
     if shared is not None:
-        shared_up, shared_down = shared
-        parts = shared_down.shape[1] // width
-        if parts * width != shared_down.shape[1]:
-            raise ValueError(f"a shared width of {shared_down.shape[1]} is no multiple of {width}")
+        parts = shared[1].shape[1] // width
+        if parts * width != shared[1].shape[1]:
+            raise ValueError(f"a shared width of {shared[1].shape[1]} is no multiple of {width}")
     x_TD = x_TD.contiguous()
-    rows = pairs + parts * tokens
-    h_RI = torch.empty((rows, width), dtype=x_TD.dtype, device=x_TD.device)
-    y_RD = torch.empty((rows, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    paired = pairs <= min(PAIRED, n_experts) if paired is None else paired
-    block_m = 16 if paired else rows_a_tile or _rows_a_tile(pairs, n_experts)
-    up, down = tiles or (Tiles(64, 128 if block_m == 16 else 64, 4, 3),
-                         Tiles(64, 128 if block_m == 16 else 64, 4, 4))  # fmt: skip
-    programs = parts + (pairs if paired else n_experts)
-    constants = {
-        "PARTS": parts, "PAIRED": paired, "BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": block_m,
-        **pdl.options(x_TD),
-    }  # fmt: skip
+    if paired or (paired is None and x_TD.shape[0] <= PAIRED_TOKENS):
+        y_RD = gemv.experts(x_TD, expert_TK, gate_up_E2ID, down_EDI, shared, parts)
+    else:
+        y_RD = _by_expert(x_TD, expert_TK, gate_up_E2ID, down_EDI, shared, parts, tiles, rows_a_tile)
+    return _combine(y_RD, None, weight_TK, None, residual_TD, parts)
+
+
+def _by_expert(
+    x_TD: Tensor, expert_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+    shared: tuple[Tensor, Tensor] | None, parts: int, tiles: tuple[Tiles, Tiles] | None,
+    rows_a_tile: int | None,
+) -> Tensor:  # fmt: skip
+    """Rows [R, D]: every pair's expert, then each part of the shared one for every token."""
+    (tokens, hidden), K, (n_experts, _, width) = x_TD.shape, expert_TK.shape[1], down_EDI.shape
+    pairs = tokens * K
+    shared_up, shared_down = shared or (x_TD, x_TD)
+    h_RI = x_TD.new_empty(pairs + parts * tokens, width)
+    y_RD = x_TD.new_empty(pairs + parts * tokens, hidden)
+    block_m = rows_a_tile or _rows_a_tile(pairs, n_experts)
+    inputs = 256 // x_TD.element_size() if block_m <= 32 else 64
+    up, down = tiles or (Tiles(64, inputs, 4, 4 if inputs == 128 else 3), Tiles(64, inputs, 4, 4))
     ahead = AHEAD_BYTES // (up.outputs * x_TD.element_size())
-    _gate_up_kernel[(triton.cdiv(width, up.outputs), programs)](
+    constants = {
+        "PARTS": parts, "BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": block_m, **pdl.options(x_TD),
+    }  # fmt: skip
+    _gate_up_kernel[(triton.cdiv(width, up.outputs), parts + n_experts)](
         x_TD, expert_TK, gate_up_E2ID, shared_up, h_RI, tokens, pairs, hidden, width, K=K,
         BLOCK_N=up.outputs, BLOCK_D=up.inputs, AHEAD=ahead // 2, num_warps=up.warps, num_stages=up.stages,
         **constants,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(hidden, down.outputs), programs)](
+    _down_kernel[(triton.cdiv(hidden, down.outputs), parts + n_experts)](
         h_RI, expert_TK, down_EDI, shared_down, y_RD, tokens, pairs, hidden, width, BLOCK_N=down.outputs,
         BLOCK_I=down.inputs, AHEAD=ahead, num_warps=down.warps, num_stages=down.stages, **constants,
     )  # fmt: skip
-    return _combine(y_RD, None, weight_TK, None, residual_TD, parts)
+    return y_RD
 
 
 def _rows_a_tile(pairs: int, n_experts: int) -> int:
-    """Rows of an expert that share one reading of its weights: half as much again as an even spread gives."""
-    return min(64, max(16, triton.next_power_of_2(pairs * 3 // (2 * n_experts))))
+    """Rows of an expert that share one reading of its weights: what an even spread gives. A second reading
+    comes from the L2 cache, and costs less than rows that are not there."""
+    return min(64, max(16, triton.next_power_of_2(pairs // n_experts)))
 
 
 def combine(

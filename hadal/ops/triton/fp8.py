@@ -24,7 +24,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hadal.ops.packed import Packed
-from hadal.ops.triton.experts import _combine, _silu_mul
+from hadal.ops.triton.experts import _combine
+from hadal.ops.triton.gemv import silu_mul
 
 GROUP = tl.constexpr(128)
 ALIGN = 128  # rows of a tile, and what every expert's first row is a multiple of
@@ -103,7 +104,7 @@ def _swiglu_kernel(x, used, q, scale, K, R, USED: tl.constexpr, BLOCK_G: tl.cons
         k = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         gate = tl.load(x + row * 2 * K + k, mask=k < K, other=0.0).to(tl.float32)
         up = tl.load(x + row * 2 * K + K + k, mask=k < K, other=0.0).to(tl.float32)
-        value = _silu_mul(gate, up, x.dtype.element_ty).to(x.dtype.element_ty).to(tl.float32)
+        value = silu_mul(gate, up, x.dtype.element_ty).to(x.dtype.element_ty).to(tl.float32)
         code, each = _quantise(value)
         tl.store(q + row * K + k, code, mask=k < K)
         tl.store(scale + g.to(tl.int64) * R + row, each, mask=g * GROUP < K)

@@ -300,6 +300,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def shares_for(programs: int, keys: int, slots: int, least: int) -> int:
     """Shares of a context of up to `keys`, by the waves that they take on `slots` and the tiles in each.
 

@@ -16,12 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hadal.ops.triton import pdl
+from hadal.ops.triton import gemv, pdl
 from hadal.ops.triton.arrivals import counters
-from hadal.ops.triton.experts import _silu_mul
+from hadal.ops.triton.gemv import silu_mul
 
 MAX_ROWS = 32
-TARGET_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 AHEAD_BYTES = 64 << 10  # of a program's weights that are fetched before its input is there
 
 
@@ -36,11 +35,9 @@ class Config(NamedTuple):
 
 
 def config_for(N: int, K: int, swiglu: bool) -> Config:
-    """By the size of the weight: as many programs as fill the machine."""
-    if N > 8192:
-        return Config(64, 128, 4, 3, 1)
-    splits = 1 if swiglu else max(1, min(TARGET_PROGRAMS // triton.cdiv(N, 16), K // 1024, 8))
-    return Config(16, 256, 2, 4 if swiglu else 5, splits)
+    """Measured on an H100 (benchmarks/few_rows_gpu.py): tall tiles and a deep pipeline, even where that makes
+    fewer programs than there are multiprocessors; wide rows are shared."""
+    return Config(64, 128, 4, 5, 1 if swiglu or N > 8192 else 4 if K > 4096 else 2)
 
 
 @triton.jit
@@ -96,7 +93,7 @@ def _rows(
                 acc += tl.load(at + i * BLOCK_N * BLOCK_M, cache_modifier=".cg")
     if done:
         if SWIGLU:
-            acc = _silu_mul(acc, up, out.dtype.element_ty)
+            acc = silu_mul(acc, up, out.dtype.element_ty)
         if BIAS:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
         if RESIDUAL:  # the product is rounded before the addition, as in the unfused pair
@@ -132,7 +129,7 @@ def wants(x: Tensor, *weights: Tensor) -> bool:
 
 def linear(
     x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, residual_MN: Tensor | None = None,
-    swiglu: bool = False, dtype: torch.dtype | None = None, config: Config | None = None,
+    swiglu: bool = False, dtype: torch.dtype | None = None, config: Config | gemv.Config | None = None,
 ) -> Tensor:  # fmt: skip
     """x·Wᵀ + b + residual, in `dtype` or x's; with `swiglu` the weight stacks gate rows above up rows and
     silu(gate) ⊙ up comes out."""
@@ -143,7 +140,7 @@ def linear(
 
 
 def linear_pair(
-    x_MK: Tensor, first_NK: Tensor, second_NK: Tensor, config: Config | None = None
+    x_MK: Tensor, first_NK: Tensor, second_NK: Tensor, config: Config | gemv.Config | None = None
 ) -> tuple[Tensor, Tensor]:
     """(x·W₁ᵀ, x·W₂ᵀ) in one launch."""
     out, second = (
@@ -156,10 +153,13 @@ def linear_pair(
 
 def _launch(
     x_MK: Tensor, weight: Tensor, second: Tensor | None, bias_N: Tensor | None, residual_MN: Tensor | None,
-    out: Tensor, second_out: Tensor | None, swiglu: bool, config: Config | None,
+    out: Tensor, second_out: Tensor | None, swiglu: bool, config: Config | gemv.Config | None,
 ) -> None:  # fmt: skip
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
+    residual_MN = None if residual_MN is None else residual_MN.contiguous()
     (M, K), N = x_MK.shape, out.shape[1]
+    if isinstance(config, gemv.Config) or (config is None and M <= gemv.MAX_ROWS):
+        return gemv.launch(x_MK, weight, second, bias_N, residual_MN, out, second_out, swiglu, config)
     second_N = 0 if second_out is None else second_out.shape[1]
     c = config or config_for(N + second_N, K, swiglu)
     share = triton.cdiv(triton.cdiv(K, c.splits), c.inputs) * c.inputs
@@ -174,7 +174,7 @@ def _launch(
     ahead = max(64, min(ahead, triton.next_power_of_2(share)))
     _linear_kernel[(programs, splits)](
         x_MK, weight, weight if second is None else second, x_MK if bias_N is None else bias_N,
-        x_MK if residual_MN is None else residual_MN.contiguous(), out,
+        x_MK if residual_MN is None else residual_MN, out,
         out if second_out is None else second_out, partial, arrived, M, N, second_N, K, x_MK.stride(0),
         blocks, share, PAIR=second is not None, BIAS=bias_N is not None, RESIDUAL=residual_MN is not None,
         SWIGLU=swiglu, SPLITS=splits, AHEAD=ahead, BLOCK_M=block_m, BLOCK_N=c.outputs, BLOCK_K=c.inputs,

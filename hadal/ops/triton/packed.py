@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hadal.ops.packed import Packed
 from hadal.ops.triton import fp8
-from hadal.ops.triton.experts import _combine, _rows_a_tile, _rows_of_expert, _silu_mul
+from hadal.ops.triton.experts import _combine, _rows_a_tile, _rows_of_expert
+from hadal.ops.triton.gemv import silu_mul
 from hadal.ops.triton.packed_tiles import product, product_pair
 
 STREAMED_ROWS = 256  # INT8, INT4: beyond, dequantising a matrix once costs less than doing it for every tile
@@ -205,7 +206,7 @@ def _gate_up_kernel(
             gate_codes + tl.cast(width, tl.int64) * code_stride, gate_scales, up_scales, n < width, hidden,
             code_stride, INT4, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        y = _silu_mul(gate, up, out.dtype.element_ty)
+        y = silu_mul(gate, up, out.dtype.element_ty)
         to = out + real.to(tl.int64)[None, :] * width + n[:, None]
         tl.store(to, y.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < width)[:, None])
 
