@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.ops.triton import pdl
+from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 MOST_SHARES = 32
 FP8_GROUP = tl.constexpr(128)
@@ -308,8 +309,8 @@ def shares_for(programs: int, keys: int, slots: int, least: int) -> int:
     """
     best, lowest = 1, float("inf")
     for shares in range(1, max(1, min(MOST_SHARES, keys // least)) + 1):
-        each = triton.cdiv(triton.cdiv(keys, shares), least) * least
-        waves = triton.cdiv(programs * triton.cdiv(keys, each), slots)
+        each = ceil_div(ceil_div(keys, shares), least) * least
+        waves = ceil_div(programs * ceil_div(keys, each), slots)
         cost = waves * (each + 96) + (64 if shares > 1 else 0)
         if cost < lowest:
             best, lowest = shares, cost
@@ -328,7 +329,7 @@ def attend(
     config = config or config_for(queries * heads, fp8)
     queries = queries if config.rows > 32 else 1  # by token, each is a sequence of its own
     rows, S, page = queries * heads, total // queries, cache_PBC.shape[1]
-    blocks = triton.cdiv(rows, config.rows)
+    blocks = ceil_div(rows, config.rows)
     slots = _multiprocessors(q_SHC.device) * config.slots
     shares = shares or shares_for(S * blocks, block_table_SP.shape[1] * page, slots, config.least)
     out = torch.empty((total, heads, rank), dtype=q_SHC.dtype, device=q_SHC.device)
@@ -339,8 +340,8 @@ def attend(
     arguments = (q_SHC.contiguous(), cache_PBC, block_table_SP, context_len_S, out, partial, lse)
     sizes = (heads, block_table_SP.stride(0), scale * log2(e), shares)
     constants = {
-        "RANK": rank, "ROPE": entry - rank, "BLOCK_L": triton.next_power_of_2(rank),
-        "BLOCK_R": max(16, triton.next_power_of_2(entry - rank)), "PAGE": page, "FP8": fp8,
+        "RANK": rank, "ROPE": entry - rank, "BLOCK_L": power_of_2(rank),
+        "BLOCK_R": max(16, power_of_2(entry - rank)), "PAGE": page, "FP8": fp8,
         "MIN": config.least, "BLOCK_M": config.rows, "BLOCK_N": config.keys, "num_warps": config.warps,
         "num_stages": config.stages, "maxnreg": config.registers, **pdl.options(q_SHC),
     }  # fmt: skip
@@ -358,8 +359,8 @@ def merge(parts: Parts) -> Tensor:
     if parts.shares > 1:
         _merge_kernel[(total * heads,)](
             parts.partial, parts.lse, parts.out_SHL, parts.context_len_S, parts.queries * heads, parts.shares,
-            QUERIES=parts.queries, RANK=rank, BLOCK_L=triton.next_power_of_2(rank),
-            SHARES=triton.next_power_of_2(parts.shares), MIN=parts.least, num_warps=4,
+            QUERIES=parts.queries, RANK=rank, BLOCK_L=power_of_2(rank),
+            SHARES=power_of_2(parts.shares), MIN=parts.least, num_warps=4,
             **pdl.options(parts.out_SHL),
         )  # fmt: skip
     return parts.out_SHL

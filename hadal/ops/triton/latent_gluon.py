@@ -12,7 +12,6 @@ from __future__ import annotations
 from math import e, log2
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hadal.ops.triton.latent import Parts, _multiprocessors, merge, shares_for
+from hadal.ops.triton.sizes import ceil_div
 
 ROWS, KEYS, LEAST = 64, 64, 128
 # named otherwise in Triton 3.6 than since
@@ -165,7 +165,7 @@ def attend(
             f"this kernel takes 512 + 64 in bfloat16 on pages of a multiple of {KEYS}"
         )
     rows, S = queries * heads, total // queries
-    blocks = triton.cdiv(rows, ROWS)
+    blocks = ceil_div(rows, ROWS)
     slots = _multiprocessors(q_SHC.device)
     shares = shares or shares_for(S * blocks, block_table_SP.shape[1] * page, slots, LEAST)
     out = torch.empty((total, heads, rank), dtype=q_SHC.dtype, device=q_SHC.device)

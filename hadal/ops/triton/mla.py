@@ -20,6 +20,7 @@ from torch import Tensor
 from hadal.ops.triton import pdl
 from hadal.ops.triton.fp8 import GROUP, _quantise
 from hadal.ops.triton.latent import Parts, _share, merged
+from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 TOKENS = 16  # of a program of `queries`: the least side of a tensor core's tile
 LATENTS = 64  # of its part of W_UK
@@ -170,8 +171,8 @@ def write_latent(
     half = (width - rank) // 2
     _entry_kernel[(tokens,)](
         kv_TC, norm_L, rotation_T2r.contiguous(), cache, slot_T, entry, half, kv_TC.stride(0), eps,
-        RANK=rank, FP8=cache.dtype == torch.uint8, BLOCK_L=triton.next_power_of_2(rank),
-        BLOCK_R=triton.next_power_of_2(half), num_warps=2, **pdl.options(kv_TC),
+        RANK=rank, FP8=cache.dtype == torch.uint8, BLOCK_L=power_of_2(rank),
+        BLOCK_R=power_of_2(half), num_warps=2, **pdl.options(kv_TC),
     )  # fmt: skip
     return entry
 
@@ -190,12 +191,12 @@ def queries(
     half = (kv_TC.shape[1] - rank) // 2
     entries = min(tokens, TOKENS)
     out = torch.empty((tokens, heads, kv_TC.shape[1]), dtype=q_THw.dtype, device=q_THw.device)
-    _queries_kernel[(entries + heads * triton.cdiv(rank, LATENTS), triton.cdiv(tokens, TOKENS))](
+    _queries_kernel[(entries + heads * ceil_div(rank, LATENTS), ceil_div(tokens, TOKENS))](
         q_THw, kv_TC, norm_L, rotation_T2r.contiguous(), up_HnL, cache, slot_T, out, tokens, heads, half,
         q_THw.stride(0), q_THw.stride(1), kv_TC.stride(0), up_HnL.stride(0), eps, entries,
         NOPE=nope, RANK=rank, FP8=cache.dtype == torch.uint8, BLOCK_T=TOKENS,
-        BLOCK_D=max(16, triton.next_power_of_2(nope)), BLOCK_L=LATENTS, BLOCK_E=triton.next_power_of_2(rank),
-        BLOCK_R=triton.next_power_of_2(half), num_warps=4, **pdl.options(q_THw),
+        BLOCK_D=max(16, power_of_2(nope)), BLOCK_L=LATENTS, BLOCK_E=power_of_2(rank),
+        BLOCK_R=power_of_2(half), num_warps=4, **pdl.options(q_THw),
     )  # fmt: skip
     return out
 
@@ -204,12 +205,12 @@ def values(parts: Parts, up_HvL: Tensor) -> Tensor:
     """Head outputs W_UV·z, [T, H·v], of attention before its merge; W_UV [H, v, L] may be strided by head."""
     (tokens, heads, rank), width = parts.out_SHL.shape, up_HvL.shape[1]
     out = torch.empty((tokens, heads * width), dtype=parts.out_SHL.dtype, device=up_HvL.device)
-    blocks = triton.cdiv(width, VALUES)
-    each = triton.cdiv(tokens, max(1, VALUE_PROGRAMS // (blocks * heads)))
-    _values_kernel[(blocks, heads, triton.cdiv(tokens, each))](
+    blocks = ceil_div(width, VALUES)
+    each = ceil_div(tokens, max(1, VALUE_PROGRAMS // (blocks * heads)))
+    _values_kernel[(blocks, heads, ceil_div(tokens, each))](
         parts.out_SHL, parts.partial, parts.lse, up_HvL, out, parts.context_len_S, tokens, heads, each,
         up_HvL.stride(0), parts.shares, QUERIES=parts.queries, RANK=rank, WIDTH=width,
-        SHARES=triton.next_power_of_2(parts.shares), MIN=parts.least, BLOCK_L=triton.next_power_of_2(rank),
+        SHARES=power_of_2(parts.shares), MIN=parts.least, BLOCK_L=power_of_2(rank),
         BLOCK_V=VALUES, num_warps=8, **pdl.options(out),
     )  # fmt: skip
     return out
