@@ -1,6 +1,7 @@
 """The C++ kernels of `csrc/cpu.cpp`: built once by the machine's compiler, cached, called through ctypes.
 
-Those for packed weights (`csrc/packed.cpp`, called from hadal/ops/cpu_packed.py) are in the same library.
+Those for packed weights (`csrc/packed.cpp`, called from hadal/ops/cpu_packed.py) and for prompts
+(`csrc/prompt.cpp`, hadal/ops/cpu_prompt.py) are in the same library.
 The build takes seconds, on first use; the library's name carries a hash of source, compiler and processor.
 `HADAL_CPU_ISA` = portable or avx2 builds for lesser processors than this one, for tests.
 Without a compiler `available()` is False, the torch references run instead, and `hadal doctor` says so.
@@ -30,6 +31,7 @@ from hadal.ops.packed import Packed
 
 SOURCE = Path(__file__).parent / "csrc" / "cpu.cpp"
 PACKED = SOURCE.with_name("packed.cpp")
+PROMPT = SOURCE.with_name("prompt.cpp")
 HEADERS = [SOURCE.with_name(name) for name in ("pool.h", "numbers.h", "packed.h")]
 # Sums may be reordered. Not -ffast-math: it flushes subnormal numbers to zero, in the whole process.
 FLAGS = [
@@ -56,7 +58,7 @@ def cache_folder() -> Path:
 @functools.cache
 def status() -> tuple[Any, str]:
     """(library or None, why). Builds it if it is not in the cache."""
-    return load_library(SOURCE, FLAGS, {PACKED: PACKED_FLAGS})
+    return load_library(SOURCE, FLAGS, {PACKED: PACKED_FLAGS, PROMPT: FLAGS})
 
 
 def load_library(

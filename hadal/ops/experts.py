@@ -7,18 +7,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hadal.ops import cpu, invariant, packed
+from hadal.ops import cpu, cpu_prompt, invariant, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
-from hadal.ops.linear import SMALL_M, linear
+from hadal.ops.linear import FEW_ROWS, SMALL_M, linear, native_bf16
 from hadal.ops.packed import Packed
 
 FEW_TOKENS = 256  # on a GPU: up to here programs find their rows themselves; beyond, rows are sorted
-SMALL_EXPERT = 1 << 16  # weights of a matrix up to which one CPU call for all experts is the faster way
+MANY_ROWS = 8  # of an expert, on CPU: from here on panels of tokens beat one weight row after the other
 
 
 def swiglu(gate_up_T2I: Tensor) -> Tensor:
@@ -44,7 +46,16 @@ def ffn(
 
         if fast.wants(x_TD, gate_up_2ID):
             return linear(fast.linear(x_TD, gate_up_2ID, swiglu=True), down_DI, residual_TO=residual_TD)
+    plain = isinstance(gate_up_2ID, Tensor) and isinstance(down_DI, Tensor) and x_TD.dim() == 2
+    if plain and _prompt(x_TD, gate_up_2ID, down_DI) and not needs_grad(residual_TD):
+        return cpu_prompt.ffn(x_TD, cast(Tensor, gate_up_2ID), cast(Tensor, down_DI), residual_TD)
     return linear(swiglu(linear(x_TD, gate_up_2ID)), down_DI, residual_TO=residual_TD)
+
+
+def _prompt(x_TD: Tensor, *weights: Tensor | Packed) -> bool:
+    """Whether a whole network in one call (cpu_prompt) is the faster way."""
+    own = x_TD.dtype != torch.bfloat16 or not native_bf16()
+    return own and x_TD.shape[0] > FEW_ROWS and use_cpu_kernels(x_TD, *weights)
 
 
 def experts_reference(
@@ -141,6 +152,11 @@ def experts(
         from hadal.ops.triton.experts import experts as fast
 
         return fast(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared, residual_TD)  # type: ignore[arg-type]
+    many = expert_TK.numel() >= MANY_ROWS * gate_up_E2ID.shape[0]  # on average, for each expert
+    if plain and many and _prompt(x_TD, gate_up_E2ID, down_EDI, *(shared or ())):
+        both = cast("tuple[Tensor, Tensor] | None", shared)
+        stacks = cast(Tensor, gate_up_E2ID), cast(Tensor, down_EDI)
+        return cpu_prompt.experts(x_TD, expert_TK, weight_TK, *stacks, both, residual_TD)
     shared_TD = None if shared is None else ffn(x_TD, *shared)
     if is_exact():
         return invariant.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
@@ -151,7 +167,6 @@ def experts(
     frozen = not needs_grad(*args)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
-    small = x_TD.shape[0] <= SMALL_M or (x_TD.shape[0] <= 1024 and down_EDI[0].numel() <= SMALL_EXPERT)
-    if frozen and small and use_cpu_kernels(x_TD, gate_up_E2ID):
+    if frozen and (x_TD.shape[0] <= SMALL_M or not many) and use_cpu_kernels(x_TD, gate_up_E2ID):
         return _plus(cpu.experts(*args[:5]), shared_TD, residual_TD)
     return experts_by_segment(*args)

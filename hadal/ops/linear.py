@@ -8,12 +8,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hadal.ops import cpu, invariant, packed
+from hadal.ops import cpu, cpu_prompt, invariant, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.packed import Packed
 
 SMALL_M = 32  # rows up to which the weight-streaming CPU kernel beats a general matrix product
+FEW_ROWS = 12  # rows up to which the one beats the CPU kernel for prompts
 
 
 @functools.cache
@@ -38,11 +39,11 @@ def linear(
     if isinstance(weight_OI, Packed):
         return packed.linear(x_TI, weight_OI, bias_O)
     if use_cpu_kernels(x_TI, weight_OI) and not needs_grad(bias_O):
-        if x_TI.shape[0] <= SMALL_M and x_TI.dim() == 2:
+        native = x_TI.dtype == torch.bfloat16 and native_bf16()
+        if x_TI.dim() == 2 and x_TI.shape[0] <= (SMALL_M if native else FEW_ROWS):
             return cpu.linear(x_TI, weight_OI, bias_O)
-        if x_TI.dtype == torch.bfloat16 and not native_bf16():  # emulated BF16 runs at a third of FP32's rate
-            bias = None if bias_O is None else bias_O.float()
-            return torch.nn.functional.linear(x_TI.float(), weight_OI.float(), bias).to(x_TI.dtype)
+        if x_TI.dim() == 2 and not native:
+            return cpu_prompt.linear(x_TI, weight_OI, bias_O)
     if not needs_grad(bias_O) and _few_on_gpu(x_TI, weight_OI):
         from hadal.ops.triton import linear as fast
 
