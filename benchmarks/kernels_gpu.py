@@ -260,7 +260,8 @@ def mla(bench: Bench) -> None:
     for shape in shapes if CUDA else []:
         case = MlaCase(*shape)
         if case.rows > 32:
-            case.race(bench, "tall in Gluon", latent_gluon.mla_decode, False)
+            for fp8_cache in (False, True):
+                case.race(bench, "tall in Gluon", latent_gluon.mla_decode, fp8_cache)
         if bench.tune:
             tune_mla(bench, case)
         del case

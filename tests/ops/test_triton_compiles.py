@@ -73,12 +73,13 @@ def mla(heads: int, queries: int, fp8: bool) -> None:
     mla_decode(q, cache, table, context, 512, 0.1, queries, shares=2)
 
 
-def mla_gluon(queries: int) -> None:
+def mla_gluon(queries: int, fp8: bool) -> None:
     from hadal.ops.triton.latent_gluon import mla_decode
 
     table, context = torch.zeros(2 * queries, 8, dtype=INT32), torch.zeros(2 * queries, dtype=INT32)
     q = torch.empty(2 * queries, 128, 576, dtype=BF16)
-    mla_decode(q, torch.empty(9, 64, 576, dtype=BF16), table, context, 512, 0.1, queries, shares=2)
+    cache = torch.empty(9, 64, 656, dtype=torch.uint8) if fp8 else torch.empty(9, 64, 576, dtype=BF16)
+    mla_decode(q, cache, table, context, 512, 0.1, queries, shares=2)
 
 
 def gqa() -> None:
@@ -211,7 +212,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "MLA, 128 heads": (mla, (128, 1, False), 2),
     "MLA, FP8, 16 heads": (mla, (16, 1, True), 2),
     "MLA, FP8, 128 heads": (mla, (128, 1, True), 2),
-    "MLA in Gluon": (mla_gluon, (2,), 2),
+    "MLA in Gluon": (mla_gluon, (2, False), 2),
+    "MLA in Gluon, FP8": (mla_gluon, (1, True), 2),
     "GQA, pages ahead": (gqa, (), 2),
     "heads": (heads, (), 2),
     "attention of a stream": (flash, (), 3),

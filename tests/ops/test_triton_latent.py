@@ -249,20 +249,24 @@ def test_a_step_of_few_rows_is_the_step_of_many(heads, fp8, monkeypatch):
 @pytest.mark.skipif(
     not CUDA or torch.cuda.get_device_capability() < (9, 0), reason="Gluon compiles for Hopper alone"
 )
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("heads,queries", [(128, 1), (128, 2), (20, 3), (16, 1)])
-def test_tall_decode_in_gluon(heads, queries):
+def test_tall_decode_in_gluon(heads, queries, fp8):
     from hadal.ops.triton.latent_gluon import mla_decode
 
     lengths, rank, page = [queries, 63 + queries, 64, 65, 700, 1999, 4096, 5000], 512, 64
     table, tables, context = rows_of(lengths, queries, page)
     entry = torch.randn(int(table.max()) + 2, page, 576)
-    clean = entry.to(DTYPE)
+    clean = latent_fp8.quantise_entries(entry, rank) if fp8 else entry.to(DTYPE)
     poison_unused(entry, table, lengths, page)
-    q = draw(len(tables), heads, 576)
-    want = paged.mla_decode_reference(q.double().cpu(), clean.double(), tables, context, rank, 0.03)
+    cache = clean.clone()
+    cache[entry.isnan().any(-1)] = 0xFF if fp8 else float("nan")
+    cache, q = cache.to(DEVICE), draw(len(tables), heads, 576)
+    seen = latent_fp8.dequantise_entries(clean, rank).double() if fp8 else clean.double()
+    want = paged.mla_decode_reference(q.double().cpu(), seen, tables, context, rank, 0.03)
+    pages = (tables.to(DEVICE), context.to(DEVICE))
     for shares in (None, 1, 7):
-        pages = (tables.to(DEVICE), context.to(DEVICE))
-        out = mla_decode(q, entry.to(DTYPE).to(DEVICE), *pages, rank, 0.03, queries, shares)
+        out = mla_decode(q, cache, *pages, rank, 0.03, queries, shares)
         assert error(out, want) < TOLERANCE[DTYPE]
     with pytest.raises(ValueError, match="on pages of 16"):
-        mla_decode(q, entry.to(DTYPE).to(DEVICE)[:, :16], *pages, rank, 0.03)
+        mla_decode(q, cache[:, :16], *pages, rank, 0.03)
