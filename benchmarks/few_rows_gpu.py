@@ -163,17 +163,12 @@ def experts(bench: Bench, tuner: Tuner | None) -> None:
             flops=6 * T * D * width * (K + 2),
         )  # fmt: skip
 
-        def call(c: torch.Tensor, tiles: Any = None, paired: bool | None = None, rows: int | None = None,
+        def call(c: torch.Tensor, tiles: Any = None, rows: int | None = None,
                  x: torch.Tensor = x, weight: torch.Tensor = weight) -> torch.Tensor:  # fmt: skip
-            return few.experts(x, c, weight, up, down, shared, None, tiles, paired, rows)
+            return few.experts(x, c, weight, up, down, shared, None, tiles, rows)
 
         if tuner is None or tuner.shard is None:
             race("ours", [functools.partial(call, c) for c in choices])
-            for paired in (True, False) if T <= 8 else ():
-                race(
-                    f"by {'pair' if paired else 'expert'}",
-                    [functools.partial(call, c, None, paired) for c in choices],
-                )
         if tuner is not None and T in (1, 32, 256):
             rows = {1: (16,), 32: (16,), 256: (32, 64)}[T]
             one = [few.Tiles(*t) for t in ((32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 64, 4, 4),
@@ -186,7 +181,7 @@ def experts(bench: Bench, tuner: Tuner | None) -> None:
             ]
             tuner.best(
                 f"experts, {T} tokens", configs,
-                lambda c, choices=choices: [functools.partial(call, e, c[0], None, c[1]) for e in choices],
+                lambda c, choices=choices: [functools.partial(call, e, c[0], c[1]) for e in choices],
             )  # fmt: skip
 
 

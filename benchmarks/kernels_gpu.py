@@ -35,7 +35,7 @@ from hadal.ops.fp8 import dequantise_activations
 from hadal.ops.mla import absorbed_query
 from hadal.ops.packed import KINDS, Kind, Packed, linear_reference, pack
 from hadal.ops.packed import experts_reference as packed_experts
-from hadal.ops.triton import decode, flash, fp8, latent, latent_gluon, packed, route
+from hadal.ops.triton import decode, flash, fp8, latent, packed, route
 from hadal.ops.triton import experts as few_experts
 from hadal.ops.triton import heads as head_kernels
 from hadal.ops.triton import linear as few_rows
@@ -246,7 +246,7 @@ class MlaCase:
 
 
 def mla(bench: Bench) -> None:
-    """What is chosen, and its candidates. What never ran on a card comes last: a fault ends the process."""
+    """What is chosen, and for many rows what Triton's own kernel does."""
     shapes = [(2, 4, 100, 1), (1, 20, 70, 2)] if bench.small else MLA_SHAPES
     for shape in shapes:
         case = MlaCase(*shape)
@@ -257,29 +257,13 @@ def mla(bench: Bench) -> None:
         del case
     for S, H in [(2, 3)] if bench.small else [(1, 16), (4, 16), (32, 16), (1, 128), (4, 128), (16, 128)]:
         mla_ends(bench, S, H)
-    for shape in shapes if CUDA else []:
-        case = MlaCase(*shape)
-        if case.rows > 32:
-            for fp8_cache in (False, True):
-                case.race(bench, "tall in Gluon", latent_gluon.mla_decode, fp8_cache)
-        if bench.tune:
-            tune_mla(bench, case)
-        del case
+    for shape in shapes if bench.tune else []:
+        tune_mla(bench, MlaCase(*shape))
 
 
 def latent_candidates(rows: int, fp8_cache: bool) -> dict[str, latent.Config]:
-    """Beside what `latent.config_for` chooses; all compile for sm_90 within its shared memory."""
-    if rows > 32:
-        few = {"by token": latent.config_for(16, fp8_cache)}
-        if fp8_cache:
-            return few | {"tall, 2 stages": latent.Config(64, 32, 8, 2, 1, 128)}
-        return few | {"tall, 64 keys": latent.Config(64, 64, 8, 2, 1, 128)}
-    if fp8_cache:
-        return {
-            "16 keys": latent.Config(16, 16, 8, 1, 2, 64),
-            "one program": latent.Config(16, 32, 8, 1, 1, 64),
-        }
-    return {}
+    """Beside what is chosen; all compile for sm_90 within its shared memory."""
+    return {"in Triton": latent.config_for(rows, fp8_cache)} if rows > 32 else {}
 
 
 def tune_mla(bench: Bench, case: MlaCase) -> None:
@@ -347,7 +331,7 @@ def mla_ends(bench: Bench, S: int, H: int) -> None:
         want = torch.einsum("shl,hvl->shv", z.float(), ups[0][:, nope:].float()).flatten(1)
 
         def leave(up: Tensor, parts: latent.Parts = parts) -> Tensor:
-            if absorbed.is_few(parts.out_SHL, up):
+            if absorbed.FEW_VALUES:
                 return around_mla.values(parts, up[:, nope:])
             out = latent.merge(parts)
             return torch.bmm(out.transpose(0, 1), up[:, nope:].transpose(1, 2)).transpose(0, 1).flatten(1)
@@ -365,10 +349,10 @@ def ends_race(
     bench: Bench, case: str, call: Callable[[Tensor], Tensor], ups: list[Tensor], want: Tensor | None
 ) -> None:
     """Apart and fused; without a reference, fused against apart."""
-    few, apart = absorbed.FEW_ROWS, None
+    few, apart = (absorbed.FEW_QUERIES, absorbed.FEW_VALUES), None
     try:
         for name, rows in (("apart", 0), ("fused", 1 << 20)):
-            absorbed.FEW_ROWS = rows
+            absorbed.FEW_QUERIES = absorbed.FEW_VALUES = rows
             result = call(ups[0])
             apart = result.float() if apart is None else apart
             reference = apart if want is None else want
@@ -377,7 +361,7 @@ def ends_race(
                 check=lambda out, reference=reference: relative(out, reference),
             )  # fmt: skip
     finally:
-        absorbed.FEW_ROWS = few
+        absorbed.FEW_QUERIES, absorbed.FEW_VALUES = few
 
 
 # --- GQA decode ---------------------------------------------------------------------------------------------
@@ -515,7 +499,6 @@ def mla_prefill(bench: Bench, T: int, H: int, nope: int, rope: int, value: int) 
     wide = torch.nn.functional.pad(v, (0, nope + rope - value))
     us = race("torch, values padded",
               [lambda: attention_op._uniform(q, k, wide, 1, scale)[..., :value]])  # fmt: skip
-    race("torch, values as they are", [lambda: attention_op._uniform(q, k, v, 1, scale)], peer=("padded", us))
     if CUDA and attention_op.varlen_available(q):
         race("torch, variable lengths", [lambda: attention_op._varlen(q, k, v, lengths, lengths, scale)],
              peer=("padded", us))  # fmt: skip

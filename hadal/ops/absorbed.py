@@ -2,8 +2,8 @@
 
     q̃_h = [W_UK,hᵀ·q_nope,h; RoPE(q_rope,h)],   z_h = attention of q̃_h over the entries,   o_h = W_UV,h·z_h
 
-On a GPU a step of few rows takes two kernels around attention instead of six. Everywhere else, and beyond
-FEW_ROWS, these are the operations of hadal/ops/mla.py, paged.py and latent_fp8.py one after the other.
+On a GPU a step of few rows takes two kernels around attention instead of six. Everywhere else, and with more
+rows, these are the operations of hadal/ops/mla.py, paged.py and latent_fp8.py one after the other.
 Legend: T tokens, S sequences, H heads, n nope, L latent, R rope, C = L + R, v value width.
 """
 
@@ -17,12 +17,14 @@ from hadal.ops import mla as plain
 from hadal.ops.dispatch import use_triton
 from hadal.ops.linear import per_head
 
-FEW_ROWS = 16  # tokens up to which the fused kernels are taken; to be settled on a card
+# up to which the fused kernels are faster, on an H100 (benchmarks/kernels_gpu.py, part mla)
+FEW_QUERIES = 32  # tokens
+FEW_VALUES = 64  # tokens · heads
 
 
-def is_few(q: Tensor, up: Tensor) -> bool:
+def _fuses(q: Tensor, up: Tensor, few: bool) -> bool:
     """Whether the fused kernels are for these queries and matrices."""
-    return q.shape[0] <= FEW_ROWS and use_triton(q, up) and up.stride()[1:] == (up.shape[2], 1)
+    return few and use_triton(q, up) and up.stride()[1:] == (up.shape[2], 1)
 
 
 def queries(
@@ -33,7 +35,7 @@ def queries(
 
     kv [T, C] is the down-projected input, before its norm. Both may be strided views of one product.
     """
-    if is_few(q_THw, up_HnL):
+    if _fuses(q_THw, up_HnL, q_THw.shape[0] <= FEW_QUERIES):
         from hadal.ops.triton.mla import queries as fast
 
         return fast(q_THw, kv_TC, norm_L, eps, rotation_T2r, up_HnL, cache, slot_T)
@@ -49,7 +51,7 @@ def attend(
     """Head outputs [S, H·v] of absorbed queries over the paged cache."""
     rank = up_HvL.shape[2]
     arguments = (q_SHC, cache, block_table_SP, context_len_S, rank, scale)
-    if is_few(q_SHC, up_HvL):
+    if _fuses(q_SHC, up_HvL, q_SHC.shape[0] * q_SHC.shape[1] <= FEW_VALUES):
         from hadal.ops.triton.latent import attend as unmerged
         from hadal.ops.triton.mla import values
 

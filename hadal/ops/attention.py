@@ -19,8 +19,6 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from hadal.ops.dispatch import forced_reference, use_triton
 from hadal.ops.heads import mla_heads, rotate_queries
 
-FLASH = False  # our own kernel (triton/flash.py) instead of torch's: not yet raced on a card
-
 
 def attention_reference(
     q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, q_len: Sequence[int], k_len: Sequence[int], scale: float
@@ -52,7 +50,7 @@ def attention(
     """Causal attention of every sequence, [T, H, V]. Lengths are host integers; Σ q_len = T, Σ k_len = N."""
     if forced_reference() or q_THC.dtype == torch.float64:
         return attention_reference(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
-    if FLASH and use_triton(q_THC, k_NGC, v_NGV):
+    if use_triton(q_THC, k_NGC, v_NGV):
         from hadal.ops.triton import flash
 
         if flash.wants(q_THC, v_NGV):
@@ -77,7 +75,7 @@ def mla_attention(
     """`attention` in MLA's expanded form, from what `hadal.ops.heads.mla_heads` takes; [T, H, V]. The queries
     may be overwritten."""
     nope = q_THC.shape[2] - rope_NR.shape[1]
-    if FLASH and use_triton(q_THC, kv_NHw, rope_NR):
+    if use_triton(q_THC, kv_NHw, rope_NR):
         from hadal.ops.triton import flash
 
         k_NHn, v_NHv = kv_NHw[..., :nope], kv_NHw[..., nope:]
@@ -91,8 +89,8 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
     """Sequences of equal lengths as one batch through torch's fused attention."""
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_THC, k_NGC, v_NGV))
     queries, keys, width_V = q.shape[2], k.shape[2], v.shape[3]
-    if width_V < q.shape[3] and not _takes_narrow_values(q, k, v):
-        v = pad(v, (0, q.shape[3] - width_V))  # zero columns add nothing
+    if width_V < q.shape[3]:  # flash kernels want equal widths; zero columns add nothing
+        v = pad(v, (0, q.shape[3] - width_V))
     mask = None if queries in (1, keys) else _visible(queries, keys, q.device)
     out = scaled_dot_product_attention(
         q,
@@ -104,35 +102,6 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1)[..., :width_V]
-
-
-_NARROW: dict[tuple[torch.device, torch.dtype, int, int], bool] = {}
-
-
-def _takes_narrow_values(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether cuDNN's attention, which torch prefers where it can, takes values narrower than keys (MLA: 128
-    beside 192). Its flash kernels want equal widths. Found out once, on a small input."""
-    key = (q.device, q.dtype, q.shape[3], v.shape[3])
-    if key not in _NARROW:
-        _NARROW[key] = q.is_cuda and _try_narrow(q, k, v)
-    return _NARROW[key]
-
-
-def _try_narrow(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    small_q, small_k, small_v = (
-        torch.arange(128 * x.shape[3], device=x.device).mul(i).sin().view(1, 1, 128, -1).to(x.dtype)
-        for i, x in enumerate((q, k, v), 1)
-    )
-    try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = scaled_dot_product_attention(small_q, small_k, small_v, is_causal=True)
-    except RuntimeError:  # not this cuDNN, or not this card
-        return False
-    q_THC, k_THC, v_THV = (x[0].transpose(0, 1) for x in (small_q, small_k, small_v))
-    want = attention_reference(q_THC, k_THC, v_THV, [128], [128], q.shape[3] ** -0.5)
-    return bool((out[0].transpose(0, 1) - want).norm() < 0.02 * want.norm())
 
 
 @functools.cache
@@ -147,7 +116,7 @@ def _varlen_function() -> tuple[Any, frozenset[str]] | None:
 
 def varlen_available(q: Tensor) -> bool:
     found = _varlen_function()
-    half = q.dtype in (torch.bfloat16, torch.float16)
+    half = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0
     return q.is_cuda and half and found is not None and "scale" in found[1]
 
 

@@ -141,23 +141,39 @@ def experts_by_segment(
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor,
     gate_up_E2ID: Tensor | Packed, down_EDI: Tensor | Packed,
-    shared: tuple[Tensor | Packed, Tensor | Packed] | None = None, residual_TD: Tensor | None = None,
+    shared: tuple[Tensor | Packed, Tensor | Packed] | Tensor | None = None, residual_TD: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The experts on x [T, D]: expert [T, K] int64, weight [T, K] FP32 → [T, D]. No token is dropped.
 
-    `shared`: gate_up and down of the expert that all tokens use. The residual stream is added where given.
+    `shared`: gate_up and down of the expert that all tokens use, or what it gave [T, D]. The residual stream
+    is added where given.
     """
+    if isinstance(shared, Tensor):
+        return _routed(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared, residual_TD)
     plain = isinstance(gate_up_E2ID, Tensor) and not needs_grad(x_TD, weight_TK, gate_up_E2ID, residual_TD)
     if plain and use_triton(x_TD, *(shared or ())) and 0 < x_TD.shape[0] <= FEW_TOKENS:
         from hadal.ops.triton.experts import experts as fast
 
         return fast(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared, residual_TD)  # type: ignore[arg-type]
-    many = expert_TK.numel() >= MANY_ROWS * gate_up_E2ID.shape[0]  # on average, for each expert
-    if plain and many and _prompt(x_TD, gate_up_E2ID, down_EDI, *(shared or ())):
+    if plain and _many(expert_TK, gate_up_E2ID) and _prompt(x_TD, gate_up_E2ID, down_EDI, *(shared or ())):
         both = cast("tuple[Tensor, Tensor] | None", shared)
         stacks = cast(Tensor, gate_up_E2ID), cast(Tensor, down_EDI)
         return cpu_prompt.experts(x_TD, expert_TK, weight_TK, *stacks, both, residual_TD)
     shared_TD = None if shared is None else ffn(x_TD, *shared)
+    return _routed(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
+
+
+def _many(expert_TK: Tensor, gate_up_E2ID: Tensor | Packed) -> bool:
+    """Whether there are many rows for each expert, on average."""
+    return expert_TK.numel() >= MANY_ROWS * gate_up_E2ID.shape[0]
+
+
+def _routed(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor,
+    gate_up_E2ID: Tensor | Packed, down_EDI: Tensor | Packed, shared_TD: Tensor | None,
+    residual_TD: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The routed experts, with the shared one's output known."""
     if is_exact():
         return invariant.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     if isinstance(gate_up_E2ID, Packed) or isinstance(down_EDI, Packed):
@@ -165,8 +181,9 @@ def experts(
         return packed.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     frozen = not needs_grad(*args)
+    few = x_TD.shape[0] <= SMALL_M or not _many(expert_TK, gate_up_E2ID)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
-    if frozen and (x_TD.shape[0] <= SMALL_M or not many) and use_cpu_kernels(x_TD, gate_up_E2ID):
+    if frozen and few and use_cpu_kernels(x_TD, gate_up_E2ID):
         return _plus(cpu.experts(*args[:5]), shared_TD, residual_TD)
     return experts_by_segment(*args)

@@ -227,19 +227,20 @@ def test_a_step_of_few_rows_is_the_step_of_many(heads, fp8, monkeypatch):
     rotation = rope.rotation_table(rope.Rope(), 64, 6000).to(DEVICE)[context.long() - 1]
 
     def step(few: int, pages: torch.Tensor) -> torch.Tensor:
-        monkeypatch.setattr(absorbed, "FEW_ROWS", few)
+        monkeypatch.setattr(absorbed, "FEW_QUERIES", few)
+        monkeypatch.setattr(absorbed, "FEW_VALUES", few)
         made = absorbed.queries(q, kv, norm, 1e-6, rotation, up[:, :128], pages, slot)
         return absorbed.attend(made, pages, table, context, up[:, 128:], 0.07)
 
     plain, fused = cache.clone(), cache.clone()
     with torch.inference_mode():
         want = step(0, plain)
-        out = step(4, fused)
+        out = step(1 << 20, fused)
         assert torch.equal(plain, fused) and error(out, want) < TOLERANCE[DTYPE]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(3):
-                again = step(4, fused)
+                again = step(1 << 20, fused)
         for _ in range(3):
             graph.replay()
         assert torch.equal(again, out)

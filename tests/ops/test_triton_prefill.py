@@ -79,7 +79,8 @@ def test_mla_heads(tokens, keys, heads, nope, rope, value, dtype):
     close(q, want_q, dtype)
     assert torch.equal(alone, q)
     assert torch.equal(q[..., :nope].cpu(), double[0][..., :nope].to(dtype))
-    assert torch.equal(k.cpu(), want_k.to(dtype))
+    assert torch.equal(k[..., :nope].cpu(), want_k[..., :nope].to(dtype))
+    close(k, want_k, dtype)  # a card fuses the rotation's products with their sums
     assert torch.equal(want_v, double[2][..., nope:])
     with pytest.raises(ValueError, match="side by side"):
         mla_heads(q.transpose(1, 2), rotation, kv, k_rope)
@@ -143,7 +144,8 @@ def test_both_forms_of_attention_on_cuda(q_len, k_len, own, monkeypatch):
     """MLA's and GQA's heads as a model has them, through torch's kernels and through ours."""
     from hadal.ops import attention as op
 
-    monkeypatch.setattr(op, "FLASH", own)
+    if not own:
+        monkeypatch.setattr(op, "use_triton", lambda *tensors: False)
     T, N, bf16 = sum(q_len), sum(k_len), torch.bfloat16
     q, kv, rope = (
         draw(T, 16, 192, dtype=bf16),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hadal.ops.triton import pdl
 from hadal.ops.triton.arrivals import MOST, counters
+from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 CHUNK = 4096
 FAILED = tl.constexpr(-1)
@@ -56,12 +57,12 @@ def wants(logits_BV: Tensor) -> bool:
 def argmax(logits_BV: Tensor) -> Tensor:
     """int64 [B]: the smallest index of the largest logit, or FAILED."""
     B, V = logits_BV.shape
-    chunks = triton.cdiv(V, CHUNK)
+    chunks = ceil_div(V, CHUNK)
     out = torch.empty(B, dtype=torch.int64, device=logits_BV.device)
     best = torch.empty((B, chunks), dtype=torch.float32, device=logits_BV.device)
     place = torch.empty((B, chunks), dtype=torch.int32, device=logits_BV.device)
     _argmax_kernel[(chunks, B)](
         logits_BV, out, best, place, counters(logits_BV.device), V, logits_BV.stride(0), chunks, CHUNK=CHUNK,
-        CHUNKS=triton.next_power_of_2(chunks), num_warps=4, **pdl.options(logits_BV),
+        CHUNKS=power_of_2(chunks), num_warps=4, **pdl.options(logits_BV),
     )  # fmt: skip
     return out

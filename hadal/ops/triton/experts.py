@@ -4,7 +4,7 @@ Three kernels: gate_up product + SwiGLU, down product, weighted sum. A program o
 its output rows; it finds the (token, k) pairs routed to it by itself, so nothing is sorted, nothing is
 synchronised with the host, and every expert's weights are read once for each BLOCK_M of its rows. The shared
 expert runs in the same launches, as so many parts of the routed width that every token chose; its weights are
-fetched while the kernel before still runs. One or two tokens go through gemv.py.
+fetched while the kernel before still runs.
 Legend: P = T·K pairs, R = P + T·parts rows, D hidden, I width, E experts.
 """
 
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hadal.ops.triton import gemv, pdl
+from hadal.ops.triton import pdl
 from hadal.ops.triton.gemv import silu_mul
+from hadal.ops.triton.sizes import ceil_div, power_of_2
 
-PAIRED_TOKENS = 2  # up to so many every (token, k) pair has programs of its own: most choose other experts
 AHEAD_BYTES = 64 << 10  # of a program's shared weights that are fetched before its input is there
 
 
@@ -50,7 +50,7 @@ def swiglu(x_T2I: Tensor) -> Tensor:
     tokens, width = x_T2I.shape[0], x_T2I.shape[1] // 2
     out = torch.empty((tokens, width), dtype=x_T2I.dtype, device=x_T2I.device)
     if tokens:
-        _swiglu_kernel[(tokens, triton.cdiv(width, 1024))](x_T2I, out, width, BLOCK=1024, num_warps=4)
+        _swiglu_kernel[(tokens, ceil_div(width, 1024))](x_T2I, out, width, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -209,7 +209,7 @@ def _combine_kernel(
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
     shared: tuple[Tensor, Tensor] | None = None, residual_TD: Tensor | None = None,
-    tiles: tuple[Tiles, Tiles] | None = None, paired: bool | None = None, rows_a_tile: int | None = None,
+    tiles: tuple[Tiles, Tiles] | None = None, rows_a_tile: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Σ_k w_k · expert_k(x) + shared(x) + residual, [T, D], summed in FP32. `shared`: the gate_up [2S, D] and
     down [D, S] weights of an expert for all tokens, S a multiple of the routed width."""
@@ -219,20 +219,7 @@ def experts(
         if parts * width != shared[1].shape[1]:
             raise ValueError(f"a shared width of {shared[1].shape[1]} is no multiple of {width}")
     x_TD = x_TD.contiguous()
-    if paired or (paired is None and x_TD.shape[0] <= PAIRED_TOKENS):
-        y_RD = gemv.experts(x_TD, expert_TK, gate_up_E2ID, down_EDI, shared, parts)
-    else:
-        y_RD = _by_expert(x_TD, expert_TK, gate_up_E2ID, down_EDI, shared, parts, tiles, rows_a_tile)
-    return _combine(y_RD, None, weight_TK, None, residual_TD, parts)
-
-
-def _by_expert(
-    x_TD: Tensor, expert_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
-    shared: tuple[Tensor, Tensor] | None, parts: int, tiles: tuple[Tiles, Tiles] | None,
-    rows_a_tile: int | None,
-) -> Tensor:  # fmt: skip
-    """Rows [R, D]: every pair's expert, then each part of the shared one for every token."""
-    (tokens, hidden), K, (n_experts, _, width) = x_TD.shape, expert_TK.shape[1], down_EDI.shape
+    (tokens, hidden), K, n_experts = x_TD.shape, expert_TK.shape[1], down_EDI.shape[0]
     pairs = tokens * K
     shared_up, shared_down = shared or (x_TD, x_TD)
     h_RI = x_TD.new_empty(pairs + parts * tokens, width)
@@ -242,24 +229,24 @@ def _by_expert(
     up, down = tiles or (Tiles(64, inputs, 4, 4 if inputs == 128 else 3), Tiles(64, inputs, 4, 4))
     ahead = AHEAD_BYTES // (up.outputs * x_TD.element_size())
     constants = {
-        "PARTS": parts, "BLOCK_P": triton.next_power_of_2(pairs), "BLOCK_M": block_m, **pdl.options(x_TD),
+        "PARTS": parts, "BLOCK_P": power_of_2(pairs), "BLOCK_M": block_m, **pdl.options(x_TD),
     }  # fmt: skip
-    _gate_up_kernel[(triton.cdiv(width, up.outputs), parts + n_experts)](
+    _gate_up_kernel[(ceil_div(width, up.outputs), parts + n_experts)](
         x_TD, expert_TK, gate_up_E2ID, shared_up, h_RI, tokens, pairs, hidden, width, K=K,
         BLOCK_N=up.outputs, BLOCK_D=up.inputs, AHEAD=ahead // 2, num_warps=up.warps, num_stages=up.stages,
         **constants,
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(hidden, down.outputs), parts + n_experts)](
+    _down_kernel[(ceil_div(hidden, down.outputs), parts + n_experts)](
         h_RI, expert_TK, down_EDI, shared_down, y_RD, tokens, pairs, hidden, width, BLOCK_N=down.outputs,
         BLOCK_I=down.inputs, AHEAD=ahead, num_warps=down.warps, num_stages=down.stages, **constants,
     )  # fmt: skip
-    return y_RD
+    return _combine(y_RD, None, weight_TK, None, residual_TD, parts)
 
 
 def _rows_a_tile(pairs: int, n_experts: int) -> int:
     """Rows of an expert that share one reading of its weights: what an even spread gives. A second reading
     comes from the L2 cache, and costs less than rows that are not there."""
-    return min(64, max(16, triton.next_power_of_2(pairs // n_experts)))
+    return min(64, max(16, power_of_2(pairs // n_experts)))
 
 
 def combine(
@@ -284,7 +271,7 @@ def _combine(
     """parts: rows of the shared expert for every token, behind all pairs' rows."""
     (tokens, K), hidden = weight_TK.shape, row_ND.shape[1]
     out_TD = torch.empty((tokens, hidden), dtype=row_ND.dtype, device=row_ND.device)
-    _combine_kernel[(tokens, triton.cdiv(hidden, 1024))](
+    _combine_kernel[(tokens, ceil_div(hidden, 1024))](
         row_ND, row_ND if place is None else place, weight_TK,
         row_ND if shared_TD is None else shared_TD.contiguous(),
         row_ND if residual_TD is None else residual_TD.contiguous(), out_TD, tokens, hidden,

@@ -29,10 +29,15 @@ LOG2_E = 1.4426950408889634
 class Config(NamedTuple):
     """Queries and keys of a tile, warps, stages."""
 
-    queries: int = 128
-    keys: int = 64
-    warps: int = 8
-    stages: int = 3
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def config_for(width: int) -> Config:
+    """Measured on an H100 (benchmarks/kernels_gpu.py, part prefill): MLA's 192 columns, and 128."""
+    return Config(128, 64, 8, 3) if width > 128 else Config(64, 64, 4, 2)
 
 
 @triton.jit
@@ -151,7 +156,7 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """[T, H, V]; see `hadal.ops.attention.attention`. rope_NR: the last R columns of every head's keys, which
     `k_NGC` then lacks."""
-    config = config or Config()
+    config = config or config_for(q_THC.shape[2])
     (T, H, width), (_, G, first) = q_THC.shape, k_NGC.shape
     if rope_NR is not None:
         second, r_stride, r_head = rope_NR, rope_NR.stride(0), 0

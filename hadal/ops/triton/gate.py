@@ -13,6 +13,7 @@ from torch import Tensor
 from hadal.config import Moe
 from hadal.ops.triton import linear as few_rows
 from hadal.ops.triton import pdl
+from hadal.ops.triton.sizes import power_of_2
 
 
 @triton.jit
@@ -135,9 +136,9 @@ def constants(moe: Moe, n_experts: int, biased: bool) -> dict[str, int | bool]:
     groups = moe.n_group if moe.topk_method != "greedy" else 1
     per_group = n_experts // groups
     return {
-        "GROUPS": groups, "PER_GROUP": per_group, "BLOCK_G": triton.next_power_of_2(groups),
-        "BLOCK_P": triton.next_power_of_2(per_group), "K": moe.num_experts_per_tok,
+        "GROUPS": groups, "PER_GROUP": per_group, "BLOCK_G": power_of_2(groups),
+        "BLOCK_P": power_of_2(per_group), "K": moe.num_experts_per_tok,
         "TOPK_GROUP": moe.topk_group if groups > 1 else 1, "SIGMOID": moe.scoring_func == "sigmoid",
         "BIASED": biased, "SUM_OF_TWO": moe.topk_method == "noaux_tc", "NORMALISE": _normalises(moe),
-        "BLOCK_K": triton.next_power_of_2(moe.num_experts_per_tok),
+        "BLOCK_K": power_of_2(moe.num_experts_per_tok),
     }  # fmt: skip

@@ -54,7 +54,7 @@ def config_for(rows: int, fp8: bool) -> Config:
     """
     if rows <= 32:
         return Config(16, 32, 8, 1, 2, 64, 128) if fp8 else Config(16, 32, 4, 2, 2, 64)
-    return Config(64, 32, 8, 3, 1, 128)
+    return Config(64, 32, 8, 3, 1, 128) if fp8 else Config(64, 64, 8, 2, 1, 128)
 
 
 class Parts(NamedTuple):
@@ -302,6 +302,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def _on_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
 def shares_for(programs: int, keys: int, slots: int, least: int) -> int:
     """Shares of a context of up to `keys`, by the waves that they take on `slots` and the tiles in each.
 
@@ -326,6 +331,13 @@ def attend(
     if total % queries:
         raise ValueError(f"{total} rows are no multiple of {queries} queries a sequence")
     fp8 = cache_PBC.dtype == torch.uint8
+    if config is None and queries * heads > 32 and _on_hopper(q_SHC.device):
+        from hadal.ops.triton import latent_gluon
+
+        if latent_gluon.wants(q_SHC, cache_PBC, rank):
+            return latent_gluon.attend(
+                q_SHC, cache_PBC, block_table_SP, context_len_S, rank, scale, queries, shares
+            )
     config = config or config_for(queries * heads, fp8)
     queries = queries if config.rows > 32 else 1  # by token, each is a sequence of its own
     rows, S, page = queries * heads, total // queries, cache_PBC.shape[1]

@@ -19,6 +19,7 @@ from torch import Tensor
 from hadal.ops.triton import gemv, pdl
 from hadal.ops.triton.arrivals import counters
 from hadal.ops.triton.gemv import silu_mul
+from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 MAX_ROWS = 32
 AHEAD_BYTES = 64 << 10  # of a program's weights that are fetched before its input is there
@@ -37,7 +38,7 @@ class Config(NamedTuple):
 def config_for(N: int, K: int, swiglu: bool) -> Config:
     """Measured on an H100 (benchmarks/few_rows_gpu.py): tall tiles and a deep pipeline, even where that makes
     fewer programs than there are multiprocessors; wide rows are shared."""
-    return Config(64, 128, 4, 5, 1 if swiglu or N > 8192 else 4 if K > 4096 else 2)
+    return Config(64, 128, 4, 5, 4 if K > 4096 and N <= 8192 and not swiglu else 2 if N <= 2048 else 1)
 
 
 @triton.jit
@@ -162,16 +163,16 @@ def _launch(
         return gemv.launch(x_MK, weight, second, bias_N, residual_MN, out, second_out, swiglu, config)
     second_N = 0 if second_out is None else second_out.shape[1]
     c = config or config_for(N + second_N, K, swiglu)
-    share = triton.cdiv(triton.cdiv(K, c.splits), c.inputs) * c.inputs
-    splits = triton.cdiv(K, share)
+    share = ceil_div(ceil_div(K, c.splits), c.inputs) * c.inputs
+    splits = ceil_div(K, share)
     block_m = 16 if M <= 16 else 32
-    blocks, programs = triton.cdiv(N, c.outputs), triton.cdiv(N, c.outputs) + triton.cdiv(second_N, c.outputs)
+    blocks, programs = ceil_div(N, c.outputs), ceil_div(N, c.outputs) + ceil_div(second_N, c.outputs)
     partial, arrived = out, out
     if splits > 1:
         size = programs * splits * c.outputs * block_m
         partial, arrived = out.new_empty(size, dtype=torch.float32), counters(out.device)
     ahead = AHEAD_BYTES // (c.outputs * x_MK.element_size() * (2 if swiglu else 1))
-    ahead = max(64, min(ahead, triton.next_power_of_2(share)))
+    ahead = max(64, min(ahead, power_of_2(share)))
     _linear_kernel[(programs, splits)](
         x_MK, weight, weight if second is None else second, x_MK if bias_N is None else bias_N,
         x_MK if residual_MN is None else residual_MN, out,

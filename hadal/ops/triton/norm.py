@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.ops.triton import pdl
+from hadal.ops.triton.sizes import power_of_2
 
 
 @triton.jit
@@ -38,7 +39,7 @@ def _launch(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tupl
         rows = rows.contiguous()
     out = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(out) if delta is not None else out
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     _norm_kernel[(rows.shape[0],)](
         rows,
         delta.contiguous() if delta is not None else rows,
