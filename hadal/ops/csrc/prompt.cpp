@@ -148,6 +148,16 @@ inline void micro(const float* w, const float* x, int64_t n, float* c, int64_t s
     for (int v = 0; v < VECTORS; ++v) store(c + r * stride + v * LANES, acc[r][v]);
 }
 
+// Channels [k, k + depth) of a row, in FP32; zeros in place of an absent one.
+template <class T>
+inline void copy_row(const T* row, int64_t k, int64_t depth, float* to) {
+  if (row && depth == DEPTH) {
+    for (int64_t i = 0; i < DEPTH; i += LANES) store(to + i, take(row + k + i));
+  } else {
+    for (int64_t i = 0; i < depth; i += LANES) store(to + i, row ? take(row + k + i, depth - i) : vf{});
+  }
+}
+
 // c[g·R + r][lane] = w_{g,r} · x_lane: `groups` of R weight rows (null: absent, its sums mean nothing) against panels.
 // The R rows at `then`, if not null, are those of the next call.
 template <class T>
@@ -157,11 +167,7 @@ void product(const T* const* row, int64_t groups, int64_t n, const float* x, int
   for (int64_t k = 0; k < n; k += DEPTH) {
     int64_t depth = std::min(DEPTH, n - k);
     for (int64_t g = 0; g < groups; ++g) {
-      for (int r = 0; r < R; ++r) {
-        const T* from = row[g * R + r];
-        for (int64_t i = 0; i < depth; i += LANES)
-          store(copy + r * STRIDE + i, from ? take(from + k + i, depth - i) : vf{});
-      }
+      for (int r = 0; r < R; ++r) copy_row(row[g * R + r], k, depth, copy + r * STRIDE);
       const bool more = g + 1 < groups || k + DEPTH < n;
       const T* const* after = g + 1 < groups ? row + (g + 1) * R : more ? row : then;
       const T* next[R];
