@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack, cast
+from typing import Unpack
 
 from torch import Tensor, nn
 
@@ -10,11 +10,9 @@ from hadal.config import Mla, ModelConfig
 from hadal.model import fused
 from hadal.model.context import Context
 from hadal.model.gqa import GqaAttention
-from hadal.model.layers import Ffn, Like, Linear, RMSNorm
+from hadal.model.layers import Ffn, Like, RMSNorm
 from hadal.model.mla import MlaAttention
 from hadal.model.moe import Moe
-from hadal.ops import ahead
-from hadal.ops.packed import Packed
 
 
 class Block(nn.Module):
@@ -36,18 +34,6 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
         if (fast_TD := fused.block(self, x_TD, ctx)) is not None:
             return fast_TD
-        ctx.soon = self._soon() if ahead.wants(x_TD) else ()
         attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)
         x_TD, normed_TD = self.post_attention_layernorm.after_add(x_TD, attended_TD)
         return self.mlp(normed_TD, x_TD, ctx) if self.is_moe else self.mlp(normed_TD, x_TD)
-
-    def _soon(self) -> tuple[Tensor, ...]:
-        """Weights that every token needs after the projections into attention, in their order."""
-        after: list[Tensor | Packed] = [cast(Linear, self.self_attn.o_proj).weight]
-        dense: Ffn | Moe | None = self.mlp
-        if isinstance(dense, Moe):
-            after.append(dense.gate.weight)
-            dense = dense.shared_experts
-        if dense is not None:
-            after += [dense.gate_up_proj.weight, dense.down_proj.weight]
-        return tuple(weight for weight in after if isinstance(weight, Tensor))

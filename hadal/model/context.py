@@ -47,8 +47,6 @@ class Context:
     captured: dict[int, Tensor] = field(default_factory=dict)
     # what the fused CPU kernel reads in every layer (hadal/model/fused.py), and the tensors that it is in
     cpu_step: tuple[tuple[Tensor | Cache | None, ...], list[int]] | None = None
-    # weights that come after this layer's attention, for few rows on a GPU: read while attention runs
-    soon: tuple[Tensor, ...] = ()
     rotation_T2r: Tensor | None = None  # cos and sin of the positions, set by the Transformer once a pass
     _stream: Stream | None = field(default=None, init=False, repr=False)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hadal.config import Gqa, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear
-from hadal.ops import ahead, invariant
+from hadal.ops import invariant
 from hadal.ops.attention import attention
 from hadal.ops.exact import is_exact
 from hadal.ops.heads import gqa_heads
@@ -38,7 +38,6 @@ class GqaAttention(nn.Module):
         assert ctx.rotation_T2r is not None
         G = self.a.num_key_value_heads
         qkv_THC = self.qkv_proj(x_TD).unflatten(-1, (-1, self.a.head_dim))
-        ahead.start(ctx.soon)
         if is_exact():
             q_THC, k_TGC, v_TGC = gqa_heads(qkv_THC, ctx.rotation_T2r, G)
             out = self._exact(q_THC, torch.stack([k_TGC, v_TGC], 1), ctx)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
-from hadal.ops import absorbed, ahead, invariant, latent_fp8
+from hadal.ops import absorbed, invariant, latent_fp8
 from hadal.ops.attention import mla_attention
 from hadal.ops.exact import is_exact
 from hadal.ops.linear import linear_pair
@@ -52,7 +52,6 @@ class MlaAttention(nn.Module):
         if is_exact():
             return self._exact(x_TD, ctx)
         q_THC, kv_TC = self._project(x_TD)
-        ahead.start(ctx.soon)
         norm = self.kv_a_layernorm
         if ctx.cache is None:
             entry_TC, lengths = latent_entry(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r), ctx.lengths()

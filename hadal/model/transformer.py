@@ -18,7 +18,7 @@ from hadal.model.block import Block
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.model.mtp import Mtp
-from hadal.ops import ahead, invariant
+from hadal.ops import invariant
 from hadal.ops.exact import is_exact
 from hadal.ops.linear import linear_wide
 from hadal.ops.rope import rotation_table
@@ -72,7 +72,6 @@ class Transformer(nn.Module):
             x_TD = block(x_TD, context)
             if block.layer in context.capture_layers:
                 context.captured[block.layer] = x_TD
-        self._join(context)
         if self.config.num_hidden_layers in context.capture_layers:
             context.captured[self.config.num_hidden_layers] = self.norm(x_TD)
         return x_TD
@@ -106,13 +105,7 @@ class Transformer(nn.Module):
         self.prepare(context)
         if depth == 0 and self.config.mtp_after_norm:
             hidden_TD = self.norm(hidden_TD)
-        out_TD: Tensor = cast(Mtp, self.mtp[depth])(hidden_TD, self.embed(next_token_T), context)
-        self._join(context)
-        return out_TD
-
-    def _join(self, context: Context) -> None:
-        if context.soon:
-            ahead.finish(self.device)
+        return cast(Mtp, self.mtp[depth])(hidden_TD, self.embed(next_token_T), context)
 
     def mtp_logits(self, hidden_TD: Tensor, depth: int = 0) -> Tensor:
         """FP32 logits of an MTP block's output: its own norm, the shared head."""

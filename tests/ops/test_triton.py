@@ -122,12 +122,13 @@ GATES = [
 
 
 @needs_triton
+@pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("moe", GATES, ids=lambda m: f"{m.topk_method}-{m.n_routed_experts}")
-def test_gate(moe):
+def test_gate(moe, tokens):
     from hadal.ops.triton.gate import gate
 
     x, weight = (
-        draw(9, 32, dtype=torch.float32),
+        draw(tokens, 32, dtype=torch.float32),
         draw(moe.n_routed_experts, 32, dtype=torch.float32, scale=0.3),
     )
     biased = moe.topk_method == "noaux_tc"
@@ -264,6 +265,8 @@ def test_linear_of_few_rows(rows, outs, width, dtype):
     assert not arrivals.counters(x.device).any()  # zero again, for the next launch
     gate, up = (x.double() @ w.double().T).chunk(2, -1)
     close(few.linear(x, w, swiglu=True), torch.nn.functional.silu(gate) * up, dtype)
+    with pytest.raises(ValueError, match="not shared out"):
+        few.linear(x, w, swiglu=True, config=few.Config(16, 32, 2, 2, 2))
     wide = few.linear(x, w, dtype=torch.float32)
     assert wide.dtype == torch.float32
     close(wide, x.double() @ w.double().T, torch.float32)

@@ -154,6 +154,7 @@ def gate() -> None:
         bias = torch.zeros(moe.n_routed_experts) if moe.topk_method == "noaux_tc" else None
         weight = torch.empty(moe.n_routed_experts, config.hidden_size, dtype=BF16)
         apart.gate(torch.empty(2, config.hidden_size, dtype=BF16), weight, bias, moe)
+        apart.gate(torch.empty(1, config.hidden_size, dtype=BF16), weight, bias, moe)
 
 
 def few_rows(rows: int) -> None:
@@ -225,10 +226,10 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "experts INT4": (experts, ("int4", 1000), 2),
     "experts FP8": (experts, ("fp8", 100), 2),
     "products in FP8": (fp8, (), 6),
-    "gate": (gate, (), 4),
+    "gate": (gate, (), 6),
     "linear, 1 row": (few_rows, (1,), 5),
     "linear, 32 rows": (few_rows, (32,), 5),
-    "experts, 1 token": (few_experts, (1,), 3),
+    "experts, 1 token": (few_experts, (1,), 2),
     "experts, 32 tokens": (few_experts, (32,), 3),
     "experts, 256 tokens": (few_experts, (256,), 3),
     "norm, argmax": (small, (), 2),

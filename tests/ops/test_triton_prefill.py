@@ -77,7 +77,7 @@ def test_mla_heads(tokens, keys, heads, nope, rope, value, dtype):
     rotate_queries(alone, rotation, nope)
     k = mla_heads(q, rotation, kv, k_rope)
     close(q, want_q, dtype)
-    assert torch.equal(alone, q)
+    close(alone, q, dtype)  # bit for bit but where a card fuses products with sums
     assert torch.equal(q[..., :nope].cpu(), double[0][..., :nope].to(dtype))
     assert torch.equal(k[..., :nope].cpu(), want_k[..., :nope].to(dtype))
     close(k, want_k, dtype)  # a card fuses the rotation's products with their sums

@@ -64,7 +64,7 @@ def _rows_of_expert(mine, rank, pair, first, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _gate_up_rows(
+def gate_up_rows(
     x, row, to_row, gate_row, up_row, out, n, hidden, width,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +86,7 @@ def _gate_up_rows(
 
 
 @triton.jit
-def _down_rows(
+def down_rows(
     h, row, w_row, out, n, hidden, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr
 ):
     """The down product of the rows `row` of h (−1: none) into the same rows of out [.., hidden]."""
@@ -130,7 +130,7 @@ def _gate_up_kernel(
         for first in range(0, tokens, BLOCK_M):
             row = tl.where(first + i < tokens, first + i, -1)
             to_row = pairs + part * tokens + row
-            _gate_up_rows(x, row, to_row, gate_row, up_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_D)
+            gate_up_rows(x, row, to_row, gate_row, up_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_D)
     else:
         pdl.wait(PDL)
         e = (part - PARTS).to(tl.int64)
@@ -140,7 +140,7 @@ def _gate_up_kernel(
         gate_row = w + (e * 2 * width + weight_n) * hidden
         for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
             row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
-            _gate_up_rows(
+            gate_up_rows(
                 x, tl.where(row >= 0, row // K, -1), row, gate_row,
                 gate_row + tl.cast(width, tl.int64) * hidden, out, n, hidden, width, BLOCK_M, BLOCK_N,
                 BLOCK_D,
@@ -165,7 +165,7 @@ def _down_kernel(
         pdl.wait(PDL)
         for first in range(0, tokens, BLOCK_M):
             row = tl.where(first + i < tokens, pairs + part * tokens + first + i, -1)
-            _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
+            down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
     else:
         pdl.wait(PDL)
         e = (part - PARTS).to(tl.int64)
@@ -175,7 +175,7 @@ def _down_kernel(
         w_row = w + (e * hidden + weight_n) * width
         for first in range(0, tl.sum(mine.to(tl.int32), 0), BLOCK_M):
             row = _rows_of_expert(mine, rank, pair, first, BLOCK_M)
-            _down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
+            down_rows(h, row, w_row, out, n, hidden, width, BLOCK_M, BLOCK_N, BLOCK_I)
 
 
 @triton.jit
@@ -219,6 +219,11 @@ def experts(
         if parts * width != shared[1].shape[1]:
             raise ValueError(f"a shared width of {shared[1].shape[1]} is no multiple of {width}")
     x_TD = x_TD.contiguous()
+    if x_TD.shape[0] == 1 and tiles is None:
+        from hadal.ops.triton import experts_one
+
+        weights = (gate_up_E2ID, down_EDI, shared, parts)
+        return experts_one.experts(x_TD, expert_TK, weight_TK, *weights, residual_TD)
     (tokens, hidden), K, n_experts = x_TD.shape, expert_TK.shape[1], down_EDI.shape[0]
     pairs = tokens * K
     shared_up, shared_down = shared or (x_TD, x_TD)

@@ -57,7 +57,7 @@ def _add_products(acc, tile, x, k, K, M, x_stride, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _stream(
+def stream(
     x, M, x_stride, row, up_row, K, ROWS: tl.constexpr, SWIGLU: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def _gemv_kernel(
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     row = w + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K
     up_row = row + tl.cast(N, tl.int64) * K
-    acc, up = _stream(x, M, x_stride, row, up_row, K, ROWS, SWIGLU, BLOCK_N, BLOCK_K, PDL)
+    acc, up = stream(x, M, x_stride, row, up_row, K, ROWS, SWIGLU, BLOCK_N, BLOCK_K, PDL)
     m = tl.arange(0, ROWS)
     to = m[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]

@@ -38,7 +38,9 @@ class Config(NamedTuple):
 def config_for(N: int, K: int, swiglu: bool) -> Config:
     """Measured on an H100 (benchmarks/few_rows_gpu.py): tall tiles and a deep pipeline, even where that makes
     fewer programs than there are multiprocessors; wide rows are shared."""
-    return Config(64, 128, 4, 5, 4 if K > 4096 and N <= 8192 and not swiglu else 2 if N <= 2048 else 1)
+    if swiglu:  # gate and up are not shared out
+        return Config(64, 128, 4, 5, 1)
+    return Config(64, 128, 4, 5, 4 if K > 4096 and N <= 8192 else 2 if N <= 2048 else 1)
 
 
 @triton.jit
@@ -163,6 +165,8 @@ def _launch(
         return gemv.launch(x_MK, weight, second, bias_N, residual_MN, out, second_out, swiglu, config)
     second_N = 0 if second_out is None else second_out.shape[1]
     c = config or config_for(N + second_N, K, swiglu)
+    if swiglu and c.splits > 1:
+        raise ValueError(f"{c.splits} splits of a SwiGLU product: gate and up are not shared out")
     share = ceil_div(ceil_div(K, c.splits), c.inputs) * c.inputs
     splits = ceil_div(K, share)
     block_m = 16 if M <= 16 else 32
