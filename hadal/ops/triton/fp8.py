@@ -29,6 +29,7 @@ from hadal.ops.triton.gemv import silu_mul
 
 GROUP = tl.constexpr(128)
 ALIGN = 128  # rows of a tile, and what every expert's first row is a multiple of
+GLUON = False  # whether the product is fp8_gluon's where that can take it: not raced yet
 
 
 class Sorted(NamedTuple):
@@ -230,6 +231,11 @@ def grouped_matmul(
 
     `weight_ENK`: FP8 [E, N, K] or one matrix [N, K]; R a multiple of 128; K and N multiples of 16 and 8.
     """
+    if GLUON and config is None:
+        from hadal.ops.triton import fp8_gluon
+
+        if fp8_gluon.wants(q_RK, weight_ENK, dtype):
+            return fp8_gluon.grouped_matmul(q_RK, scale_GR, weight_ENK, tile_expert, used)
     config = config or Config()
     (R, K), N = q_RK.shape, weight_ENK.shape[-2]
     if R % ALIGN or K % 16 or N % 8:
