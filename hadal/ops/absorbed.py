@@ -19,7 +19,7 @@ from hadal.ops.linear import per_head
 
 # up to which the fused kernels are faster, on an H100 (benchmarks/kernels_gpu.py, part mla)
 FEW_QUERIES = 32  # tokens
-FEW_VALUES = 64  # tokens · heads
+FEW_VALUES = 16  # tokens · heads; V2-Lite at batch 1, where it is as fast as two
 
 
 def _fuses(q: Tensor, up: Tensor, few: bool) -> bool:

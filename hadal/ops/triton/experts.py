@@ -3,8 +3,7 @@
 Three kernels: gate_up product + SwiGLU, down product, weighted sum. A program owns one expert and a block of
 its output rows; it finds the (token, k) pairs routed to it by itself, so nothing is sorted, nothing is
 synchronised with the host, and every expert's weights are read once for each BLOCK_M of its rows. The shared
-expert runs in the same launches, as so many parts of the routed width that every token chose; its weights are
-fetched while the kernel before still runs.
+expert runs in the same launches, as so many parts of the routed width that every token chose.
 Legend: P = T·K pairs, R = P + T·parts rows, D hidden, I width, E experts.
 """
 
@@ -20,8 +19,6 @@ from torch import Tensor
 from hadal.ops.triton import pdl
 from hadal.ops.triton.gemv import silu_mul
 from hadal.ops.triton.sizes import ceil_div, power_of_2
-
-AHEAD_BYTES = 64 << 10  # of a program's shared weights that are fetched before its input is there
 
 
 class Tiles(NamedTuple):
@@ -103,17 +100,10 @@ def down_rows(
 
 
 @triton.jit
-def _fetch(row, length, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """The first AHEAD inputs of these weight rows [N, 1] into L2."""
-    line = tl.arange(0, AHEAD // pdl.LINE) * pdl.LINE
-    pdl.prefetch(row + tl.minimum(line, length - 1)[None, :], PDL)
-
-
-@triton.jit
 def _gate_up_kernel(
     x, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr,
     K: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pdl.begin(PDL)
     part = tl.program_id(1)
@@ -123,9 +113,6 @@ def _gate_up_kernel(
     if part < PARTS:  # of the shared expert, for every token
         gate_row = shared + (part * width + weight_n) * hidden
         up_row = gate_row + tl.cast(PARTS * width, tl.int64) * hidden
-        if PDL:
-            _fetch(gate_row, hidden, AHEAD, PDL)
-            _fetch(up_row, hidden, AHEAD, PDL)
         pdl.wait(PDL)
         for first in range(0, tokens, BLOCK_M):
             row = tl.where(first + i < tokens, first + i, -1)
@@ -151,7 +138,7 @@ def _gate_up_kernel(
 def _down_kernel(
     h, expert, w, shared, out, tokens, pairs, hidden, width, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     pdl.begin(PDL)
     part = tl.program_id(1)
@@ -160,8 +147,6 @@ def _down_kernel(
     i = tl.arange(0, BLOCK_M)
     if part < PARTS:
         w_row = shared + weight_n * (PARTS * width) + part * width
-        if PDL:
-            _fetch(w_row, width, AHEAD, PDL)
         pdl.wait(PDL)
         for first in range(0, tokens, BLOCK_M):
             row = tl.where(first + i < tokens, pairs + part * tokens + first + i, -1)
@@ -232,18 +217,17 @@ def experts(
     block_m = rows_a_tile or _rows_a_tile(pairs, n_experts)
     inputs = 256 // x_TD.element_size() if block_m <= 32 else 64
     up, down = tiles or (Tiles(64, inputs, 4, 4 if inputs == 128 else 3), Tiles(64, inputs, 4, 4))
-    ahead = AHEAD_BYTES // (up.outputs * x_TD.element_size())
     constants = {
         "PARTS": parts, "BLOCK_P": power_of_2(pairs), "BLOCK_M": block_m, **pdl.options(x_TD),
     }  # fmt: skip
     _gate_up_kernel[(ceil_div(width, up.outputs), parts + n_experts)](
         x_TD, expert_TK, gate_up_E2ID, shared_up, h_RI, tokens, pairs, hidden, width, K=K,
-        BLOCK_N=up.outputs, BLOCK_D=up.inputs, AHEAD=ahead // 2, num_warps=up.warps, num_stages=up.stages,
+        BLOCK_N=up.outputs, BLOCK_D=up.inputs, num_warps=up.warps, num_stages=up.stages,
         **constants,
     )  # fmt: skip
     _down_kernel[(ceil_div(hidden, down.outputs), parts + n_experts)](
         h_RI, expert_TK, down_EDI, shared_down, y_RD, tokens, pairs, hidden, width, BLOCK_N=down.outputs,
-        BLOCK_I=down.inputs, AHEAD=ahead, num_warps=down.warps, num_stages=down.stages, **constants,
+        BLOCK_I=down.inputs, num_warps=down.warps, num_stages=down.stages, **constants,
     )  # fmt: skip
     return _combine(y_RD, None, weight_TK, None, residual_TD, parts)
 

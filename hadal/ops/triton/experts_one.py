@@ -2,8 +2,7 @@
 
 Each of the token's experts, and each part of the shared one (experts.py says what that is), has programs of
 its own; of the down product's, the last one to finish a block of outputs adds up all experts' rows there, and
-the residual. The memory is kept at work at the seams: the shared expert's weights are fetched into the L2
-cache while the kernel before still runs, and the routed experts' down weights while gate and up end.
+the residual.
 Legend: K experts, R = parts + K rows, D hidden, I width.
 """
 
@@ -20,32 +19,18 @@ from hadal.ops.triton.experts import Tiles, down_rows, gate_up_rows
 from hadal.ops.triton.sizes import ceil_div
 
 UP, DOWN = Tiles(64, 128, 4, 4), Tiles(64, 128, 4, 4)
-NEXT_LINES = 16  # cache lines of each row of a routed down matrix that are fetched early
-
-
-@triton.jit
-def _fetch_rows(row, width, LINES: tl.constexpr, PDL: tl.constexpr):
-    """All of these weight rows [N, 1] into L2."""
-    for start in range(0, width, LINES * pdl.LINE):
-        line = start + tl.arange(0, LINES) * pdl.LINE
-        pdl.prefetch(row + tl.minimum(line, width - 1)[None, :], PDL)
 
 
 @triton.jit
 def _gate_up_kernel(
-    x, expert, w, shared, down, out, hidden, width, blocks_each, PARTS: tl.constexpr, NEXT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    x, expert, w, shared, out, hidden, width, PARTS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pdl.begin(PDL)
     part = tl.program_id(1)
     is_shared = part < PARTS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.minimum(n, width - 1)[:, None].to(tl.int64) * hidden
-    if PDL:  # noqa: SIM102 — decided when compiling, the inner one is not
-        if is_shared:
-            first = shared + tl.cast(part * width, tl.int64) * hidden + own
-            _fetch_rows(first, hidden, 32, PDL)
-            _fetch_rows(first + tl.cast(PARTS * width, tl.int64) * hidden, hidden, 32, PDL)
     pdl.wait(PDL)
     e = tl.load(expert + tl.maximum(part - PARTS, 0))
     base = tl.where(is_shared, shared + tl.cast(part * width, tl.int64) * hidden, w + e * 2 * width * hidden)
@@ -55,11 +40,6 @@ def _gate_up_kernel(
     gate_up_rows(
         x, row, part + row, base + own, base + apart + own, out, n, hidden, width, 16, BLOCK_N, BLOCK_D
     )
-    if PDL:  # noqa: SIM102 — as above
-        if part >= PARTS:
-            d = tl.minimum(tl.program_id(0) * blocks_each + tl.arange(0, 128), hidden - 1)
-            line = tl.minimum(tl.arange(0, NEXT) * pdl.LINE, width - 1)
-            pdl.prefetch(down + (e * hidden + d[:, None]) * width + line[None, :], PDL)
 
 
 @triton.jit
@@ -72,9 +52,6 @@ def _down_kernel(
     is_shared = part < PARTS
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     own = tl.minimum(n, hidden - 1)[:, None].to(tl.int64)
-    if PDL:  # noqa: SIM102 — decided when compiling, the inner one is not
-        if is_shared:
-            _fetch_rows(shared + own * (PARTS * width) + part * width, width, 32, PDL)
     pdl.wait(PDL)
     e = tl.load(expert + tl.maximum(part - PARTS, 0))
     base = tl.where(is_shared, shared + part * width, w + e * hidden * width)
@@ -102,7 +79,7 @@ def _down_kernel(
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
     shared: tuple[Tensor, Tensor] | None, parts: int, residual_TD: Tensor | None,
-    up: Tiles = UP, down: Tiles = DOWN, next_lines: int = NEXT_LINES,
+    up: Tiles = UP, down: Tiles = DOWN,
 ) -> Tensor:  # fmt: skip
     """Σ_k w_k · expert_k(x) + shared(x) + residual, [1, D], summed in FP32."""
     hidden, K, width = x_TD.shape[1], expert_TK.shape[1], down_EDI.shape[2]
@@ -110,12 +87,10 @@ def experts(
     h_RI = x_TD.new_empty(parts + K, width)
     y_RD = x_TD.new_empty(parts + K, hidden)
     out_TD = torch.empty_like(x_TD)
-    blocks = ceil_div(width, up.outputs)
     narrow = 1 if x_TD.element_size() == 2 else 2  # FP32 tiles have half the inputs
-    _gate_up_kernel[(blocks, parts + K)](
-        x_TD, expert_TK, gate_up_E2ID, shared_up, down_EDI, h_RI, hidden, width, ceil_div(hidden, blocks),
-        PARTS=parts, NEXT=next_lines, BLOCK_N=up.outputs, BLOCK_D=up.inputs // narrow, num_warps=up.warps,
-        num_stages=up.stages, **pdl.options(x_TD),
+    _gate_up_kernel[(ceil_div(width, up.outputs), parts + K)](
+        x_TD, expert_TK, gate_up_E2ID, shared_up, h_RI, hidden, width, PARTS=parts, BLOCK_N=up.outputs,
+        BLOCK_D=up.inputs // narrow, num_warps=up.warps, num_stages=up.stages, **pdl.options(x_TD),
     )  # fmt: skip
     _down_kernel[(ceil_div(hidden, down.outputs), parts + K)](
         h_RI, expert_TK, weight_TK, down_EDI, shared_down, x_TD if residual_TD is None else residual_TD, y_RD,

@@ -13,9 +13,7 @@ from torch import Tensor
 from hadal.config import Moe
 from hadal.ops.triton import linear as few_rows
 from hadal.ops.triton import pdl
-from hadal.ops.triton.arrivals import counters
-from hadal.ops.triton.gemv import stream
-from hadal.ops.triton.sizes import ceil_div, power_of_2
+from hadal.ops.triton.sizes import power_of_2
 
 
 @triton.jit
@@ -95,50 +93,6 @@ def _gate_kernel(
     )  # fmt: skip
 
 
-@triton.jit
-def _gate_one_kernel(
-    x, w, bias, logit, arrived, expert, weight, n_experts, hidden, scale, BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_P: tl.constexpr, K: tl.constexpr, TOPK_GROUP: tl.constexpr, SIGMOID: tl.constexpr,
-    BIASED: tl.constexpr, SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    pdl.begin(PDL)
-    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    row = w + tl.minimum(e, n_experts - 1)[:, None].to(tl.int64) * hidden
-    acc, _ = stream(x, 1, hidden, row, row, hidden, 1, False, BLOCK_E, BLOCK_D, PDL)
-    tl.store(logit + e, tl.sum(acc, 1), mask=e < n_experts)
-    tl.debug_barrier()  # written before the program says so
-    if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(arrived, 0)  # for the next launch
-        g = tl.arange(0, BLOCK_G)
-        p = tl.arange(0, BLOCK_P)
-        index = g[:, None] * PER_GROUP + p[None, :]
-        real = (g[:, None] < GROUPS) & (p[None, :] < PER_GROUP)
-        value = tl.load(logit + index, mask=real, other=float("-inf"), cache_modifier=".cg")
-        _choose(
-            value, bias, expert, weight, 0, index, real, g, p, n_experts, scale, GROUPS, BLOCK_G, BLOCK_P, K,
-            TOPK_GROUP, SIGMOID, BIASED, SUM_OF_TWO, NORMALISE, BLOCK_K,
-        )  # fmt: skip
-
-
-def gate_one(
-    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe, block_e: int = 2
-) -> tuple[Tensor, Tensor]:
-    """`gate` of one token in one launch: the last program chooses."""
-    n_experts, hidden = weight_ED.shape
-    logit_E = torch.empty(n_experts, dtype=torch.float32, device=x_TD.device)
-    expert_TK = torch.empty((1, moe.num_experts_per_tok), dtype=torch.int64, device=x_TD.device)
-    weight_TK = torch.empty((1, moe.num_experts_per_tok), dtype=torch.float32, device=x_TD.device)
-    _gate_one_kernel[(ceil_div(n_experts, block_e),)](
-        x_TD, weight_ED, bias_E if bias_E is not None else logit_E, logit_E, counters(x_TD.device), expert_TK,
-        weight_TK, n_experts, hidden, weight_factor(moe), BLOCK_E=block_e,
-        BLOCK_D=min(4096, power_of_2(hidden)), **constants(moe, n_experts, bias_E is not None), num_warps=4,
-        **pdl.options(x_TD),
-    )  # fmt: skip
-    return expert_TK, weight_TK
-
-
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """FP32 router logits. BF16 products are exact in FP32: a BF16 product with FP32 output loses nothing."""
     if few_rows.wants(x_TD, weight_ED):
@@ -150,8 +104,6 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:
     """(experts int64 [T, K], weights FP32 [T, K])."""
-    if x_TD.shape[0] == 1 and x_TD.stride(1) == 1:
-        return gate_one(x_TD, weight_ED, bias_E, moe)
     return route(gate_logits(x_TD, weight_ED), bias_E, moe)
 
 

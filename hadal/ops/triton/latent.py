@@ -53,7 +53,7 @@ def config_for(rows: int, fp8: bool) -> Config:
     convert first. With 128 registers a thread two programs fit, which hide each other's conversions.
     """
     if rows <= 32:
-        return Config(16, 32, 8, 1, 2, 64, 128) if fp8 else Config(16, 32, 4, 2, 2, 64)
+        return Config(16, 32, 8, 1, 2, 64, 128) if fp8 else Config(16, 32, 4, 2, 2, 32)
     return Config(64, 32, 8, 3, 1, 128) if fp8 else Config(64, 64, 8, 2, 1, 128)
 
 

@@ -3,7 +3,7 @@
 A program owns BLOCK_N outputs (weight rows) for all input rows, or a share of their inputs, and streams its
 weights once; of several shares the program that comes last adds up the partial sums, in a fixed order. Fused
 behind the product: bias, SwiGLU of a gate/up pair, the residual stream, and a second matrix over the same
-input. The weights of the first steps are fetched into the L2 cache while the kernel before still runs.
+input.
 Legend: M rows, N outputs, K inputs.
 """
 
@@ -19,10 +19,9 @@ from torch import Tensor
 from hadal.ops.triton import gemv, pdl
 from hadal.ops.triton.arrivals import counters
 from hadal.ops.triton.gemv import silu_mul
-from hadal.ops.triton.sizes import ceil_div, power_of_2
+from hadal.ops.triton.sizes import ceil_div
 
 MAX_ROWS = 32
-AHEAD_BYTES = 64 << 10  # of a program's weights that are fetched before its input is there
 
 
 class Config(NamedTuple):
@@ -44,17 +43,10 @@ def config_for(N: int, K: int, swiglu: bool) -> Config:
 
 
 @triton.jit
-def _fetch(row, first, last, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """The first AHEAD inputs of these weight rows [N, 1] into L2."""
-    line = first + tl.arange(0, AHEAD // pdl.LINE) * pdl.LINE
-    pdl.prefetch(row + tl.minimum(line, last - 1)[None, :], PDL)
-
-
-@triton.jit
 def _rows(
     x, w, bias, residual, out, partial, arrived, block, M, N, K, x_stride, share,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr, SPLITS: tl.constexpr,
-    AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Outputs block · BLOCK_N … of one weight."""
@@ -65,10 +57,6 @@ def _rows(
     split = tl.program_id(1)
     first = split * share
     last = tl.minimum(first + share, K)
-    if PDL:
-        _fetch(row, first, last, AHEAD, PDL)
-        if SWIGLU:
-            _fetch(up_row, first, last, AHEAD, PDL)
     pdl.wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -109,7 +97,7 @@ def _rows(
 def _linear_kernel(
     x, w, second, bias, residual, out, second_out, partial, arrived, M, N, second_N, K, x_stride, blocks,
     share, PAIR: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
-    SPLITS: tl.constexpr, AHEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     pdl.begin(PDL)
@@ -120,7 +108,7 @@ def _linear_kernel(
         w, out, N = tl.where(late, second, w), tl.where(late, second_out, out), tl.where(late, second_N, N)
     _rows(
         x, w, bias, residual, out, partial, arrived, block, M, N, K, x_stride, share, BIAS, RESIDUAL, SWIGLU,
-        SPLITS, AHEAD, BLOCK_M, BLOCK_N, BLOCK_K, PDL,
+        SPLITS, BLOCK_M, BLOCK_N, BLOCK_K, PDL,
     )  # fmt: skip
 
 
@@ -175,13 +163,11 @@ def _launch(
     if splits > 1:
         size = programs * splits * c.outputs * block_m
         partial, arrived = out.new_empty(size, dtype=torch.float32), counters(out.device)
-    ahead = AHEAD_BYTES // (c.outputs * x_MK.element_size() * (2 if swiglu else 1))
-    ahead = max(64, min(ahead, power_of_2(share)))
     _linear_kernel[(programs, splits)](
         x_MK, weight, weight if second is None else second, x_MK if bias_N is None else bias_N,
         x_MK if residual_MN is None else residual_MN, out,
         out if second_out is None else second_out, partial, arrived, M, N, second_N, K, x_MK.stride(0),
         blocks, share, PAIR=second is not None, BIAS=bias_N is not None, RESIDUAL=residual_MN is not None,
-        SWIGLU=swiglu, SPLITS=splits, AHEAD=ahead, BLOCK_M=block_m, BLOCK_N=c.outputs, BLOCK_K=c.inputs,
+        SWIGLU=swiglu, SPLITS=splits, BLOCK_M=block_m, BLOCK_N=c.outputs, BLOCK_K=c.inputs,
         num_warps=c.warps, num_stages=c.stages, **pdl.options(x_MK),
     )  # fmt: skip
