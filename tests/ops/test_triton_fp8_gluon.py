@@ -22,7 +22,7 @@ def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def error(out: torch.Tensor, want: torch.Tensor) -> float:
-    return float((out.double() - want.double()).norm() / want.norm())
+    return float((out.double() - want.double()).norm() / want.double().norm())
 
 
 def product(pairs: list[int], outs: int, width: int, config: int, monkeypatch) -> float:
