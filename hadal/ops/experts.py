@@ -46,6 +46,9 @@ def ffn(
 
         if fast.wants(x_TD, gate_up_2ID):
             return linear(fast.linear(x_TD, gate_up_2ID, swiglu=True), down_DI, residual_TO=residual_TD)
+    packed_fast = packed.few_rows(x_TD, gate_up_2ID)
+    if packed_fast is not None:
+        return linear(packed_fast.linear(x_TD, gate_up_2ID, swiglu=True), down_DI, residual_TO=residual_TD)
     plain = isinstance(gate_up_2ID, Tensor) and isinstance(down_DI, Tensor) and x_TD.dim() == 2
     if plain and _prompt(x_TD, gate_up_2ID, down_DI) and not needs_grad(residual_TD):
         return cpu_prompt.ffn(x_TD, cast(Tensor, gate_up_2ID), cast(Tensor, down_DI), residual_TD)
@@ -159,6 +162,11 @@ def experts(
         both = cast("tuple[Tensor, Tensor] | None", shared)
         stacks = cast(Tensor, gate_up_E2ID), cast(Tensor, down_EDI)
         return cpu_prompt.experts(x_TD, expert_TK, weight_TK, *stacks, both, residual_TD)
+    if packed.takes_shared(x_TD, gate_up_E2ID, down_EDI, shared) and not needs_grad(weight_TK, residual_TD):
+        return packed.experts(
+            x_TD, expert_TK, weight_TK, cast(Packed, gate_up_E2ID), cast(Packed, down_EDI), None, residual_TD,
+            cast("tuple[Packed, Packed]", shared),
+        )  # fmt: skip
     shared_TD = None if shared is None else ffn(x_TD, *shared)
     return _routed(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
 

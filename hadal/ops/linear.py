@@ -33,6 +33,8 @@ def linear(
             from hadal.ops.triton import linear as fast
 
             return fast.linear(x_TI, cast(Tensor, weight_OI), bias_O, residual_TO)
+        if isinstance(weight_OI, Packed) and not is_exact() and not needs_grad(bias_O, residual_TO):
+            return packed.linear(x_TI, weight_OI, bias_O, residual_TO)
         return residual_TO + linear(x_TI, weight_OI, bias_O)
     if is_exact():
         return invariant.linear(x_TI, weight_OI, bias_O)
@@ -66,6 +68,9 @@ def linear_pair(x_TI: Tensor, first_OI: Tensor | Packed, second_PI: Tensor | Pac
         from hadal.ops.triton import linear as fast
 
         return fast.linear_pair(x_TI, cast(Tensor, first_OI), cast(Tensor, second_PI))
+    packed_fast = packed.few_rows(x_TI, first_OI, second_PI)
+    if packed_fast is not None:
+        return cast("tuple[Tensor, Tensor]", packed_fast.linear_pair(x_TI, first_OI, second_PI))
     return linear(x_TI, first_OI), linear(x_TI, second_PI)
 
 
@@ -75,6 +80,9 @@ def linear_wide(x_TI: Tensor, weight_OI: Tensor | Packed) -> Tensor:
         from hadal.ops.triton import linear as fast
 
         return fast.linear(x_TI, cast(Tensor, weight_OI), dtype=torch.float32)
+    packed_fast = packed.few_rows(x_TI, weight_OI)
+    if packed_fast is not None:
+        return cast(Tensor, packed_fast.linear(x_TI, weight_OI, dtype=torch.float32))
     if use_triton(x_TI, weight_OI) and x_TI.dtype == torch.bfloat16:
         return torch.mm(x_TI, cast(Tensor, weight_OI).t(), out_dtype=torch.float32)
     y_TO = linear(x_TI, weight_OI)

@@ -236,12 +236,30 @@ def from_words(words: Tensor, kind: Kind, width: int) -> Tensor:
 # --- products ---
 
 
-def linear(x_TI: Tensor, weight_OI: Packed, bias_O: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b with a packed weight; [.., O] in x's dtype."""
+def linear(
+    x_TI: Tensor, weight_OI: Packed, bias_O: Tensor | None = None, residual_TO: Tensor | None = None
+) -> Tensor:
+    """x·Wᵀ + b with a packed weight, plus the residual stream where it is given; [.., O] in x's dtype."""
     fast = _kernels(x_TI)
     if fast is not None and fast.wants_linear(x_TI, weight_OI):
-        return cast(Tensor, fast.linear(x_TI, weight_OI, bias_O))
-    return linear_reference(x_TI, weight_OI, bias_O)
+        if x_TI.is_cuda:
+            return cast(Tensor, fast.linear(x_TI, weight_OI, bias_O, residual_TO))
+        y_TO = cast(Tensor, fast.linear(x_TI, weight_OI, bias_O))
+    else:
+        y_TO = linear_reference(x_TI, weight_OI, bias_O)
+    return y_TO if residual_TO is None else residual_TO + y_TO
+
+
+def few_rows(x: Tensor, *weights: Tensor | Packed) -> Any:
+    """The module of CUDA kernels for so few rows and these packed weights (its `linear` has SwiGLU and FP32
+    behind the product, its `linear_pair` takes two weights), or None."""
+    packed = [w for w in weights if isinstance(w, Packed)]
+    fast = _kernels(x) if x.is_cuda and len(packed) == len(weights) else None
+    if fast is None or not fast.wants_few(x, *packed):
+        return None
+    from hadal.ops.triton import packed_gemv
+
+    return packed_gemv
 
 
 def linear_reference(x_TI: Tensor, weight_OI: Packed, bias_O: Tensor | None = None) -> Tensor:
@@ -252,16 +270,30 @@ def linear_reference(x_TI: Tensor, weight_OI: Packed, bias_O: Tensor | None = No
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Packed, down_EDI: Packed,
     shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+    shared: tuple[Packed, Packed] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The routed experts (hadal/ops/experts.py) with packed weights; + shared + residual where given."""
+    """The routed experts (hadal/ops/experts.py) with packed weights; + shared + residual where given.
+    `shared`: the weights of the shared expert, where `takes_shared`."""
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI)
     fast = _kernels(x_TD)
     if fast is not None and fast.wants_experts(x_TD, gate_up_E2ID, down_EDI):
+        if x_TD.is_cuda:
+            return cast(Tensor, fast.experts(*args, shared_TD, residual_TD, shared))
         out_TD = cast(Tensor, fast.experts(*args))
     else:
         out_TD = experts_reference(*args)
     out_TD = out_TD if shared_TD is None else out_TD + shared_TD
     return out_TD if residual_TD is None else residual_TD + out_TD
+
+
+def takes_shared(
+    x_TD: Tensor, gate_up: Tensor | Packed, down: Tensor | Packed,
+    shared: tuple[Tensor | Packed, Tensor | Packed] | None,
+) -> bool:  # fmt: skip
+    """Whether `experts` runs this shared expert in the launches of the routed ones."""
+    weights = [w for w in (gate_up, down, *(shared or ())) if isinstance(w, Packed)]
+    fast = _kernels(x_TD) if x_TD.is_cuda and len(weights) == 4 else None
+    return fast is not None and bool(fast.takes_shared(x_TD, *weights[:2], tuple(weights[2:])))
 
 
 def experts_reference(

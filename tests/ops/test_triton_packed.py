@@ -94,11 +94,62 @@ def test_streamed_linear(kind: Kind, rows: int, outs: int, width: int):
     from hadal.ops.triton.packed import streamed
 
     weight = pack(draw(outs, width, scale=width**-0.5), kind)
-    x, bias = draw(rows, width + 3)[:, :width], draw(outs)
+    x, bias, residual = draw(rows, width + 3)[:, :width], draw(outs), draw(rows, outs)
     want = x.double() @ exact(weight).T
     assert error(streamed(x, weight), want) < TOLERANCE[DTYPE]
-    for splits in (1, 2, 3):
-        assert error(streamed(x, weight, bias, splits=splits), want + bias.double()) < TOLERANCE[DTYPE]
+    want += bias.double()
+    for splits in (1, 2, 3, 1):  # the counters of arrivals are left as they were found
+        assert error(streamed(x, weight, bias, splits=splits), want) < TOLERANCE[DTYPE]
+        plus = streamed(x, weight, bias, residual, splits=splits)
+        assert error(plus, want + residual.double()) < TOLERANCE[DTYPE]
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows,outs,width", [(1, 19, 64), (2, 34, 416), (1, 8, 1184)])
+def test_a_row_or_two(kind: Kind, rows: int, outs: int, width: int):
+    from hadal.ops.triton.packed_gemv import Config, linear, linear_pair, wants
+
+    weight = pack(draw(2 * outs, width, scale=width**-0.5), kind, rows=outs)
+    assert wants(weight) and not wants(pack(draw(8, 36), kind))
+    x, bias, residual = draw(rows, width + 8)[:, :width], draw(2 * outs), draw(rows, 2 * outs)
+    want = x.double() @ exact(weight).T
+    gate, up = want.chunk(2, -1)
+    for config in (None, Config(4, 256, 2)):
+        plus = linear(x, weight, bias, residual, config=config)
+        assert error(plus, want + bias.double() + residual.double()) < TOLERANCE[DTYPE]
+        hidden = linear(x, weight, swiglu=True, config=config)
+        assert error(hidden, torch.nn.functional.silu(gate) * up) < TOLERANCE[DTYPE]
+    second = pack(draw(outs + 3, width, scale=width**-0.5), kind, rows=outs)
+    a, b = linear_pair(x, weight, second)
+    assert error(a, want) < TOLERANCE[DTYPE] and a.shape == want.shape
+    assert error(b, x.double() @ exact(second).T) < TOLERANCE[DTYPE]
+    wide = linear(x, weight, dtype=torch.float32)
+    assert wide.dtype == torch.float32 and error(wide, want) < 2e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_codes_in_all_places(kind: Kind):
+    """A unit vector picks one column: every code comes out as itself, wherever it lies in its word."""
+    from hadal.ops.triton.packed_gemv import Config, linear
+
+    values = {"int4": torch.arange(-8, 8), "int8": torch.arange(-127, 128)}.get(kind)
+    if values is None:
+        bits = torch.arange(256, dtype=torch.uint8)
+        values = bits[(bits & 0x7F) != 0x7F].view(torch.float8_e4m3fn).float()
+    weight = Packed(kind, (values.numel(), 64), device=DEVICE)
+    column = values.float().to(DEVICE)[:, None].expand(-1, 64)
+    if kind == "int4":
+        byte = (values + 8) | (values + 8) << 4
+        weight.codes.copy_(byte.to(torch.uint8)[:, None].expand(-1, 32))
+    else:
+        weight.codes.copy_(column.to(weight.codes.dtype))
+    weight.scale.fill_(1.0)
+    for channel in range(33):
+        x = torch.zeros(1, 64, dtype=DTYPE, device=DEVICE)
+        x[0, channel] = 1
+        assert torch.equal(linear(x, weight, dtype=torch.float32, config=Config(64, 64, 1))[0], column[:, 0])
 
 
 @needs_triton
@@ -142,6 +193,40 @@ def test_experts(kind: Kind, many: bool, tokens: int, hidden: int, width: int):
     want = experts_reference(x.double(), expert, weight.double(), gate_up, down)
     out = _combine(expert_rows(x, expert, gate_up, down, many), None, weight, None, None)
     assert error(out, want) < TOLERANCE[DTYPE]
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokens,hidden,width,group", [(1, 96, 64, 32), (2, 160, 32, 32), (9, 130, 64, 64)])
+def test_experts_with_the_shared_one(kind: Kind, tokens: int, hidden: int, width: int, group: int):
+    """Two parts of the routed width that every token chose, by pair (one or two tokens) and by tile."""
+    from hadal.ops.triton.packed import _combine, expert_rows, packed_gemv, takes_shared
+
+    n_experts, K, parts = 5, 2, 2
+    how = {"group": group, "rows": 16}
+    x, residual = draw(tokens, hidden), draw(tokens, hidden)
+    gate_up = pack(draw(n_experts, 2 * width, hidden, scale=hidden**-0.5), kind, **how)
+    down = pack(draw(n_experts, hidden, width, scale=width**-0.5), kind, **how)
+    shared = (
+        pack(draw(2 * parts * width, hidden, scale=hidden**-0.5), kind, **how),
+        pack(draw(hidden, parts * width, scale=width**-0.5), kind, **how),
+    )
+    assert takes_shared(x.bfloat16(), gate_up, down, shared)
+    odd = pack(draw(hidden, parts * width + 16), kind, **how)
+    assert not takes_shared(x.bfloat16(), gate_up, down, (shared[0], odd))
+    expert = torch.stack([torch.randperm(n_experts)[:K] for _ in range(tokens)]).to(DEVICE)
+    weight = torch.rand(tokens, K).to(DEVICE)
+    gate, up = (x.double() @ exact(shared[0]).T).chunk(2, -1)
+    want = experts_reference(x.double(), expert, weight.double(), gate_up, down) + residual.double()
+    want += (torch.nn.functional.silu(gate) * up) @ exact(shared[1]).T
+    ways = [expert_rows(x, expert, gate_up, down, False, shared=shared)]
+    if tokens <= 2:
+        ways.append(packed_gemv.experts(x, expert, gate_up, down, shared, parts))
+        alone = packed_gemv.experts(x, expert, gate_up, down, None, 0)
+        routed = experts_reference(x.double(), expert, weight.double(), gate_up, down)
+        assert error(_combine(alone, None, weight, None, None), routed) < TOLERANCE[DTYPE]
+    for rows in ways:
+        assert error(_combine(rows, None, weight, None, residual, parts), want) < TOLERANCE[DTYPE]
 
 
 # --- FP8 activations ---

@@ -1,8 +1,11 @@
 """Products with packed weights (hadal/ops/packed.py, the reference) on CUDA; codes lie in the plain layout.
 
+    one or two  no tensor cores: codes wait in registers for their input (packed_gemv.py)
     few rows    codes become BF16 in registers, the weights are streamed once (packed_tiles.py)
     many rows   INT8, INT4: a linear layer is dequantised once and multiplied by cuBLAS; experts go through
                 the same tiles, rows sorted by expert. FP8: activations are quantised too (fp8.py)
+
+The shared expert runs in the launches of up to FEW_TOKENS tokens, as so many parts of the routed width.
 
 For few rows nothing but the weights' own rounding is lost: activations stay BF16, sums are FP32.
 Legend: M rows, N outputs, K inputs; T tokens, D hidden, I width, E experts, P = T · K pairs.
@@ -18,14 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.ops.packed import Packed
-from hadal.ops.triton import fp8
+from hadal.ops.triton import fp8, packed_gemv, pdl
+from hadal.ops.triton.arrivals import counters
 from hadal.ops.triton.experts import _combine, _rows_a_tile, _rows_of_expert
 from hadal.ops.triton.gemv import silu_mul
 from hadal.ops.triton.packed_tiles import product, product_pair
+from hadal.ops.triton.sizes import ceil_div, power_of_2
 
-STREAMED_ROWS = 256  # INT8, INT4: beyond, dequantising a matrix once costs less than doing it for every tile
-FP8_STREAMED_ROWS = 64  # FP8: beyond, tensor cores multiply the codes themselves
+STREAMED_ROWS = 64  # beyond, dequantising a matrix once costs less than doing it for every tile of rows
 FEW_TOKENS = 256  # experts: up to here a program finds its rows itself; beyond, they are sorted
+PAIRED_TOKENS = 2  # experts: up to here every (token, k) pair has programs of its own
 TARGET_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 
@@ -49,6 +54,25 @@ def wants_experts(x_TD: Tensor, gate_up_E2ID: Packed, down_EDI: Packed) -> bool:
     return wants_linear(x_TD, gate_up_E2ID) and _tiled(down_EDI) and down_EDI.kind == gate_up_E2ID.kind
 
 
+def takes_shared(x_TD: Tensor, gate_up: Packed, down: Packed, shared: tuple[Packed, Packed]) -> bool:
+    """Whether `experts` can run this shared expert in its own launches: few tokens, weights like the routed
+    ones, of a width that is so many times theirs and ends with a group and a block of rows."""
+    width = down.shape[-1]
+    alike = all(
+        (a.kind, a.group, a.rows, a.layout) == (b.kind, b.group, b.rows, b.layout)
+        for a, b in zip((gate_up, down), shared, strict=True)
+    )
+    whole = shared[1].shape[-1] % width == 0 and width % down.group == 0 and width % gate_up.rows == 0
+    return x_TD.shape[0] <= FEW_TOKENS and alike and whole and wants_experts(x_TD, gate_up, down)
+
+
+def wants_few(x: Tensor, *weights: Packed) -> bool:
+    """Whether packed_gemv.py takes these, in one launch where there are two weights: a row or two of BF16."""
+    few = x.dim() == 2 and 0 < x.shape[0] <= packed_gemv.MAX_ROWS and x.dtype == torch.bfloat16
+    alike = len({(w.kind, w.group, w.rows) for w in weights}) == 1
+    return few and alike and all(packed_gemv.wants(w) for w in weights)
+
+
 def _tiled(weight: Packed) -> bool:
     return weight.layout == "plain" and weight.group in (32, 64, 128)
 
@@ -56,91 +80,122 @@ def _tiled(weight: Packed) -> bool:
 # --- linear layers ------------------------------------------------------------------------------------------
 @triton.jit
 def _linear_kernel(
-    x, codes, scale, bias, out, M, N, K, x_stride, code_stride, groups, share, BIAS: tl.constexpr,
-    PARTIAL: tl.constexpr, INT4: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, codes, scale, bias, residual, out, partial, arrived, M, N, K, x_stride, code_stride, groups, share,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, INT4: tl.constexpr,
+    GROUP: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    pdl.begin(PDL)
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     code_row = codes + n.to(tl.int64) * code_stride
-    scale_row = scale + (n // ROWS).to(tl.int64) * groups
+    scale_row = scale + (n // HIGH).to(tl.int64) * groups
+    first, last = split * share, tl.minimum(K, (split + 1) * share)
+    if PDL:
+        lines: tl.constexpr = 16  # of 128 bytes of each row of codes, while the kernel before ends
+        byte = (first // 2 if INT4 else first) + tl.arange(0, lines) * 128
+        own = codes + tl.minimum(n, N - 1).to(tl.int64) * code_stride
+        pdl.prefetch(own[:, None] + tl.minimum(byte, code_stride - 1)[None, :], PDL)
+    pdl.wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc = product(
-        acc, x + m.to(tl.int64) * x_stride, m < M, code_row, scale_row, n < N, split * share,
-        tl.minimum(K, (split + 1) * share), K, code_stride, INT4, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+        acc, x + m.to(tl.int64) * x_stride, m < M, code_row, scale_row, n < N, first, last, K, code_stride,
+        INT4, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    to = out + m[None, :].to(tl.int64) * N + n[:, None]
-    if PARTIAL:
-        to += split.to(tl.int64) * M * N
-    tl.store(to, acc.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+    done = True
+    if SPLITS > 1:
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        at = partial + tile.to(tl.int64) * SPLITS * BLOCK_N * BLOCK_M
+        at += tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(at + split * BLOCK_N * BLOCK_M, acc)
+        tl.debug_barrier()  # all threads' sums are written before one of them says so
+        done = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
+        if done:
+            tl.store(arrived + tile, 0)  # for the next launch
+            acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for i in tl.static_range(SPLITS):
+                acc += tl.load(at + i * BLOCK_N * BLOCK_M, cache_modifier=".cg")
+    if done:
+        to = m[None, :].to(tl.int64) * N + n[:, None]
+        inside = (m < M)[None, :] & (n < N)[:, None]
+        if BIAS:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if RESIDUAL:  # the product is rounded before the addition, as in the unfused pair
+            acc = acc.to(out.dtype.element_ty).to(tl.float32)
+            acc += tl.load(residual + to, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + to, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _sum_kernel(partial, bias, out, size, N, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros([BLOCK], tl.float32)
-    for split in tl.static_range(SPLITS):
-        acc += tl.load(partial + split * size + at, mask=at < size, other=0.0)
-    if BIAS:
-        acc += tl.load(bias + at % N, mask=at < size, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=at < size)
-
-
-def linear(x_TI: Tensor, weight_OI: Packed, bias_O: Tensor | None = None) -> Tensor:
-    """x·Wᵀ + b, [.., O]."""
+def linear(
+    x_TI: Tensor, weight_OI: Packed, bias_O: Tensor | None = None, residual_TO: Tensor | None = None
+) -> Tensor:
+    """x·Wᵀ + b + residual, [.., O]."""
     x = x_TI.reshape(-1, x_TI.shape[-1])
     if x.stride(1) != 1:
         x = x.contiguous()
-    if weight_OI.kind == "fp8" and x.shape[0] > FP8_STREAMED_ROWS and fp8.wants(x, weight_OI):
-        out = fp8.linear(x, weight_OI, bias_O)
-    elif x.shape[0] > STREAMED_ROWS:
-        out = torch.nn.functional.linear(x, dequantise(weight_OI, x.dtype), bias_O)
+    residual = None if residual_TO is None else residual_TO.reshape(x.shape[0], -1)
+    if x.shape[0] <= packed_gemv.MAX_ROWS and packed_gemv.wants(weight_OI):
+        out = packed_gemv.linear(x, weight_OI, bias_O, residual)
+    elif x.shape[0] <= STREAMED_ROWS:
+        out = streamed(x, weight_OI, bias_O, residual)
     else:
-        out = streamed(x, weight_OI, bias_O)
+        if _both_in_fp8(x, weight_OI):
+            out = fp8.linear(x, weight_OI, bias_O)
+        else:
+            out = torch.nn.functional.linear(x, dequantise(weight_OI, x.dtype), bias_O)
+        out = out if residual is None else residual + out
     return out.view(*x_TI.shape[:-1], out.shape[1])
+
+
+def _both_in_fp8(x: Tensor, weight: Packed) -> bool:
+    """Whether torch multiplies FP8 by FP8 here. For other sizes our own grouped product takes longer than
+    dequantising the weight (2048 × 10944, H100: 362 against 286 µs for 4096 rows, 155 against 53 for 256)."""
+    whole = weight.kind == "fp8" and weight.rows == 128 and weight.shape[1] % 128 == 0
+    return whole and weight.shape[0] % 16 == 0 and fp8.wants(x, weight)
 
 
 def tiles_for(kind: str, group: int, rows: int, outputs: int) -> Tiles:
     """Block sizes of `streamed`. INT4 reads 256 channels at once, the others one group."""
-    block_m = min(128, max(16, triton.next_power_of_2(rows)))
+    block_m = min(64, max(16, power_of_2(rows)))
     if block_m <= 32:
         outputs = 32 if outputs <= 8192 else 64  # a warp for every 16, so that none converts what another has
         return Tiles(block_m, outputs, 256 if kind == "int4" else group, outputs // 16, 4)
-    return Tiles(min(block_m, 64), 128, 128 if kind == "int4" else group, 8, 3)
+    return Tiles(block_m, 128, 128 if kind == "int4" else group, 8, 3)
 
 
 def splits_for(tiles: Tiles, rows: int, outputs: int, inputs: int) -> int:
     """Shares of the inputs: as many as fill the machine, each of four steps or more."""
-    programs = triton.cdiv(rows, tiles.rows) * triton.cdiv(outputs, tiles.outputs)
+    programs = ceil_div(rows, tiles.rows) * ceil_div(outputs, tiles.outputs)
     return max(1, min(TARGET_PROGRAMS // programs, inputs // (4 * tiles.inputs), 8))
 
 
 def streamed(
-    x_MK: Tensor, weight_NK: Packed, bias_N: Tensor | None = None, tiles: Tiles | None = None,
-    splits: int | None = None,
+    x_MK: Tensor, weight_NK: Packed, bias_N: Tensor | None = None, residual_MN: Tensor | None = None,
+    tiles: Tiles | None = None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """x·Wᵀ + b, the weight read once for each `tiles.rows` rows; shares are added in a fixed order."""
+    """x·Wᵀ + b + residual, the weight read once for each `tiles.rows` rows; shares are added in a fixed order
+    by the program that comes last."""
     (M, K), N = x_MK.shape, weight_NK.shape[0]
     t = tiles or tiles_for(weight_NK.kind, weight_NK.group, M, N)
     splits = splits or splits_for(t, M, N, K)
-    share = triton.cdiv(triton.cdiv(K, splits), t.inputs) * t.inputs
+    share = ceil_div(ceil_div(K, splits), t.inputs) * t.inputs
+    splits = ceil_div(K, share)
     out = torch.empty((M, N), dtype=x_MK.dtype, device=x_MK.device)
-    to = out if splits == 1 else torch.empty((splits, M, N), dtype=torch.float32, device=x_MK.device)
-    _linear_kernel[(triton.cdiv(M, t.rows), triton.cdiv(N, t.outputs), splits)](
-        x_MK, weight_NK.codes, weight_NK.scale, x_MK if bias_N is None else bias_N, to, M, N, K,
-        x_MK.stride(0), weight_NK.codes.shape[-1], weight_NK.scale.shape[-1], share,
-        BIAS=bias_N is not None and splits == 1, PARTIAL=splits > 1, INT4=weight_NK.kind == "int4",
-        GROUP=weight_NK.group, ROWS=weight_NK.rows, BLOCK_M=t.rows, BLOCK_N=t.outputs, BLOCK_K=t.inputs,
-        num_warps=t.warps, num_stages=t.stages,
-    )  # fmt: skip
+    grid = (ceil_div(M, t.rows), ceil_div(N, t.outputs), splits)
+    partial, arrived = out, out
     if splits > 1:
-        _sum_kernel[(triton.cdiv(M * N, 1024),)](
-            to, x_MK if bias_N is None else bias_N, out, M * N, N, SPLITS=splits, BIAS=bias_N is not None,
-            BLOCK=1024, num_warps=4,
-        )  # fmt: skip
+        size = grid[0] * grid[1] * splits * t.outputs * t.rows
+        partial = torch.empty(size, dtype=torch.float32, device=out.device)
+        arrived = counters(out.device)
+    _linear_kernel[grid](
+        x_MK, weight_NK.codes, weight_NK.scale, x_MK if bias_N is None else bias_N,
+        x_MK if residual_MN is None else residual_MN.contiguous(), out, partial, arrived, M, N, K,
+        x_MK.stride(0), weight_NK.codes.shape[-1], weight_NK.scale.shape[-1], share, BIAS=bias_N is not None,
+        RESIDUAL=residual_MN is not None, SPLITS=splits, INT4=weight_NK.kind == "int4",
+        GROUP=weight_NK.group, HIGH=weight_NK.rows, BLOCK_M=t.rows, BLOCK_N=t.outputs, BLOCK_K=t.inputs,
+        num_warps=t.warps, num_stages=t.stages, **pdl.options(x_MK),
+    )  # fmt: skip
     return out
 
 
@@ -164,7 +219,7 @@ def dequantise(weight_NK: Packed, dtype: torch.dtype) -> Tensor:
     """The matrix [N, K] in one pass; equal to `Packed.dequantise`."""
     N, K = weight_NK.shape
     out = torch.empty((N, K), dtype=dtype, device=weight_NK.device)
-    _dequantise_kernel[(triton.cdiv(K, 1024), N)](
+    _dequantise_kernel[(ceil_div(K, 1024), N)](
         weight_NK.codes, weight_NK.scale, out, K, weight_NK.codes.shape[-1], weight_NK.scale.shape[-1],
         INT4=weight_NK.kind == "int4", GROUP=weight_NK.group, ROWS=weight_NK.rows, BLOCK=1024, num_warps=4,
     )  # fmt: skip
@@ -174,12 +229,17 @@ def dequantise(weight_NK: Packed, dtype: torch.dtype) -> Tensor:
 # --- experts ------------------------------------------------------------------------------------------------
 @triton.jit
 def _gate_up_kernel(
-    x, expert, order, tile, codes, scale, out, pairs, tiles, hidden, width, code_stride, groups, scale_rows,
-    K: tl.constexpr, SORTED: tl.constexpr, INT4: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, expert, order, tile, codes, scale, shared, shared_scale, out, tokens, pairs, tiles, hidden, width,
+    code_stride, groups, scale_rows, PARTS: tl.constexpr, K: tl.constexpr, SORTED: tl.constexpr,
+    INT4: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
+    common = part < PARTS  # of the shared expert, for every token
+    e = tl.maximum(part - PARTS, 0).to(tl.int64)
     first, last = 0, 0
     if SORTED:
         first = tl.load(tile + tiles + e)
@@ -189,36 +249,46 @@ def _gate_up_kernel(
         pair = tl.arange(0, BLOCK_P)
         mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
         rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-        last = tl.sum(mine.to(tl.int32), 0)
-    gate_codes = codes + (e * 2 * width + n) * code_stride
-    gate_scales = scale + (e * scale_rows + n // ROWS) * groups
-    up_scales = scale + (e * scale_rows + (n + width) // ROWS) * groups
+        last = tl.where(common, tokens, tl.sum(mine.to(tl.int32), 0))
+    top = tl.where(common, part.to(tl.int64) * width, e * 2 * width)  # row of the first gate
+    to_up = tl.where(common, PARTS * width, width)
+    codes, scale = tl.where(common, shared, codes), tl.where(common, shared_scale, scale)
+    gate_codes = codes + (top + n) * code_stride
+    scale += tl.where(common, 0, e * scale_rows) * groups
+    top = tl.where(common, part.to(tl.int64) * width, 0)
     for at in range(first, last, BLOCK_M):
+        i = at + tl.arange(0, BLOCK_M)
         if SORTED:
-            i = at + tl.arange(0, BLOCK_M)
-            row = tl.load(order + i, mask=i < last, other=-1).to(tl.int32)
+            to_row = tl.load(order + i, mask=i < last, other=-1).to(tl.int32)
         else:
-            row = _rows_of_expert(mine, rank, pair, at, BLOCK_M)
-        real = tl.maximum(row, 0)
+            to_row = _rows_of_expert(mine, rank, pair, at, BLOCK_M)
+            to_row = tl.where(common, tl.where(i < tokens, pairs + part * tokens + i, -1), to_row)
+        real = tl.maximum(to_row, 0)
         gate, up = product_pair(
             tl.zeros([BLOCK_N, BLOCK_M], tl.float32), tl.zeros([BLOCK_N, BLOCK_M], tl.float32),
-            x + (real // K).to(tl.int64) * hidden, row >= 0, gate_codes,
-            gate_codes + tl.cast(width, tl.int64) * code_stride, gate_scales, up_scales, n < width, hidden,
-            code_stride, INT4, GROUP, BLOCK_M, BLOCK_N, BLOCK_K,
+            x + tl.where(common, tl.minimum(i, tokens - 1), real // K).to(tl.int64) * hidden, to_row >= 0,
+            gate_codes, gate_codes + to_up.to(tl.int64) * code_stride, scale + (top + n) // HIGH * groups,
+            scale + (top + n + to_up) // HIGH * groups, n < width, hidden, code_stride, INT4, GROUP, BLOCK_M,
+            BLOCK_N, BLOCK_K,
         )  # fmt: skip
         y = silu_mul(gate, up, out.dtype.element_ty)
         to = out + real.to(tl.int64)[None, :] * width + n[:, None]
-        tl.store(to, y.to(out.dtype.element_ty), mask=(row >= 0)[None, :] & (n < width)[:, None])
+        tl.store(to, y.to(out.dtype.element_ty), mask=(to_row >= 0)[None, :] & (n < width)[:, None])
 
 
 @triton.jit
 def _down_kernel(
-    h, expert, order, tile, codes, scale, out, pairs, tiles, hidden, width, code_stride, groups, scale_rows,
-    SORTED: tl.constexpr, INT4: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    h, expert, order, tile, codes, scale, shared, shared_scale, out, tokens, pairs, tiles, hidden, width,
+    code_stride, groups, scale_rows, PARTS: tl.constexpr, SORTED: tl.constexpr, INT4: tl.constexpr,
+    GROUP: tl.constexpr, HIGH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    pdl.begin(PDL)
+    pdl.wait(PDL)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    e = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
+    common = part < PARTS
+    e = tl.maximum(part - PARTS, 0).to(tl.int64)
     first, last = 0, 0
     if SORTED:
         first = tl.load(tile + tiles + e)
@@ -228,15 +298,21 @@ def _down_kernel(
         pair = tl.arange(0, BLOCK_P)
         mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
         rank = tl.cumsum(mine.to(tl.int32), 0) - 1
-        last = tl.sum(mine.to(tl.int32), 0)
+        last = tl.where(common, tokens, tl.sum(mine.to(tl.int32), 0))
     code_row = codes + (e * hidden + n) * code_stride
-    scale_row = scale + (e * scale_rows + n // ROWS) * groups
+    scale_row = scale + (e * scale_rows + n // HIGH) * groups
+    if PARTS > 0:  # a part's inputs lie in the rows of the whole
+        wide = tl.cast(n, tl.int64) * PARTS + part
+        code_row = tl.where(common, shared + wide * code_stride, code_row)
+        wide = tl.cast(n // HIGH, tl.int64) * PARTS + part
+        scale_row = tl.where(common, shared_scale + wide * groups, scale_row)
     for at in range(first, last, BLOCK_M):
+        i = at + tl.arange(0, BLOCK_M)
         if SORTED:
-            i = at + tl.arange(0, BLOCK_M)
             row = tl.load(order + i, mask=i < last, other=-1).to(tl.int32)
         else:
             row = _rows_of_expert(mine, rank, pair, at, BLOCK_M)
+            row = tl.where(common, tl.where(i < tokens, pairs + part * tokens + i, -1), row)
         real = tl.maximum(row, 0)
         acc = product(
             tl.zeros([BLOCK_N, BLOCK_M], tl.float32), h + real.to(tl.int64) * width, row >= 0, code_row,
@@ -250,14 +326,21 @@ def _down_kernel(
 def experts(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Packed, down_EDI: Packed,
     shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+    shared: tuple[Packed, Packed] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Σ_k w_k · expert_k(x) + shared + residual, [T, D], summed in FP32."""
+    """Σ_k w_k · expert_k(x) + shared + residual, [T, D], summed in FP32. `shared`: the weights of the expert
+    that all tokens use, where `takes_shared`; `shared_TD`: what it gave."""
     x_TD = x_TD.contiguous()
     many = x_TD.shape[0] > FEW_TOKENS
     if many and gate_up_E2ID.kind == "fp8" and fp8.wants(x_TD, gate_up_E2ID) and fp8.wants_width(down_EDI):
         return fp8.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
-    y_PD = expert_rows(x_TD, expert_TK, gate_up_E2ID, down_EDI, many)
-    return _combine(y_PD, None, weight_TK, shared_TD, residual_TD)
+    parts = 0 if shared is None else shared[1].shape[1] // down_EDI.shape[2]
+    paired = x_TD.shape[0] <= PAIRED_TOKENS and packed_gemv.wants_experts(gate_up_E2ID, down_EDI)
+    if paired:
+        y_RD = packed_gemv.experts(x_TD, expert_TK, gate_up_E2ID, down_EDI, shared, parts)
+    else:
+        y_RD = expert_rows(x_TD, expert_TK, gate_up_E2ID, down_EDI, many, shared=shared)
+    return _combine(y_RD, None, weight_TK, shared_TD, residual_TD, parts)
 
 
 def expert_tiles(kind: str, group: int, rows: int, pair: bool) -> Tiles:
@@ -270,9 +353,10 @@ def expert_tiles(kind: str, group: int, rows: int, pair: bool) -> Tiles:
 
 def expert_rows(
     x_TD: Tensor, expert_TK: Tensor, gate_up_E2ID: Packed, down_EDI: Packed, many: bool,
-    tiles: tuple[Tiles, Tiles] | None = None,
+    tiles: tuple[Tiles, Tiles] | None = None, shared: tuple[Packed, Packed] | None = None,
 ) -> Tensor:  # fmt: skip
-    """The output of every (token, k) pair's expert, [T·K, D], in the order of the pairs."""
+    """The output of every (token, k) pair's expert, [T·K, D], in the order of the pairs; then that of each
+    part of the shared expert for every token (not where there are `many`)."""
     (tokens, hidden), K = x_TD.shape, expert_TK.shape[1]
     n_experts, _, width = down_EDI.shape
     pairs = tokens * K
@@ -282,18 +366,24 @@ def expert_rows(
     )
     order, tile = _sorted(expert_TK, n_experts, rows) if many else (expert_TK, expert_TK)
     programs = tile.shape[1] if many else n_experts
-    h_PI = torch.empty((pairs, width), dtype=x_TD.dtype, device=x_TD.device)
-    y_PD = torch.empty((pairs, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    found = {"SORTED": many, "BLOCK_P": 16 if many else triton.next_power_of_2(pairs)}
-    _gate_up_kernel[(triton.cdiv(width, up.outputs), programs)](
-        x_TD, expert_TK, order, tile, gate_up_E2ID.codes, gate_up_E2ID.scale, h_PI, pairs, programs, hidden,
-        width, *_strides(gate_up_E2ID), K=K, **found, **_constants(gate_up_E2ID, up),
+    parts = 0 if shared is None else shared[1].shape[1] // width
+    shared_up, shared_down = shared or (gate_up_E2ID, down_EDI)
+    h_RI = torch.empty((pairs + parts * tokens, width), dtype=x_TD.dtype, device=x_TD.device)
+    y_RD = torch.empty((pairs + parts * tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
+    found = {
+        "SORTED": many, "BLOCK_P": 16 if many else power_of_2(pairs), "PARTS": parts, **pdl.options(x_TD)
+    }  # fmt: skip
+    _gate_up_kernel[(ceil_div(width, up.outputs), parts + programs)](
+        x_TD, expert_TK, order, tile, gate_up_E2ID.codes, gate_up_E2ID.scale, shared_up.codes,
+        shared_up.scale, h_RI, tokens, pairs, programs, hidden, width, *_strides(gate_up_E2ID), K=K, **found,
+        **_constants(gate_up_E2ID, up),
     )  # fmt: skip
-    _down_kernel[(triton.cdiv(hidden, down.outputs), programs)](
-        h_PI, expert_TK, order, tile, down_EDI.codes, down_EDI.scale, y_PD, pairs, programs, hidden, width,
-        *_strides(down_EDI), **found, **_constants(down_EDI, down),
+    _down_kernel[(ceil_div(hidden, down.outputs), parts + programs)](
+        h_RI, expert_TK, order, tile, down_EDI.codes, down_EDI.scale, shared_down.codes, shared_down.scale,
+        y_RD, tokens, pairs, programs, hidden, width, *_strides(down_EDI), **found,
+        **_constants(down_EDI, down),
     )  # fmt: skip
-    return y_PD
+    return y_RD
 
 
 def _strides(weight: Packed) -> tuple[int, int, int]:
@@ -303,7 +393,7 @@ def _strides(weight: Packed) -> tuple[int, int, int]:
 
 def _constants(weight: Packed, tiles: Tiles) -> dict[str, int | bool]:
     return {
-        "INT4": weight.kind == "int4", "GROUP": weight.group, "ROWS": weight.rows, "BLOCK_M": tiles.rows,
+        "INT4": weight.kind == "int4", "GROUP": weight.group, "HIGH": weight.rows, "BLOCK_M": tiles.rows,
         "BLOCK_N": tiles.outputs, "BLOCK_K": tiles.inputs, "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }  # fmt: skip
@@ -320,7 +410,7 @@ def _sorted(expert_TK: Tensor, n_experts: int, rows: int) -> tuple[Tensor, Tenso
     counts_E.scatter_add_(0, flat, torch.ones_like(flat))
     end_E = counts_E.cumsum(0)
     tile_end_E = ((counts_E + rows - 1) // rows).cumsum(0)
-    tile = torch.arange(triton.cdiv(flat.numel(), rows) + n_experts, device=flat.device)
+    tile = torch.arange(ceil_div(flat.numel(), rows) + n_experts, device=flat.device)
     expert = torch.searchsorted(tile_end_E, tile, right=True).clamp_(max=n_experts - 1)
     before = tile_end_E[expert] - (counts_E[expert] + rows - 1) // rows
     first = end_E[expert] - counts_E[expert] + (tile - before) * rows
