@@ -131,16 +131,24 @@ def build(rows: Rows, *, depths: int, mask_documents: bool) -> MicroBatch:
 
 
 def batches(
-    source: Source, *, position: int, rows: int, micro_rows: int, depths: int, mask_documents: bool
+    source: Source,
+    *,
+    position: int,
+    rows: int | Callable[[int], int],
+    micro_rows: int,
+    depths: int,
+    mask_documents: bool,
 ) -> Iterator[Batch]:
-    """Batches of `rows` rows from row number `position` on, for ever, cut into micro-batches of
-    `micro_rows`."""
+    """Batches from row number `position` on, for ever, of `rows` rows (a number, or a function of the
+    position that a batch begins at), cut into micro-batches of `micro_rows` (0: each batch is one)."""
     while True:
+        count = rows if isinstance(rows, int) else rows(position)
+        size = micro_rows or count
         micros = [
-            build(source.rows(start, micro_rows), depths=depths, mask_documents=mask_documents)
-            for start in range(position, position + rows, micro_rows)
+            build(source.rows(start, size), depths=depths, mask_documents=mask_documents)
+            for start in range(position, position + count, size)
         ]
-        position += rows
+        position += count
         weight_K = (
             torch.stack([micro.weight_KT.sum(1, dtype=torch.float64) for micro in micros]).sum(0).float()
         )

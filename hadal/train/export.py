@@ -46,6 +46,7 @@ class Facts:
     heldout_exact: float | None = None
     heldout_documents: int = 0
     tokens_per_second: float | None = None
+    average: float | None = None  # the rate, where the weights are a moving average
 
 
 def export(
@@ -119,9 +120,10 @@ def model_card(config: ModelConfig, recipe: Recipe, facts: Facts, *, accuracy: s
         "Context": f"{recipe.train.context:,} tokens in training, {config.max_position_embeddings:,} at most",
         "Vocabulary": f"{config.vocab_size:,}",
         "Training data": _data(recipe),
-        "Training tokens": f"{facts.tokens:,} in {facts.step:,} steps of {recipe.train.batch_tokens:,}",
+        "Training tokens": f"{facts.tokens:,} in {facts.step:,} steps of {_batch(recipe)}",
         "Machine": f"{facts.device}, torch {facts.torch}, {facts.seconds / 60:.1f} minutes{_rate(facts)}",
         "Seed": str(recipe.run.seed),
+        **({} if facts.average is None else {"Weights": f"their moving average, rate {facts.average}"}),
         "Held-out loss": held,
         "Stored as": "FP8 (E4M3, 128×128 blocks); embedding, head, norms, gates in BF16"
         if recipe.export.fp8
@@ -180,6 +182,11 @@ def _architecture(config: ModelConfig) -> str:
     if config.num_nextn_predict_layers:
         text += f", {config.num_nextn_predict_layers} MTP module"
     return text
+
+
+def _batch(recipe: Recipe) -> str:
+    first = recipe.train.batch_tokens_start
+    return (f"{first:,} to " if first else "") + f"{recipe.train.batch_tokens:,}"
 
 
 def _data(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
     OUT/recipe.json      the resolved recipe            OUT/export/         the model, in the published layout
     OUT/metrics.jsonl    what was measured              OUT/tensorboard/    curves
     OUT/checkpoints/…    where `--resume` goes on       OUT/data/…          puzzles, as shards
+    OUT/export-ema/      the moving average of the weights, where the recipe keeps one
 
 A run stops cleanly, with a checkpoint and an export, at its last step, at `train.max_minutes`, on SIGTERM
 and on Ctrl-C. `--resume` goes on bit for bit where the last checkpoint stands.
@@ -27,12 +28,14 @@ import torch
 from rich.console import Console
 
 from hadal.config import ConfigError, ModelConfig
+from hadal.data.stream import PackedRows
 from hadal.model.layers import Ffn
 from hadal.model.moe import Experts
 from hadal.model.transformer import Transformer
 from hadal.train import recipe as recipes
 from hadal.train import state
 from hadal.train.batches import Prefetcher, batches
+from hadal.train.ema import Ema
 from hadal.train.export import Facts, export
 from hadal.train.flops import Peak, peak, step_flops
 from hadal.train.heldout import Heldout, evaluate
@@ -104,7 +107,10 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> state.Checkpoint
             f"{folder} holds a run at step {checkpoint.step}; go on with --resume, or choose another --out"
         )
     if resume and checkpoint is not None:
-        changed = recipes.differences(json.loads(saved.read_text(encoding="utf-8")), recipe.to_dict())
+        before = recipes.from_dict(
+            json.loads(saved.read_text(encoding="utf-8"))
+        )  # keys added since: defaults
+        changed = recipes.differences(before.to_dict(), recipe.to_dict())
         if changed:
             raise RecipeError(
                 f"the recipe differs from that of the run in {folder} in {', '.join(changed)}; resume "
@@ -178,8 +184,7 @@ class Run:
         self.recipe, self.folder, self.sources, self.device = recipe, folder, sources, device
         self.console, self.started = console, started
         self.seconds_before = 0.0  # of earlier calls, when resumed
-        self.rows = recipe.train.batch_tokens // recipe.train.context
-        self.micro_rows = recipe.train.micro_tokens // recipe.train.context
+        self.steps = recipe.train.steps
         self.model = self._build()
         self.peak = peak(device, self.model.dtype)
         self.trainer = self._trainer()
@@ -187,6 +192,7 @@ class Run:
         self.prefetcher: Prefetcher | None = None
         self.last: StepStats | None = None
         self.held: Heldout | None = None
+        self.held_ema: Heldout | None = None
         self.stop_reason = ""
         self._saved = time.perf_counter()
 
@@ -212,7 +218,8 @@ class Run:
             moment_dtype=_DTYPES[adamw.moments],
         )
         objective = Objective(sequence_alpha=recipe.balance.sequence_alpha, z_loss=recipe.train.z_loss)
-        return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective)
+        ema = Ema(optimizer, recipe.ema.rate, recipe.ema.every_steps) if recipe.ema.rate else None
+        return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema)
 
     def restore(self, checkpoint: state.Checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -230,25 +237,27 @@ class Run:
         progress = self.trainer.progress
         self.metrics = Metrics(
             self.folder,
-            total_steps=self.recipe.train.steps,
+            total_steps=self.steps,
+            total_tokens=self.recipe.train.tokens_read,
             peak_flops=self.peak.flops,
             tensorboard=self.recipe.log.tensorboard,
             after_step=progress.step,
             console=self.console,
         )
         self._introduce(self.metrics, self.peak)
+        train = self.recipe.train
         stream = batches(
             self.sources.train,
             position=progress.position,
-            rows=self.rows,
-            micro_rows=self.micro_rows,
+            rows=lambda position: train.ramp.rows(position * train.context),
+            micro_rows=train.micro_batch_tokens // train.context,
             depths=len(self.model.mtp),
             mask_documents=self.recipe.data.mask_documents,
         )
         self.prefetcher = Prefetcher(stream, self.device)
         self.trainer.batches = self._counted(self.prefetcher, self.metrics)
         with self._signals():
-            while self.trainer.progress.step < self.recipe.train.steps and not self._stopping():
+            while self.trainer.progress.step < self.steps and not self._stopping():
                 self._log(self.trainer.step())
                 self._occasions(self.trainer.progress.step)
         return self._finish(self.metrics)
@@ -267,7 +276,7 @@ class Run:
 
     def _occasions(self, step: int) -> None:
         """What happens now and then: held-out loss, checkpoint, export."""
-        recipe, last = self.recipe, step >= self.recipe.train.steps
+        recipe, last = self.recipe, step >= self.steps
         if last:
             return  # `_finish` does all of it
         if recipe.log.heldout_every_steps and step % recipe.log.heldout_every_steps == 0:
@@ -288,14 +297,14 @@ class Run:
     def _finish(self, metrics: Metrics) -> Outcome:
         self._log(self.trainer.arrived(wait=True))
         progress = self.trainer.progress
-        reason = "finished" if progress.step >= self.recipe.train.steps else self.stop_reason
+        reason = "finished" if progress.step >= self.steps else self.stop_reason
         if reason != "signal":  # a signal wants us gone soon
             self._heldout()
         self._save()
         exported = self._export()
         metrics.event("stop", progress.step, reason=reason, seconds=self._seconds())
         if reason != "finished":
-            metrics.say(f"stopped at step {progress.step} of {self.recipe.train.steps}: go on with --resume")
+            metrics.say(f"stopped at step {progress.step} of {self.steps}: go on with --resume")
         loss = None if self.last is None else self.last.loss
         return Outcome(reason, progress.step, progress.tokens, self.folder, exported, loss)
 
@@ -306,15 +315,23 @@ class Run:
         if self.sources.heldout is None:
             return
         self._log(self.trainer.arrived(wait=True))
-        self.held = evaluate(
+        self.held = self._evaluate(self.sources.heldout)
+        self.metrics.event("heldout", self.trainer.progress.step, **dataclasses.asdict(self.held))
+        if self.trainer.ema is not None:
+            with self.trainer.ema.in_model():
+                self.held_ema = self._evaluate(self.sources.heldout)
+            self.metrics.event("heldout_ema", self.trainer.progress.step, **dataclasses.asdict(self.held_ema))
+        self.metrics.restart_clock()
+
+    def _evaluate(self, source: PackedRows) -> Heldout:
+        train = self.recipe.train
+        return evaluate(
             self.model,
-            self.sources.heldout,
-            rows=max(1, self.recipe.log.heldout_tokens // self.recipe.train.context),
-            micro_rows=self.micro_rows,
+            source,
+            rows=max(1, self.recipe.log.heldout_tokens // train.context),
+            micro_rows=train.micro_tokens // train.context,
             mask_documents=self.recipe.data.mask_documents,
         )
-        self.metrics.event("heldout", self.trainer.progress.step, **dataclasses.asdict(self.held))
-        self.metrics.restart_clock()
 
     def _save(self) -> None:
         assert self.metrics is not None
@@ -342,29 +359,37 @@ class Run:
     def _export(self) -> Path:
         assert self.metrics is not None
         self._log(self.trainer.arrived(wait=True))
-        exported = export(
-            self.model, self.recipe, self._facts(), self.sources.tokenizer_folder, self.folder / "export"
-        )
-        self.metrics.event("export", self.trainer.progress.step, path=str(exported))
+        exported = self._write_export("export", self._facts(self.held))
+        if self.trainer.ema is not None:
+            facts = dataclasses.replace(self._facts(self.held_ema), average=self.recipe.ema.rate)
+            with self.trainer.ema.in_model():
+                self._write_export("export-ema", facts)
         self.metrics.restart_clock()
         return exported
 
-    def _facts(self) -> Facts:
+    def _write_export(self, name: str, facts: Facts) -> Path:
+        assert self.metrics is not None
+        tokenizer = self.sources.tokenizer_folder
+        exported = export(self.model, self.recipe, facts, tokenizer, self.folder / name)
+        self.metrics.event("export", self.trainer.progress.step, path=str(exported))
+        return exported
+
+    def _facts(self, held: Heldout | None) -> Facts:
         assert self.metrics is not None
         rates = sorted(self.metrics.rates)
         cuda = self.device.type == "cuda"
         return Facts(
             step=self.trainer.progress.step,
-            steps=self.recipe.train.steps,
+            steps=self.steps,
             tokens=self.trainer.progress.tokens,
             seconds=self._seconds(),
             device=torch.cuda.get_device_name(self.device)
             if cuda
             else f"CPU, {torch.get_num_threads()} threads",
             torch=torch.__version__,
-            heldout_loss=None if self.held is None else self.held.loss,
-            heldout_exact=None if self.held is None else self.held.exact,
-            heldout_documents=0 if self.held is None else self.held.documents,
+            heldout_loss=None if held is None else held.loss,
+            heldout_exact=None if held is None else held.exact,
+            heldout_documents=0 if held is None else held.documents,
             tokens_per_second=rates[len(rates) // 2] if rates else None,
         )
 
@@ -378,8 +403,9 @@ class Run:
             f"{self.recipe.run.name}: {n.main + n.mtp_unique:,} parameters ({n.active:,} active), vocabulary "
             f"{config.vocab_size:,}, {str(self.model.dtype).removeprefix('torch.')} on {self.device}"
         )
+        first = f"{train.batch_tokens_start:,} to " if train.batch_tokens_start else ""
         metrics.say(
-            f"{train.steps:,} steps of {train.batch_tokens:,} tokens in rows of {train.context:,}; "
+            f"{self.steps:,} steps of {first}{train.batch_tokens:,} tokens in rows of {train.context:,}; "
             f"peak: {found.source}" + (f"; resumed at step {step}" if step else "")
         )
 
@@ -409,5 +435,7 @@ class Run:
     def close(self) -> None:
         if self.prefetcher is not None:
             self.prefetcher.close()
+        if self.trainer.ema is not None:
+            self.trainer.ema.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -60,6 +60,7 @@ class Metrics:
         folder: Path,
         *,
         total_steps: int,
+        total_tokens: int,
         peak_flops: float,
         tensorboard: bool,
         after_step: int = 0,
@@ -68,7 +69,7 @@ class Metrics:
         self.console = console or Console(stderr=True)
         self._jsonl = JsonLines(folder / "metrics.jsonl", after_step=after_step)
         self._board = _board(folder / "tensorboard", after_step, self.console) if tensorboard else None
-        self._total_steps, self._peak = total_steps, peak_flops
+        self._total_steps, self._total_tokens, self._peak = total_steps, total_tokens, peak_flops
         self._live = Live(console=self.console, refresh_per_second=4, transient=True)
         if self.console.is_terminal:
             self._live.start()
@@ -137,9 +138,7 @@ class Metrics:
             self._board.close()
 
     def _describe(self, stats: StepStats, rate: float, mfu: float) -> str:
-        steps_left = self._total_steps - stats.step
-        per_step = stats.tokens / stats.step
-        left = steps_left * per_step / rate if rate else 0.0
+        left = max(0, self._total_tokens - stats.tokens) / rate if rate else 0.0
         held = f" heldout {self.heldout_loss:.4f}" if self.heldout_loss is not None else ""
         return (
             f"step {stats.step}/{self._total_steps} loss {stats.loss:.4f} mtp {stats.mtp_loss:.4f}{held} "

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hadal.train.schedules import LearningRate, Schedule
+from hadal.train.schedules import BatchRamp, LearningRate, Schedule
 
 
 class RecipeError(ValueError):
@@ -67,6 +67,8 @@ class TrainRecipe:
     tokens: int
     context: int = 1024  # tokens in a row
     batch_tokens: int = 65536  # in one optimizer step
+    batch_tokens_start: int = 0  # in the first step, growing from there to batch_tokens; 0: no ramp
+    batch_ramp: float = 469 / 14_800  # the share of the run over which the batch grows
     micro_batch_tokens: int = 0  # in one forward pass; 0: the whole batch at once
     dtype: str = "auto"  # "auto": bfloat16 on a GPU, float32 on a CPU
     init_std: float = 0.006
@@ -82,6 +84,11 @@ class TrainRecipe:
         fits = micro >= 0 and (not micro or (micro % self.context == 0 and batch % micro == 0))
         want = f"0, or a multiple of train.context that divides train.batch_tokens {batch}"
         _require(fits, "train.micro_batch_tokens", micro, want)
+        start = self.batch_tokens_start
+        unit = micro or self.context
+        want = f"0, or a multiple of {unit} (a micro-batch, or else a row) up to train.batch_tokens {batch}"
+        _require(0 <= start <= batch and start % unit == 0, "train.batch_tokens_start", start, want)
+        _require(0 <= self.batch_ramp <= 1, "train.batch_ramp", self.batch_ramp, "a share of the run")
         _require(self.tokens >= self.batch_tokens, "train.tokens", self.tokens, "at least one batch")
         _require(
             self.dtype in ("auto", "float32", "bfloat16"),
@@ -94,12 +101,27 @@ class TrainRecipe:
         _require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 (no limit) or more")
 
     @property
+    def ramp(self) -> BatchRamp:
+        """Rows of a batch as a function of tokens seen."""
+        last = self.batch_tokens // self.context
+        first = self.batch_tokens_start // self.context or last
+        return BatchRamp(
+            first, last, self.batch_ramp * self.tokens, self.micro_batch_tokens // self.context or 1
+        )
+
+    @property
     def steps(self) -> int:
         """Optimizer steps of the whole run: the last one reaches or passes `tokens`."""
-        return -(-self.tokens // self.batch_tokens)
+        return self.ramp.steps(self.tokens, self.context)[0]
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of all steps: `tokens`, filled up to whole batches."""
+        return self.ramp.steps(self.tokens, self.context)[1]
 
     @property
     def micro_tokens(self) -> int:
+        """Tokens of the largest forward pass."""
         return self.micro_batch_tokens or self.batch_tokens
 
 
@@ -175,6 +197,18 @@ class MtpRecipe:
 
 
 @dataclass(frozen=True)
+class EmaRecipe:
+    """A moving average of the weights, kept on the host (hadal/train/ema.py)."""
+
+    rate: float = 0.0  # what stays of the average at a step; 0: none is kept
+    every_steps: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.rate < 1, "ema.rate", self.rate, "in [0, 1), 0 for none")
+        _require(self.every_steps >= 1, "ema.every_steps", self.every_steps, "at least 1")
+
+
+@dataclass(frozen=True)
 class LogRecipe:
     every_steps: int = 10
     heldout_every_steps: int = 200  # 0: never
@@ -229,6 +263,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     balance: BalanceRecipe = field(default_factory=BalanceRecipe)
     mtp: MtpRecipe = field(default_factory=MtpRecipe)
+    ema: EmaRecipe = field(default_factory=EmaRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)

@@ -3,12 +3,14 @@
     learning rate   warm-up │ constant │ cosine │ final constant 1 │ final constant 2
     bias speed γ    0.001 ───────────────────────┤ 0
     MTP weight λ    0.3 ─────────────┤ 0.1
+    batch           3072 ╱ 15360 rows ──────────
 
 V3: 0 → 2.2e-4 in 2K steps, constant to 10T tokens, cosine to 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for
-167B; γ = 0.001 for 14.3T then 0; λ = 0.3 for 10T then 0.1.
+167B; γ = 0.001 for 14.3T then 0; λ = 0.3 for 10T then 0.1; the batch grows over the first 469B tokens.
 
 A step uses the value at the number of tokens seen *once the step is done*: the first step of a warm-up then
-learns something, and the last step stands at the end of the schedule.
+learns something, and the last step stands at the end of the schedule. The batch size alone is that of the
+tokens seen *before* the step, which it decides.
 """
 
 from __future__ import annotations
@@ -60,6 +62,40 @@ def learning_rate(tokens: float, shape: LearningRate) -> float:
 def stepwise(tokens: float, first: float, second: float, switch: float) -> float:
     """`first` up to and including `switch` tokens, `second` afterwards: the shape of γ and of λ."""
     return first if tokens <= switch else second
+
+
+@dataclass(frozen=True)
+class BatchRamp:
+    """The batch grows linearly in tokens seen, from `first` to `last` rows at `until` tokens, in whole
+    multiples of `granule` rows (a micro-batch)."""
+
+    first: int
+    last: int
+    until: float
+    granule: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.first, self.last)
+        if self.granule < 1 or any(size < 1 or size % self.granule for size in sizes):
+            raise ValueError(f"batches of {self.first} to {self.last} rows are not whole multiples of "
+                             f"{self.granule}")  # fmt: skip
+        if self.first > self.last:
+            raise ValueError(f"a batch ramp must not go down: {self.first} to {self.last} rows")
+
+    def rows(self, tokens: float) -> int:
+        """Rows of the batch that begins after `tokens` tokens."""
+        if tokens >= self.until:
+            return self.last
+        wanted = self.first + (self.last - self.first) * tokens / self.until
+        return max(self.first, int(wanted // self.granule) * self.granule)
+
+    def steps(self, tokens: int, context: int) -> tuple[int, int]:
+        """(steps, tokens) of a run whose last step reaches or passes `tokens`, in rows of `context`."""
+        step = seen = 0
+        while seen < min(tokens, self.until):
+            step, seen = step + 1, seen + self.rows(seen) * context
+        rest = -(-max(0, tokens - seen) // (self.last * context))
+        return step + rest, seen + rest * self.last * context
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def open_sources(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> So
         train = Path(data.path)
         heldout = Path(data.heldout_path) if data.heldout_path else None
     rows = _open(recipe, train, tokenizer, shuffle=True)
-    epochs = recipe.train.steps * recipe.train.batch_tokens / (recipe.train.context * rows.rows_per_epoch)
+    epochs = recipe.train.tokens_read / (recipe.train.context * rows.rows_per_epoch)
     say(
         f"data: {rows.manifest.tokens:,} tokens in {rows.manifest.documents:,} documents, "
         f"{rows.rows_per_epoch:,} rows of {recipe.train.context:,} ({rows.filled:.1%} filled, {rows.cut:,} "
@@ -74,7 +74,7 @@ def _open(recipe: Recipe, folder: Path, tokenizer: Tokenizer, *, shuffle: bool) 
 def _puzzles(recipe: Recipe, folder: Path, tokenizer: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
     """Write the training and held-out shards of a puzzle recipe (what is there already is kept)."""
     wanted = {
-        "train": recipe.train.steps * recipe.train.batch_tokens,
+        "train": recipe.train.tokens_read,
         "held-out": recipe.log.heldout_tokens,
     }
     for split, tokens in wanted.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from hadal.model.transformer import Transformer
 from hadal.train.balance import max_violation, update_biases
 from hadal.train.batches import Batch
+from hadal.train.ema import Ema
 from hadal.train.losses import Objective, correction_biases, losses
 from hadal.train.nonfinite import NonFiniteError, describe
 from hadal.train.optimizer import AdamW
@@ -80,6 +81,7 @@ class Trainer:
     schedule: Schedule
     objective: Objective = field(default_factory=Objective)
     reduce: Reduce = alone
+    ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -113,6 +115,8 @@ class Trainer:
         if self.biases:  # balance
             update_biases(self.biases, count_GE, knobs.bias_speed * self.alive)
         self.optimizer.step(knobs.learning_rate, norm, self.alive)  # update
+        if self.ema is not None:
+            self.ema.update(self.progress.step + 1, self.alive)
         self._advance(batch, knobs, parts, norm, count_GE)
         return self.arrived()
 
@@ -163,14 +167,16 @@ class Trainer:
     # --- state
     # ---------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a continuation needs, by name: masters, moments, gate biases, random states."""
+        """Everything that a continuation needs, by name: masters, moments, their moving average, gate biases,
+        random states."""
         biases = {
             name: b for name, b in self.model.named_buffers() if name.endswith("e_score_correction_bias")
         }
         random = {"random.cpu": torch.get_rng_state()}
         if self.model.device.type == "cuda":
             random["random.cuda"] = torch.cuda.get_rng_state(self.model.device)
-        return self.optimizer.state() | {f"buffer.{name}": b for name, b in biases.items()} | random
+        average = {} if self.ema is None else self.ema.state()
+        return self.optimizer.state() | average | {f"buffer.{name}": b for name, b in biases.items()} | random
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], progress: Progress) -> None:
@@ -179,12 +185,15 @@ class Trainer:
         rest = dict(tensors)
         random = {name: rest.pop(name) for name in list(rest) if name.startswith("random.")}
         saved = {name: rest.pop(name) for name in list(rest) if name.startswith("buffer.")}
+        average = {name: rest.pop(name) for name in list(rest) if name.startswith("ema.")}
         own = {
             f"buffer.{n}": b for n, b in self.model.named_buffers() if n.endswith("e_score_correction_bias")
         }
         if own.keys() != saved.keys():
             raise ValueError(f"the checkpoint's gate biases are those of another model: {sorted(saved)[:3]}")
         self.optimizer.load_state(rest, steps=progress.step)
+        if self.ema is not None:
+            self.ema.load_state(average)
         for name, bias_E in own.items():
             bias_E.copy_(saved[name])
         torch.set_rng_state(random["random.cpu"])

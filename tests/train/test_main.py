@@ -128,7 +128,7 @@ def _die_at(monkeypatch, step):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_killed_run_resumes_bit_for_bit(short, tmp_path, monkeypatch, dtype):
     """Six steps at once against a kill in the fifth step and a resumption from the third's checkpoint."""
-    setting = [f"train.dtype={dtype}", "checkpoint.every_steps=3"]
+    setting = [f"train.dtype={dtype}", "checkpoint.every_steps=3", "ema.rate=0.9"]
     short(tmp_path / "whole", *setting)
     revive = _die_at(monkeypatch, 4)
     with pytest.raises(Killed):
@@ -148,6 +148,39 @@ def test_a_killed_run_resumes_bit_for_bit(short, tmp_path, monkeypatch, dtype):
               ("whole", "killed")]  # fmt: skip
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def test_a_growing_batch_resumes_bit_for_bit(short, tmp_path, monkeypatch):
+    setting = ["train.batch_tokens=2048", "train.batch_tokens_start=512", "train.batch_ramp=0.8",
+               "train.micro_batch_tokens=512", "checkpoint.every_steps=2", "train.tokens=6144",
+               f"data.path={tmp_path / 'puzzles'}"]  # fmt: skip
+    whole = short(tmp_path / "whole", *setting)
+    tokens = [r["tokens"] for r in _records(tmp_path / "whole", "step")]
+    sizes = [b - a for a, b in zip([0, *tokens], tokens, strict=False)]
+    assert sizes == [512, 512, 512, 512, 1024, 1024, 1536, 2048]
+    assert tokens[-1] == whole.tokens >= 6144
+    revive = _die_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        short(tmp_path / "killed", *setting)
+    revive()
+    assert short(tmp_path / "killed", *setting, resume=True).step == whole.step
+    want, got = _tensors(tmp_path / "whole")[0], _tensors(tmp_path / "killed")[0]
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
+def test_the_moving_average_is_exported_beside_the_model(short, tmp_path):
+    from hadal import weights
+
+    outcome = short(tmp_path / "run", "export.fp8=false", "ema.rate=0.5")
+    tensors, _ = _tensors(tmp_path / "run")
+    model = weights.load(tmp_path / "run" / "export-ema", dtype=torch.float32, device="cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, tensors[f"ema.{name}"]), name
+    assert not torch.equal(tensors["ema.norm.weight"], tensors["master.norm.weight"])
+    assert "moving average, rate 0.5" in (tmp_path / "run" / "export-ema" / "README.md").read_text()
+    assert "moving average" not in (outcome.export / "README.md").read_text()
+    (held,) = _records(tmp_path / "run", "heldout_ema")
+    assert held["loss"] != _records(tmp_path / "run", "heldout")[-1]["loss"]
 
 
 def test_two_runs_of_one_recipe_are_equal_and_another_seed_is_not(short, tmp_path):

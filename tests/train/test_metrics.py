@@ -20,7 +20,15 @@ def _records(folder):
 
 def _metrics(folder, console=None, **kwargs):
     console = console or Console(quiet=True)
-    return Metrics(folder, total_steps=10, peak_flops=1e12, tensorboard=False, console=console, **kwargs)
+    return Metrics(
+        folder,
+        total_steps=10,
+        total_tokens=1000,
+        peak_flops=1e12,
+        tensorboard=False,
+        console=console,
+        **kwargs,
+    )
 
 
 def test_a_step_is_logged_with_its_rates(tmp_path):
@@ -80,7 +88,8 @@ def test_numbers_that_are_not_finite_never_reach_the_file(tmp_path):
 
 def test_tensorboard_gets_the_curves(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    metrics = Metrics(tmp_path, total_steps=9, peak_flops=1e12, tensorboard=True, console=Console(quiet=True))
+    metrics = Metrics(tmp_path, total_steps=9, total_tokens=900, peak_flops=1e12, tensorboard=True,
+                      console=Console(quiet=True))  # fmt: skip
     metrics.step(_stats(1))
     metrics.step(_stats(2, loss=2.0))
     metrics.event("heldout", 2, loss=1.5)

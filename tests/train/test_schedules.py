@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hadal.train.schedules import Knobs, LearningRate, Schedule, learning_rate, stepwise
+from hadal.train.schedules import BatchRamp, Knobs, LearningRate, Schedule, learning_rate, stepwise
 
 T, B = 10**12, 10**9
 V3 = LearningRate(
@@ -69,3 +69,38 @@ def test_v3_bias_speed_and_mtp_weight():
     assert schedule.at(12 * T).mtp_weight == 0.1
     assert schedule.at(12 * T).bias_speed == 0.001
     assert schedule.at(14.5 * T).bias_speed == 0.0
+
+
+# --- the batch ---
+V3_RAMP = BatchRamp(3072, 15360, 469 * B, 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows"),
+    [(0, 3072), (234.5 * B, 9216), (469 * B, 15360), (10 * T, 15360)],
+)
+def test_v3_batch_at_its_marks(tokens, rows):
+    assert V3_RAMP.rows(tokens) == rows
+
+
+@given(st.floats(0, 1e12), st.floats(0, 1e12), st.sampled_from([1, 64, 3072]))
+def test_the_batch_never_shrinks_and_is_whole_micro_batches(a, b, granule):
+    ramp = BatchRamp(3072, 15360, 469 * B, granule)
+    a, b = sorted((a, b))
+    assert 3072 <= ramp.rows(a) <= ramp.rows(b) <= 15360
+    assert ramp.rows(a) % granule == 0
+
+
+@pytest.mark.parametrize("ramp", [BatchRamp(4, 4, 0.0), BatchRamp(2, 8, 500.0, 2), BatchRamp(1, 9, 1e9)])
+@pytest.mark.parametrize("tokens", [1, 100, 1000, 1001])
+def test_steps_are_those_of_walking_through_the_run(ramp, tokens):
+    seen = steps = 0
+    while seen < tokens:
+        seen, steps = seen + 10 * ramp.rows(seen), steps + 1
+    assert ramp.steps(tokens, 10) == (steps, seen)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 1), (8, 4, 1), (3, 4, 2), (4, 4, 0)])
+def test_impossible_ramps_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"multiples of|go down"):
+        BatchRamp(sizes[0], sizes[1], 10.0, sizes[2])
