@@ -35,7 +35,7 @@ from hadal.ops.fp8 import dequantise_activations
 from hadal.ops.mla import absorbed_query
 from hadal.ops.packed import KINDS, Kind, Packed, linear_reference, pack
 from hadal.ops.packed import experts_reference as packed_experts
-from hadal.ops.triton import decode, flash, fp8, fp8_gluon, latent, packed, route
+from hadal.ops.triton import decode, flash, fp8, fp8_gluon, latent, packed, packed_gemv, route
 from hadal.ops.triton import experts as few_experts
 from hadal.ops.triton import heads as head_kernels
 from hadal.ops.triton import linear as few_rows
@@ -552,11 +552,17 @@ def new_lengths(H: int, width: int, value: int) -> None:
 
 # --- linear layers ------------------------------------------------------------------------------------------
 def linear(bench: Bench) -> None:
-    shapes = [(2048, 2048), (5632, 2048), (2048, 10944), (7168, 2048), (4096, 7168), (24576, 1536)]
-    for N, K in [(80, 144)] if bench.small else shapes:
+    """What matters most first: compiling is half of this part's time."""
+    shapes = [(2048, 2048), (5632, 2048), (2048, 10944)]
+    more = [(4096, 7168), (24576, 1536)] if bench.tune else []
+    cases = []
+    for N, K in [(80, 160)] if bench.small else [*shapes, *more]:
         plain = random(N, K, scale=K**-0.5)
-        weights = {kind: pack(plain, kind) for kind in KINDS}
-        for M in (1, 16, 64, 256, 4096) if not bench.small else (1, 70):
+        cases.append((N, K, plain, {kind: pack(plain, kind) for kind in KINDS}))
+    for M in (1, 2, 70) if bench.small else (1, 16, 2, 64, 128, 256, 4, 4096):
+        for N, K, plain, weights in cases:
+            if bench.late():
+                return
             x, case = random(M, K), f"{M} × {N} × {K}"
             work = {"flops": 2 * M * N * K}
             moved = 2 * M * (N + K)
@@ -567,7 +573,7 @@ def linear(bench: Bench) -> None:
             peer = ("BF16", us)
             for weight in weights.values():
                 packed_linear(bench, case, x, weight, moved, work["flops"], peer)
-                if bench.tune and M in (1, 16, 64):
+                if bench.tune and M in (16, 64):
                     tune_linear(bench, case, x, weight)
 
 
@@ -586,11 +592,35 @@ def packed_linear(
         check=lambda out: relative(out, want), limit=0.05 if weight.kind == "fp8" else 0.02,
     )  # fmt: skip
     race(weight.kind, calls(packed.linear))
-    if x.shape[0] in (64, 256):
-        race(f"{weight.kind}, streamed", calls(packed.streamed))
-        if weight.kind == "fp8" and fp8.wants(x, weight):
-            race("fp8, both quantised", calls(fp8.linear))
-        race(f"{weight.kind}, dequantised", calls(through_bf16))
+    M, K = x.shape
+    if M in (2, 4) and packed_gemv.wants(weight):
+        few = M <= packed_gemv.MAX_ROWS
+        race(
+            f"{weight.kind}, {'tiles' if few else 'gemv'}",
+            calls(packed.streamed if few else packed_gemv.linear),
+        )
+    if M == 128:
+        other = packed.streamed if M > packed.STREAMED_ROWS else through_bf16
+        race(f"{weight.kind}, {'streamed' if other is packed.streamed else 'dequantised'}", calls(other))
+    if M == 1 and (bench.tune or K <= 2048) and packed_gemv.wants(weight):
+        for config in gemv_configs(weight, bench.tune):
+            race(
+                f"{weight.kind}, {tuple(config)}", calls(functools.partial(packed_gemv.linear, config=config))
+            )
+
+
+def gemv_configs(weight: Packed, tune: bool) -> list[packed_gemv.Config]:
+    """Beside what is chosen: half the outputs of a program; with --tune others, and warps and inputs as well.
+    Every thread has a chunk at least."""
+    chosen = packed_gemv.config_for(weight.kind, weight.shape[-1], False)
+    if not tune:
+        return [chosen._replace(outputs=4)]
+    chunk = packed_gemv.CHUNK[weight.kind]
+    return [
+        packed_gemv.Config(outputs, 32 * warps * chunk * chunks, warps)
+        for outputs in (2, 4, 8, 16) for warps in (1, 2, 4, 8) for chunks in (1, 2)
+        if chosen.inputs // 2 <= 32 * warps * chunk * chunks <= 2 * chosen.inputs
+    ]  # fmt: skip
 
 
 def through_bf16(x: Tensor, weight: Packed) -> Tensor:
@@ -633,57 +663,72 @@ def random_packed(shape: tuple[int, ...], kind: Kind) -> Packed:
 
 
 def experts(bench: Bench) -> None:
-    for E, K, D, width in [(6, 2, 144, 80)] if bench.small else [(64, 6, 2048, 1408), (32, 8, 7168, 2048)]:
+    """V2-Lite's, with its shared expert up to 256 tokens, and 32 of V3's; as the model calls them."""
+    for E, K, D, width in [(6, 2, 160, 128)] if bench.small else [(64, 6, 2048, 1408), (32, 8, 7168, 2048)]:
         gate_up, down = random(E, 2 * width, D, scale=D**-0.5), random(E, D, width, scale=width**-0.5)
         stacks = {k: (random_packed((E, 2 * width, D), k), random_packed((E, D, width), k)) for k in KINDS}
-        for T in (1, 9) if bench.small else (1, 8, 32, 256, 4096):
+        wide = 2 * width if E != 32 else 0
+        common = random(2 * wide, D, scale=D**-0.5), random(D, wide, scale=0.02)
+        for T in (1, 9) if bench.small else (1, 32, 256, 8, 2, 4096):
             if bench.late():
                 return
             x, case = random(T, D), f"{E} of {D}×{width}, {T} tokens"
             choices = [torch.rand(T, E, device=DEVICE).topk(K, -1).indices for _ in range(4)]
             weight = torch.rand(T, K, device=DEVICE)
             touched = sum(len(c.unique()) for c in choices) / 4 / E
-            flops = 6 * T * K * D * width
-            many = T > 256
-            plain = expert_op.experts_grouped if many else few_experts.experts
-            calls = [functools.partial(plain, x, c, weight, gate_up, down) for c in choices]
-            nbytes = (gate_up.nbytes + down.nbytes) * touched
-            us = (
-                bench.race("experts", case, "BF16", calls, nbytes=nbytes, flops=flops)
-                if CUDA or not many
-                else 0.0
-            )
+            plain = common if wide and T <= 256 else None
+            flops = 6 * T * D * (width * K + (wide if plain else 0))
+            run = expert_op.experts if CUDA else few_experts.experts
+            calls = [functools.partial(run, x, c, weight, gate_up, down, plain) for c in choices]
+            nbytes = (gate_up.nbytes + down.nbytes) * touched + sum(w.nbytes for w in plain or ())
+            us = float("inf")
+            if CUDA or T <= 256:
+                us = bench.race("experts", case, "BF16", calls, nbytes=nbytes, flops=flops)
             for kind, pair in stacks.items():
-                experts_packed(bench, case, kind, pair, x, choices, weight, touched, flops, us)
+                shared = (pack(common[0], kind), pack(common[1], kind)) if plain else None
+                experts_packed(bench, case, kind, pair, shared, x, choices, weight, touched, flops, us)
 
 
 def experts_packed(
-    bench: Bench, case: str, kind: Kind, pair: tuple[Packed, Packed], x: Tensor, choices: list[Tensor],
-    weight: Tensor, touched: float, flops: float, peer: float,
+    bench: Bench, case: str, kind: Kind, pair: tuple[Packed, Packed], shared: tuple[Packed, Packed] | None,
+    x: Tensor, choices: list[Tensor], weight: Tensor, touched: float, flops: float, peer: float,
 ) -> None:  # fmt: skip
     def check(out: Tensor) -> float:
-        want = packed_experts(x[:4].float(), choices[0][:4], weight[:4], *pair)
+        few = x[:4].float()
+        want = packed_experts(few, choices[0][:4], weight[:4], *pair)
+        if shared is not None:
+            gate, up = linear_reference(few, shared[0]).chunk(2, -1)
+            want += linear_reference(torch.nn.functional.silu(gate) * up, shared[1])
         return relative(out[:4], want)
 
-    nbytes = (pair[0].nbytes + pair[1].nbytes) * touched
-    calls = [functools.partial(packed.experts, x, c, weight, *pair) for c in choices]
-    limit = 0.08 if kind == "fp8" else 0.02
-    rate = "fp8" if kind == "fp8" else "bf16"
+    def chosen(choice: Tensor) -> Tensor:
+        if CUDA:
+            return expert_op.experts(x, choice, weight, *pair, shared)
+        return packed.experts(x, choice, weight, *pair, shared=shared)
+
+    def tiled(choice: Tensor) -> Tensor:
+        rows = packed.expert_rows(x, choice, *pair, False, shared=shared)
+        return few_experts._combine(rows, None, weight, None, None, 2 if shared else 0)
+
+    nbytes = (pair[0].nbytes + pair[1].nbytes) * touched + sum(w.nbytes for w in shared or ())
     race = functools.partial(
-        bench.race, "experts", case, nbytes=nbytes, flops=flops, check=check, limit=limit, peer=("BF16", peer)
-    )
-    race(kind, calls, rate=rate)
-    if kind == "fp8" and x.shape[0] == 256 and CUDA:
-        both = [functools.partial(fp8.experts, x, c, weight, *pair) for c in choices]
-        race("fp8, both quantised", both, rate=rate)
-    if bench.tune and x.shape[0] in (1, 32, 256, 4096) and not (kind == "fp8" and x.shape[0] > 256):
-        rows = few_experts._rows_a_tile(x.shape[0] * choices[0].shape[1], pair[0].shape[0])
+        bench.race, "experts", case, nbytes=nbytes, flops=flops, check=check, peer=("BF16", peer),
+        limit=0.08 if kind == "fp8" else 0.02, rate="fp8" if kind == "fp8" else "bf16",
+    )  # fmt: skip
+    race(kind, [functools.partial(chosen, c) for c in choices])
+    T = x.shape[0]
+    if T == packed.PAIRED_TOKENS:
+        race(f"{kind}, tiles", [functools.partial(tiled, c) for c in choices])
+    if kind == "fp8" and T == 256 and CUDA and bench.tune:
+        race("fp8, both quantised", [functools.partial(fp8.experts, x, c, weight, *pair) for c in choices])
+    if bench.tune and T in (32, 256, 4096) and not (kind == "fp8" and T > 256):
+        rows = few_experts._rows_a_tile(T * choices[0].shape[1], pair[0].shape[0])
         warps = 4 if rows <= 32 else 8
         configs = [
             (packed.Tiles(rows, a, 128, warps, s), packed.Tiles(rows, b, 128, warps, s))
             for a in (32, 64, 128) for b in (64, 128) for s in (3, 4)
         ]  # fmt: skip
-        many = x.shape[0] > packed.FEW_TOKENS
+        many = T > packed.FEW_TOKENS
         best_of(
             bench, f"experts {case} {kind}", configs,
             lambda k: [functools.partial(packed.expert_rows, x, c, *pair, many, k) for c in choices],

@@ -120,16 +120,34 @@ def linear(kind: Kind, rows: int) -> None:
     from hadal.ops.triton.packed import dequantise, streamed
 
     weight = Packed(kind, (2048, 2048))
-    streamed(torch.empty(rows, 2048, dtype=BF16), weight, torch.empty(2048, dtype=BF16), splits=2)
+    x = torch.empty(rows, 2048, dtype=BF16)
+    streamed(x, weight, torch.empty(2048, dtype=BF16), x, splits=2)
     dequantise(weight, BF16)
 
 
+def packed_row(kind: Kind, rows: int) -> None:
+    """V2-Lite's layers at decode; the last is wide, and its rows of codes are no multiples of 64 bytes."""
+    from hadal.ops.triton.packed_gemv import linear, linear_pair
+
+    x, wide = torch.empty(rows, 2048, dtype=BF16), torch.empty(rows, 10944, dtype=BF16)
+    linear_pair(x, Packed(kind, (3072, 2048)), Packed(kind, (576, 2048)))
+    linear(x, Packed(kind, (2048, 2048)), residual_MN=x)
+    linear(x, Packed(kind, (21888, 2048)), swiglu=True)
+    linear(wide, Packed(kind, (2048, 10944)), x[0], x, dtype=torch.float32)
+
+
 def experts(kind: Kind, tokens: int) -> None:
+    from hadal.ops.triton import packed_gemv
     from hadal.ops.triton.packed import expert_rows
 
     gate_up, down = Packed(kind, (4, 2816, 2048)), Packed(kind, (4, 2048, 1408))
-    chosen = torch.zeros(tokens, 2, dtype=torch.int64)
-    expert_rows(torch.empty(tokens, 2048, dtype=BF16), chosen, gate_up, down, tokens > 256)
+    shared = Packed(kind, (5632, 2048)), Packed(kind, (2048, 2816))
+    x, chosen = torch.empty(tokens, 2048, dtype=BF16), torch.zeros(tokens, 2, dtype=torch.int64)
+    if tokens <= 2:
+        packed_gemv.experts(x, chosen, gate_up, down, shared, 2)
+    else:
+        many = tokens > 256
+        expert_rows(x, chosen, gate_up, down, many, shared=None if many else shared)
 
 
 def fp8() -> None:
@@ -227,9 +245,16 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "attention of a stream": (flash, (), 3),
     "rows of 64 experts": (route, (64,), 3),
     "rows of 256 experts": (route, (256,), 3),
-    "linear INT8": (linear, ("int8", 1), 3),
-    "linear INT4": (linear, ("int4", 16), 3),
-    "linear FP8": (linear, ("fp8", 64), 3),
+    "linear INT8": (linear, ("int8", 3), 2),
+    "linear INT4": (linear, ("int4", 16), 2),
+    "linear FP8": (linear, ("fp8", 64), 2),
+    "linear INT8, 1 row": (packed_row, ("int8", 1), 4),
+    "linear INT4, 2 rows": (packed_row, ("int4", 2), 4),
+    "linear FP8, 1 row": (packed_row, ("fp8", 1), 4),
+    "experts INT8, 1 token": (experts, ("int8", 1), 2),
+    "experts INT4, 2 tokens": (experts, ("int4", 2), 2),
+    "experts FP8, 1 token": (experts, ("fp8", 1), 2),
+    "experts INT4, 200 tokens": (experts, ("int4", 200), 2),
     "experts INT4": (experts, ("int4", 1000), 2),
     "experts FP8": (experts, ("fp8", 100), 2),
     "products in FP8": (fp8, (), 6),

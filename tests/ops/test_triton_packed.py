@@ -178,11 +178,14 @@ def test_dequantised_in_one_pass(kind: Kind):
 
 @needs_triton
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("found", ["inside", "listed", "tiles"])
 @pytest.mark.parametrize("tokens,hidden,width", [(1, 48, 20), (18, 130, 40)])
-def test_experts(kind: Kind, many: bool, tokens: int, hidden: int, width: int):
+def test_experts(kind: Kind, found: str, tokens: int, hidden: int, width: int, monkeypatch):
+    from hadal.ops.triton import packed
     from hadal.ops.triton.packed import _combine, expert_rows
 
+    many = found == "tiles"
+    monkeypatch.setattr(packed, "FOUND_PAIRS", 0 if found == "listed" else 512)
     n_experts, K = 6, 2
     x = draw(tokens, hidden)
     gate_up = pack(draw(n_experts, 2 * width, hidden, scale=hidden**-0.5), kind, rows=4)
@@ -198,8 +201,11 @@ def test_experts(kind: Kind, many: bool, tokens: int, hidden: int, width: int):
 @needs_triton
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens,hidden,width,group", [(1, 96, 64, 32), (2, 160, 32, 32), (9, 130, 64, 64)])
-def test_experts_with_the_shared_one(kind: Kind, tokens: int, hidden: int, width: int, group: int):
+def test_experts_and_the_shared_one(
+    kind: Kind, tokens: int, hidden: int, width: int, group: int, monkeypatch
+):
     """Two parts of the routed width that every token chose, by pair (one or two tokens) and by tile."""
+    from hadal.ops.triton import packed
     from hadal.ops.triton.packed import _combine, expert_rows, packed_gemv, takes_shared
 
     n_experts, K, parts = 5, 2, 2
@@ -220,6 +226,8 @@ def test_experts_with_the_shared_one(kind: Kind, tokens: int, hidden: int, width
     want = experts_reference(x.double(), expert, weight.double(), gate_up, down) + residual.double()
     want += (torch.nn.functional.silu(gate) * up) @ exact(shared[1]).T
     ways = [expert_rows(x, expert, gate_up, down, False, shared=shared)]
+    monkeypatch.setattr(packed, "FOUND_PAIRS", 0)
+    ways.append(expert_rows(x, expert, gate_up, down, False, shared=shared))
     if tokens <= 2:
         ways.append(packed_gemv.experts(x, expert, gate_up, down, shared, parts))
         alone = packed_gemv.experts(x, expert, gate_up, down, None, 0)

@@ -26,10 +26,12 @@ from hadal.ops.triton.arrivals import counters
 from hadal.ops.triton.experts import _combine, _rows_a_tile, _rows_of_expert
 from hadal.ops.triton.gemv import silu_mul
 from hadal.ops.triton.packed_tiles import product, product_pair
+from hadal.ops.triton.route import places
 from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 STREAMED_ROWS = 64  # beyond, dequantising a matrix once costs less than doing it for every tile of rows
-FEW_TOKENS = 256  # experts: up to here a program finds its rows itself; beyond, they are sorted
+FEW_TOKENS = 256  # experts: up to here a program takes an expert, and the shared one's parts; beyond, a tile
+FOUND_PAIRS = 512  # experts: beyond, rows are listed first; finding its own takes a program's registers
 PAIRED_TOKENS = 2  # experts: up to here every (token, k) pair has programs of its own
 TARGET_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
@@ -230,7 +232,7 @@ def dequantise(weight_NK: Packed, dtype: torch.dtype) -> Tensor:
 @triton.jit
 def _gate_up_kernel(
     x, expert, order, tile, codes, scale, shared, shared_scale, out, tokens, pairs, tiles, hidden, width,
-    code_stride, groups, scale_rows, PARTS: tl.constexpr, K: tl.constexpr, SORTED: tl.constexpr,
+    code_stride, groups, scale_rows, PARTS: tl.constexpr, K: tl.constexpr, FOUND: tl.constexpr,
     INT4: tl.constexpr, GROUP: tl.constexpr, HIGH: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -241,10 +243,13 @@ def _gate_up_kernel(
     common = part < PARTS  # of the shared expert, for every token
     e = tl.maximum(part - PARTS, 0).to(tl.int64)
     first, last = 0, 0
-    if SORTED:
+    if FOUND == "tiles":
         first = tl.load(tile + tiles + e)
         last = tl.load(tile + 2 * tiles + e)
         e = tl.load(tile + e).to(tl.int64)
+    elif FOUND == "listed":
+        first = tl.where(common | (e == 0), 0, tl.load(tile + tl.maximum(e - 1, 0)))
+        last = tl.where(common, tokens, tl.load(tile + e))
     else:
         pair = tl.arange(0, BLOCK_P)
         mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
@@ -258,11 +263,11 @@ def _gate_up_kernel(
     top = tl.where(common, part.to(tl.int64) * width, 0)
     for at in range(first, last, BLOCK_M):
         i = at + tl.arange(0, BLOCK_M)
-        if SORTED:
-            to_row = tl.load(order + i, mask=i < last, other=-1).to(tl.int32)
-        else:
+        if FOUND == "inside":
             to_row = _rows_of_expert(mine, rank, pair, at, BLOCK_M)
-            to_row = tl.where(common, tl.where(i < tokens, pairs + part * tokens + i, -1), to_row)
+        else:
+            to_row = tl.load(order + i, mask=i < tl.where(common, 0, last), other=-1).to(tl.int32)
+        to_row = tl.where(common, tl.where(i < tokens, pairs + part * tokens + i, -1), to_row)
         real = tl.maximum(to_row, 0)
         gate, up = product_pair(
             tl.zeros([BLOCK_N, BLOCK_M], tl.float32), tl.zeros([BLOCK_N, BLOCK_M], tl.float32),
@@ -279,7 +284,7 @@ def _gate_up_kernel(
 @triton.jit
 def _down_kernel(
     h, expert, order, tile, codes, scale, shared, shared_scale, out, tokens, pairs, tiles, hidden, width,
-    code_stride, groups, scale_rows, PARTS: tl.constexpr, SORTED: tl.constexpr, INT4: tl.constexpr,
+    code_stride, groups, scale_rows, PARTS: tl.constexpr, FOUND: tl.constexpr, INT4: tl.constexpr,
     GROUP: tl.constexpr, HIGH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -290,10 +295,13 @@ def _down_kernel(
     common = part < PARTS
     e = tl.maximum(part - PARTS, 0).to(tl.int64)
     first, last = 0, 0
-    if SORTED:
+    if FOUND == "tiles":
         first = tl.load(tile + tiles + e)
         last = tl.load(tile + 2 * tiles + e)
         e = tl.load(tile + e).to(tl.int64)
+    elif FOUND == "listed":
+        first = tl.where(common | (e == 0), 0, tl.load(tile + tl.maximum(e - 1, 0)))
+        last = tl.where(common, tokens, tl.load(tile + e))
     else:
         pair = tl.arange(0, BLOCK_P)
         mine = tl.load(expert + pair, mask=pair < pairs, other=-1) == e
@@ -308,11 +316,11 @@ def _down_kernel(
         scale_row = tl.where(common, shared_scale + wide * groups, scale_row)
     for at in range(first, last, BLOCK_M):
         i = at + tl.arange(0, BLOCK_M)
-        if SORTED:
-            row = tl.load(order + i, mask=i < last, other=-1).to(tl.int32)
-        else:
+        if FOUND == "inside":
             row = _rows_of_expert(mine, rank, pair, at, BLOCK_M)
-            row = tl.where(common, tl.where(i < tokens, pairs + part * tokens + i, -1), row)
+        else:
+            row = tl.load(order + i, mask=i < tl.where(common, 0, last), other=-1).to(tl.int32)
+        row = tl.where(common, tl.where(i < tokens, pairs + part * tokens + i, -1), row)
         real = tl.maximum(row, 0)
         acc = product(
             tl.zeros([BLOCK_N, BLOCK_M], tl.float32), h + real.to(tl.int64) * width, row >= 0, code_row,
@@ -364,23 +372,28 @@ def expert_rows(
     up, down = tiles or tuple(
         expert_tiles(w.kind, w.group, rows, w is gate_up_E2ID) for w in (gate_up_E2ID, down_EDI)
     )
-    order, tile = _sorted(expert_TK, n_experts, rows) if many else (expert_TK, expert_TK)
+    order, tile, found = expert_TK, expert_TK, "inside"
+    if many:
+        (order, tile), found = _sorted(expert_TK, n_experts, rows), "tiles"
+    elif pairs > FOUND_PAIRS:
+        (order, tile), found = _listed(expert_TK, n_experts), "listed"
     programs = tile.shape[1] if many else n_experts
     parts = 0 if shared is None else shared[1].shape[1] // width
     shared_up, shared_down = shared or (gate_up_E2ID, down_EDI)
     h_RI = torch.empty((pairs + parts * tokens, width), dtype=x_TD.dtype, device=x_TD.device)
     y_RD = torch.empty((pairs + parts * tokens, hidden), dtype=x_TD.dtype, device=x_TD.device)
-    found = {
-        "SORTED": many, "BLOCK_P": 16 if many else power_of_2(pairs), "PARTS": parts, **pdl.options(x_TD)
+    how = {
+        "FOUND": found, "BLOCK_P": power_of_2(pairs) if found == "inside" else 16, "PARTS": parts,
+        **pdl.options(x_TD),
     }  # fmt: skip
     _gate_up_kernel[(ceil_div(width, up.outputs), parts + programs)](
         x_TD, expert_TK, order, tile, gate_up_E2ID.codes, gate_up_E2ID.scale, shared_up.codes,
-        shared_up.scale, h_RI, tokens, pairs, programs, hidden, width, *_strides(gate_up_E2ID), K=K, **found,
+        shared_up.scale, h_RI, tokens, pairs, programs, hidden, width, *_strides(gate_up_E2ID), K=K, **how,
         **_constants(gate_up_E2ID, up),
     )  # fmt: skip
     _down_kernel[(ceil_div(hidden, down.outputs), parts + programs)](
         h_RI, expert_TK, order, tile, down_EDI.codes, down_EDI.scale, shared_down.codes, shared_down.scale,
-        y_RD, tokens, pairs, programs, hidden, width, *_strides(down_EDI), **found,
+        y_RD, tokens, pairs, programs, hidden, width, *_strides(down_EDI), **how,
         **_constants(down_EDI, down),
     )  # fmt: skip
     return y_RD
@@ -397,6 +410,13 @@ def _constants(weight: Packed, tiles: Tiles) -> dict[str, int | bool]:
         "BLOCK_N": tiles.outputs, "BLOCK_K": tiles.inputs, "num_warps": tiles.warps,
         "num_stages": tiles.stages,
     }  # fmt: skip
+
+
+def _listed(expert_TK: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Pairs in the order of their experts [P], and one past each expert's last [E]."""
+    place, end_E = places(expert_TK, n_experts)
+    order = torch.empty_like(place)
+    return order.scatter_(0, place, torch.arange(place.numel(), device=place.device)), end_E
 
 
 def _sorted(expert_TK: Tensor, n_experts: int, rows: int) -> tuple[Tensor, Tensor]:

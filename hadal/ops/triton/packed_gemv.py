@@ -337,14 +337,14 @@ def _gate_up_kernel(
         pdl.begin(PDL)
         first = part * width
         up_first = first + PARTS * width
-        acc, up = _stream(
+        every, every_up = _stream(
             x, tokens, hidden, shared + (weight_n + first) * units, shared + (weight_n + up_first) * units,
             shared_scale + (scale_n + first) // HIGH * groups,
             shared_scale + (scale_n + up_first) // HIGH * groups, hidden, ROWS, True, KIND, GROUP, CHUNK,
             BLOCK_N, BLOCK_K, STEPS, PDL,
         )  # fmt: skip
-        acc = silu_mul(acc, up, out.dtype.element_ty)
-        _store(acc, out + (pairs + part * tokens).to(tl.int64) * width, tokens, width, n, ROWS)
+        every = silu_mul(every, every_up, out.dtype.element_ty)
+        _store(every, out + (pairs + part * tokens).to(tl.int64) * width, tokens, width, n, ROWS)
     else:
         pdl.wait(PDL)
         pdl.begin(PDL)  # only now: so the next kernel's programs find the experts chosen when they begin
@@ -378,11 +378,11 @@ def _down_kernel(
         first = pairs + part * tokens
         row = shared + weight_n * (PARTS * units) + part * units
         scale_row = shared_scale + scale_n // HIGH * (PARTS * groups) + part * groups
-        acc, _ = _stream(
+        every, _every_up = _stream(
             h + first * width, tokens, width, row, row, scale_row, scale_row, width, ROWS, False, KIND,
             GROUP, CHUNK, BLOCK_N, BLOCK_K, STEPS, PDL,
         )  # fmt: skip
-        _store(acc, out + first * hidden, tokens, hidden, n, ROWS)
+        _store(every, out + first * hidden, tokens, hidden, n, ROWS)
     else:
         pair = part - PARTS
         e = tl.load(expert + pair, cache_modifier=".cg")  # chosen before the launch before let this one begin
