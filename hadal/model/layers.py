@@ -10,9 +10,11 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
+from hadal.ops.dispatch import needs_grad
 from hadal.ops.experts import ffn
 from hadal.ops.linear import linear
 from hadal.ops.packed import Packed
+from hadal.ops.recompute import recomputed
 from hadal.ops.rms_norm import add_rms_norm, rms_norm
 
 
@@ -52,10 +54,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, **like))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        normed: Tensor = recomputed("norm", rms_norm, x, self.weight, self.eps)
+        return normed
 
     def after_add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """(x + delta, its norm)."""
+        if needs_grad(x, delta, self.weight):
+            total = x + delta
+            return total, self(total)
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 

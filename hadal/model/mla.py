@@ -18,11 +18,14 @@ from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.ops import absorbed, invariant, latent_fp8
-from hadal.ops.attention import mla_attention
+from hadal.ops.attention import attention, mla_attention
+from hadal.ops.dispatch import needs_grad
 from hadal.ops.exact import is_exact
-from hadal.ops.linear import linear_pair
+from hadal.ops.heads import rotate_queries
+from hadal.ops.linear import linear, linear_pair
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages
+from hadal.ops.recompute import recomputed
 
 
 class MlaAttention(nn.Module):
@@ -51,6 +54,8 @@ class MlaAttention(nn.Module):
         assert ctx.rotation_T2r is not None
         if is_exact():
             return self._exact(x_TD, ctx)
+        if ctx.cache is None and needs_grad(x_TD):
+            return self._trained(x_TD, ctx)
         q_THC, kv_TC = self._project(x_TD)
         norm = self.kv_a_layernorm
         if ctx.cache is None:
@@ -81,6 +86,34 @@ class MlaAttention(nn.Module):
             self.a.kv_lora_rank, self.scale,
         )  # fmt: skip
         return self.o_proj(out)
+
+    def _trained(self, x_TD: Tensor, ctx: Context) -> Tensor:
+        """The expanded form in steps of which each can be made again in the backward pass, so that all that
+        must be kept are latents (hadal/ops/recompute.py)."""
+        norm, rotation_T2r = self.kv_a_layernorm, ctx.rotation_T2r
+        if self.a.q_lora_rank is None:
+            q_in, up = x_TD, self.q_proj.matrix
+        else:
+            q_in, up = self.q_a_layernorm(self.q_a_proj(x_TD)), self.q_b_proj.matrix
+        q_THC = recomputed("up", self._queries, q_in, up, rotation_T2r)
+        kv_TC = self.kv_a_proj_with_mqa(x_TD)
+        entry_TC = recomputed("norm", latent_entry, kv_TC, norm.weight, norm.eps, rotation_T2r)
+        k_THC, v_THv = recomputed("up", self._keys_and_values, entry_TC, self.kv_b_proj.matrix)
+        lengths = ctx.lengths()
+        return self.o_proj(attention(q_THC, k_THC, v_THv, lengths, lengths, self.scale).flatten(1))
+
+    def _queries(self, latent_TL: Tensor, up_OL: Tensor, rotation_T2r: Tensor) -> Tensor:
+        """Rotated queries of all heads [T, H, n + R]."""
+        q_THC = linear(latent_TL, up_OL).unflatten(-1, (self.heads, -1))
+        return rotate_queries(q_THC, rotation_T2r, self.a.qk_nope_head_dim)
+
+    def _keys_and_values(self, entry_TC: Tensor, up_OL: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [T, H, n + R] and values [T, H, v] of all heads."""
+        latent_TL, rope_TR = entry_TC.split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
+        kv_THw = linear(latent_TL, up_OL).unflatten(-1, (self.heads, -1))
+        k_THn, v_THv = kv_THw.split([self.a.qk_nope_head_dim, self.a.v_head_dim], -1)
+        rope_THR = rope_TR.unsqueeze(1).expand(-1, self.heads, -1)
+        return torch.cat([k_THn, rope_THR], -1), v_THv
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [T, H, n + R], not rotated, and what the cache entries are made of [T, C]."""

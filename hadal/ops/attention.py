@@ -18,6 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hadal.ops.dispatch import forced_reference, use_triton
 from hadal.ops.heads import mla_heads, rotate_queries
+from hadal.ops.recompute import recomputed
 
 
 def attention_reference(
@@ -90,7 +91,7 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
     q, k, v = (x.unflatten(0, (sequences, -1)).transpose(1, 2) for x in (q_THC, k_NGC, v_NGV))
     queries, keys, width_V = q.shape[2], k.shape[2], v.shape[3]
     if width_V < q.shape[3]:  # flash kernels want equal widths; zero columns add nothing
-        v = pad(v, (0, q.shape[3] - width_V))
+        v = recomputed("up", pad, v, (0, q.shape[3] - width_V))
     mask = None if queries in (1, keys) else _visible(queries, keys, q.device)
     out = scaled_dot_product_attention(
         q,
@@ -134,7 +135,7 @@ def _varlen(
         k_NGC, v_NGV = k_NGC.repeat_interleave(repeat, 1), v_NGV.repeat_interleave(repeat, 1)
     width_V = v_NGV.shape[2]
     if width_V < q_THC.shape[2]:  # flash kernels want equal widths; zero columns add nothing
-        v_NGV = pad(v_NGV, (0, q_THC.shape[2] - width_V))
+        v_NGV = recomputed("up", pad, v_NGV, (0, q_THC.shape[2] - width_V))
     q_start, k_start = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
     q, k, v = q_THC.contiguous(), k_NGC.contiguous(), v_NGV.contiguous()
     out: Tensor = function(q, k, v, q_start, k_start, max(q_len), max(k_len), scale=scale, **options)

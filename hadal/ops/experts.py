@@ -18,6 +18,7 @@ from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.linear import FEW_ROWS, SMALL_M, linear, native_bf16
 from hadal.ops.packed import Packed
+from hadal.ops.recompute import recomputed
 
 FEW_TOKENS = 256  # on a GPU: up to here programs find their rows themselves; beyond, rows are sorted
 MANY_ROWS = 8  # of an expert, on CPU: from here on panels of tokens beat one weight row after the other
@@ -33,6 +34,12 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
         return fast(gate_up_T2I)
     if use_cpu_kernels(gate_up_T2I) and gate_up_T2I.numel() <= 1 << 16:
         return cpu.swiglu(gate_up_T2I)
+    out_TI: Tensor = recomputed("swiglu", swiglu_reference, gate_up_T2I)
+    return out_TI
+
+
+def swiglu_reference(gate_up_T2I: Tensor) -> Tensor:
+    """The definition; differentiable."""
     gate, up = gate_up_T2I.chunk(2, -1)
     return silu(gate) * up
 
@@ -89,7 +96,7 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, T
     place[order] = torch.arange(order.numel(), device=order.device)
     counts_E = torch.zeros(n_experts, dtype=torch.int32, device=x_TD.device)
     counts_E.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int32))
-    row_ND = x_TD.index_select(0, order // expert_TK.shape[1])
+    row_ND = recomputed("rows", torch.index_select, x_TD, 0, order // expert_TK.shape[1])
     return row_ND, place, counts_E.cumsum(0, dtype=torch.int32)
 
 

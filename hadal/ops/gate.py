@@ -16,13 +16,15 @@ from hadal.config import Moe
 from hadal.ops import cpu, invariant
 from hadal.ops.dispatch import use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
+from hadal.ops.recompute import recomputed
 
 SMALL_T = 64  # tokens up to which the CPU kernel, one thread, beats the torch operations
 
 
 def scores(x_TD: Tensor, weight_ED: Tensor, moe: Moe) -> Tensor:
     """Affinities s, FP32 [T, E]."""
-    logit_TE = torch.nn.functional.linear(x_TD.float(), weight_ED.float())
+    wide_TD = x_TD if x_TD.dtype == torch.float32 else recomputed("norm", torch.Tensor.float, x_TD)
+    logit_TE = torch.nn.functional.linear(wide_TD, weight_ED.float())
     return logit_TE.sigmoid() if moe.scoring_func == "sigmoid" else logit_TE.softmax(-1)
 
 

@@ -16,6 +16,7 @@ from hadal.ops.exact import is_exact
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The definition; differentiable."""
+    x = x.view_as(x)  # a node of its own: its gradients add up here first, whether recomputed or not
     x_f = x.float() if x.dtype != torch.float64 else x
     normed = x_f * torch.rsqrt(x_f.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)

@@ -9,6 +9,7 @@ that the numbers are comparable.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from hadal.data.stream import Rows
 from hadal.model.transformer import Transformer
+from hadal.ops.recompute import recompute
 from hadal.train.batches import Floats, Source, build
 from hadal.train.losses import cross_entropies
 
@@ -32,9 +34,16 @@ class Heldout:
 
 
 def evaluate(
-    model: Transformer, source: Source, *, rows: int, micro_rows: int, mask_documents: bool
+    model: Transformer,
+    source: Source,
+    *,
+    rows: int,
+    micro_rows: int,
+    mask_documents: bool,
+    recomputed: Sequence[str] = (),
 ) -> Heldout:
-    """Evaluate on the first `rows` rows of a held-out source (waits for the device)."""
+    """Evaluate on the first `rows` rows of a held-out source (waits for the device). `recomputed` as in
+    training, so that it needs no more memory."""
     depths = len(model.mtp)
     sums_K = torch.zeros(depths + 1, dtype=torch.float64)
     weights_K = torch.zeros(depths + 1, dtype=torch.float64)
@@ -42,7 +51,7 @@ def evaluate(
     for start in range(0, rows, micro_rows):
         packed = source.rows(start, min(micro_rows, rows - start))
         micro = build(packed, depths=depths, mask_documents=mask_documents)
-        with torch.enable_grad():  # the kernels of training, not those of inference
+        with torch.enable_grad(), recompute(recomputed):  # the kernels of training, not those of inference
             on_device = micro.to(model.device)
             nll_K = cross_entropies(model, on_device, on_device.context())
         nll_KT = torch.stack(nll_K).detach().cpu()

@@ -22,6 +22,7 @@ from hadal.model.context import Context
 from hadal.model.mtp import Mtp
 from hadal.model.transformer import Transformer
 from hadal.ops.cross_entropy import linear_cross_entropy
+from hadal.ops.recompute import recompute
 from hadal.train.balance import expert_counts, sequence_loss
 from hadal.train.batches import MicroBatch
 
@@ -32,6 +33,7 @@ class Objective:
 
     sequence_alpha: float = 0.0
     z_loss: float = 0.0
+    recompute: tuple[str, ...] = ()  # what the backward pass makes again (hadal/ops/recompute.py)
 
 
 @dataclass
@@ -63,7 +65,8 @@ def losses(
     """Forward pass of a micro-batch of a step whose weights sum to `weight_K` and which has `step_rows`
     rows."""
     context = micro.context(record_routing=True)
-    nll_K = cross_entropies(model, micro, context, objective.z_loss)
+    with recompute(objective.recompute):
+        nll_K = cross_entropies(model, micro, context, objective.z_loss)
     mean_K = [
         (nll_T * weight_T).sum() / total.clamp(min=1e-6)
         for nll_T, weight_T, total in zip(nll_K, micro.weight_KT, weight_K, strict=True)

@@ -217,7 +217,8 @@ class Run:
             clip=adamw.clip,
             moment_dtype=_DTYPES[adamw.moments],
         )
-        objective = Objective(sequence_alpha=recipe.balance.sequence_alpha, z_loss=recipe.train.z_loss)
+        alpha, train = recipe.balance.sequence_alpha, recipe.train
+        objective = Objective(sequence_alpha=alpha, z_loss=train.z_loss, recompute=train.recompute)
         ema = Ema(optimizer, recipe.ema.rate, recipe.ema.every_steps) if recipe.ema.rate else None
         return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema)
 
@@ -331,6 +332,7 @@ class Run:
             rows=max(1, self.recipe.log.heldout_tokens // train.context),
             micro_rows=train.micro_tokens // train.context,
             mask_documents=self.recipe.data.mask_documents,
+            recomputed=train.recompute,
         )
 
     def _save(self) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hadal.ops.recompute import KINDS
 from hadal.train.schedules import BatchRamp, LearningRate, Schedule
 
 
@@ -73,6 +74,7 @@ class TrainRecipe:
     dtype: str = "auto"  # "auto": bfloat16 on a GPU, float32 on a CPU
     init_std: float = 0.006
     compile: bool = False  # fuse experts and feed-forward networks with torch.compile (GPU)
+    recompute: tuple[str, ...] = ()  # of "norm", "up", "swiglu", "rows": made again in the backward pass
     z_loss: float = 0.0
     max_minutes: float = 0.0  # save and stop after so long; 0: no limit. `--resume` goes on
 
@@ -95,6 +97,12 @@ class TrainRecipe:
             "train.dtype",
             self.dtype,
             '"auto", "float32" or "bfloat16"',
+        )
+        known = f"some of {', '.join(KINDS)}"
+        _require(set(self.recompute) <= set(KINDS), "train.recompute", self.recompute, known)
+        alone = not (self.recompute and self.compile)
+        _require(
+            alone, "train.recompute", self.recompute, "empty with train.compile (it plans memory itself)"
         )
         _require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
         _require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
@@ -390,6 +398,7 @@ FREE_ON_RESUME = (
     "export",
     "train.max_minutes",
     "train.compile",
+    "train.recompute",
     "data.workers",
     "data.path",
 )

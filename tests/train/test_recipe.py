@@ -97,6 +97,8 @@ def test_an_override_reaches_the_model_table(tmp_path):
         ("context = 64", "context = 64\nbatch_tokens_start = 96", "batch_tokens_start is 96.*multiple of 64"),
         ("context = 64", "context = 64\nbatch_tokens_start = 2048", "up to train.batch_tokens 1024"),
         ("context = 64", "context = 64\nbatch_ramp = 2.0", "batch_ramp is 2.0"),
+        ("context = 64", 'context = 64\nrecompute = ["norms"]', r"train.recompute is .*norm, up"),
+        ("context = 64", 'context = 64\ncompile = true\nrecompute = ["up"]', "empty with train.compile"),
         ("[model]", "[ema]\nrate = 1.0\n[model]", r"ema.rate is 1.0.*in \[0, 1\)"),
         ("context = 64", 'context = 64\ndtype = "fp16"', "train.dtype"),
         ('source = "puzzles"', 'source = "web"', '"puzzles" or "shards"'),
