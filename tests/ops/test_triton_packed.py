@@ -106,7 +106,7 @@ def test_streamed_linear(kind: Kind, rows: int, outs: int, width: int):
 
 @needs_triton
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows,outs,width", [(1, 19, 64), (2, 34, 416), (1, 8, 1184)])
+@pytest.mark.parametrize("rows,outs,width", [(1, 19, 64), (2, 18, 416), (1, 8, 1184)])
 def test_a_row_or_two(kind: Kind, rows: int, outs: int, width: int):
     from hadal.ops.triton.packed_gemv import Config, linear, linear_pair, wants
 
@@ -115,7 +115,8 @@ def test_a_row_or_two(kind: Kind, rows: int, outs: int, width: int):
     x, bias, residual = draw(rows, width + 8)[:, :width], draw(2 * outs), draw(rows, 2 * outs)
     want = x.double() @ exact(weight).T
     gate, up = want.chunk(2, -1)
-    for config in (None, Config(4, 256, 2)):
+    few_programs = Config(16, 256, 2)  # the interpreter takes its time for each
+    for config in (None, few_programs) if CUDA or width == 64 else (few_programs,):
         plus = linear(x, weight, bias, residual, config=config)
         assert error(plus, want + bias.double() + residual.double()) < TOLERANCE[DTYPE]
         hidden = linear(x, weight, swiglu=True, config=config)
@@ -229,8 +230,9 @@ def test_experts_and_the_shared_one(
     monkeypatch.setattr(packed, "FOUND_PAIRS", 0)
     ways.append(expert_rows(x, expert, gate_up, down, False, shared=shared))
     if tokens <= 2:
-        ways.append(packed_gemv.experts(x, expert, gate_up, down, shared, parts))
-        alone = packed_gemv.experts(x, expert, gate_up, down, None, 0)
+        configs = () if CUDA else (packed_gemv.Config(16, 128, 1),) * 2
+        ways.append(packed_gemv.experts(x, expert, gate_up, down, shared, parts, *configs))
+        alone = packed_gemv.experts(x, expert, gate_up, down, None, 0, *configs)
         routed = experts_reference(x.double(), expert, weight.double(), gate_up, down)
         assert error(_combine(alone, None, weight, None, None), routed) < TOLERANCE[DTYPE]
     for rows in ways:
