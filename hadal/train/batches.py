@@ -85,6 +85,10 @@ class Batch:
         return sum(micro.tokens for micro in self.micros)
 
     @property
+    def rows(self) -> int:
+        return sum(micro.rows for micro in self.micros)
+
+    @property
     def attended_pairs(self) -> int:
         """Σ over attended stretches of length²: what attention costs."""
         return sum(

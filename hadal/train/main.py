@@ -43,7 +43,9 @@ from hadal.train.losses import Objective
 from hadal.train.metrics import Metrics
 from hadal.train.optimizer import AdamW
 from hadal.train.recipe import Recipe, RecipeError
+from hadal.train.saver import Saver
 from hadal.train.sources import Sources, open_sources
+from hadal.train.spikes import Spikes
 from hadal.train.trainer import Progress, StepStats, Trainer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -188,6 +190,9 @@ class Run:
         self.model = self._build()
         self.peak = peak(device, self.model.dtype)
         self.trainer = self._trainer()
+        self.spikes = Spikes(recipe.log.spike_sigmas)
+        limits = recipe.checkpoint
+        self.saver = Saver(folder / "checkpoints", shard_mib=limits.shard_mib, keep=limits.keep)
         self.metrics: Metrics | None = None
         self.prefetcher: Prefetcher | None = None
         self.last: StepStats | None = None
@@ -230,6 +235,7 @@ class Run:
         except ValueError as error:
             raise state.CheckpointError(f"{checkpoint.path}: {error}") from None
         self.seconds_before = float(meta["seconds"])
+        self.spikes.restore(meta.get("recent_losses", []))
 
     # --- the loop
     # --------------------------------------------------------------------------------------------
@@ -272,6 +278,12 @@ class Run:
         assert self.metrics is not None
         for stats in arrived:
             self.last = stats
+            usual = self.spikes.expected(stats.loss)
+            if usual is not None:
+                norm, rows = stats.grad_norm, list(stats.rows)
+                self.metrics.event(
+                    "spike", stats.step, loss=stats.loss, usual=usual, grad_norm=norm, rows=rows
+                )
             if stats.step % self.recipe.log.every_steps == 0:
                 self.metrics.step(stats, load=self.trainer.take_load())
 
@@ -280,6 +292,7 @@ class Run:
         recipe, last = self.recipe, step >= self.steps
         if last:
             return  # `_finish` does all of it
+        self._tell(self.saver.poll())
         if recipe.log.heldout_every_steps and step % recipe.log.heldout_every_steps == 0:
             self._heldout()
         due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
@@ -302,6 +315,7 @@ class Run:
         if reason != "signal":  # a signal wants us gone soon
             self._heldout()
         self._save()
+        self._tell(self.saver.wait())
         exported = self._export()
         metrics.event("stop", progress.step, reason=reason, seconds=self._seconds())
         if reason != "finished":
@@ -340,23 +354,28 @@ class Run:
         self._log(
             self.trainer.arrived(wait=True)
         )  # a step that was not finite raises here, before it is saved
-        progress, recipe = self.trainer.progress, self.recipe
-        saved = state.save(
-            self.folder / "checkpoints",
+        progress = self.trainer.progress
+        before = self.saver.start(
             progress.step,
             self.trainer.tensors(),
             {
                 "tokens": progress.tokens,
                 "position": progress.position,
                 "seconds": self._seconds(),
-                "recipe": recipe.to_dict(),
+                "recent_losses": list(self.spikes.recent),
+                "recipe": self.recipe.to_dict(),
             },
-            shard_mib=recipe.checkpoint.shard_mib,
-            keep=recipe.checkpoint.keep,
         )
+        self._tell(before)
+        if not self.recipe.checkpoint.asynchronous:
+            self._tell(self.saver.wait())
         self._saved = time.perf_counter()
-        self.metrics.event("checkpoint", progress.step, path=str(saved.path))
         self.metrics.restart_clock()
+
+    def _tell(self, saved: state.Checkpoint | None) -> None:
+        """Log a checkpoint that has reached the disk."""
+        if saved is not None and self.metrics is not None:
+            self.metrics.event("checkpoint", saved.step, path=str(saved.path))
 
     def _export(self) -> Path:
         assert self.metrics is not None
@@ -437,6 +456,7 @@ class Run:
     def close(self) -> None:
         if self.prefetcher is not None:
             self.prefetcher.close()
+        self.saver.close()
         if self.trainer.ema is not None:
             self.trainer.ema.close()
         if self.metrics is not None:

@@ -56,10 +56,9 @@ def describe(model: Transformer, batch: Batch, knobs: Knobs, objective: Objectiv
 
 
 def _search(model: Transformer, batch: Batch, knobs: Knobs, objective: Objective, first: list[str]) -> str:
-    rows = sum(micro.rows for micro in batch.micros)
     for number, micro in enumerate(batch.micros):
         place = f"micro-batch {number + 1} of {len(batch.micros)} (rows up to {batch.position})"
-        out = losses(model, micro, batch.weight_K, rows, objective)
+        out = losses(model, micro, batch.weight_K, batch.rows, objective)
         if first:
             return f"the first value that is not finite leaves {first[0]}, in {place}"
         if not out.parts().isfinite().all():

@@ -222,12 +222,14 @@ class LogRecipe:
     heldout_every_steps: int = 200  # 0: never
     heldout_tokens: int = 65536
     tensorboard: bool = True
+    spike_sigmas: float = 6.0  # a loss so far above the recent ones is logged with its batch; 0: none is
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
         _require(
             self.heldout_every_steps >= 0, "log.heldout_every_steps", self.heldout_every_steps, "0 or more"
         )
+        _require(self.spike_sigmas >= 0, "log.spike_sigmas", self.spike_sigmas, "0 (off) or more")
         _require(self.heldout_tokens >= 1, "log.heldout_tokens", self.heldout_tokens, "at least 1")
 
 
@@ -237,6 +239,9 @@ class CheckpointRecipe:
     every_minutes: float = 0.0  # 0: by steps alone
     keep: int = 2
     shard_mib: int = 1024
+    asynchronous: bool = (
+        True  # steps go on while a copy is written; it takes as much host memory as the state
+    )
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")

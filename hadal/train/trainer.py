@@ -55,6 +55,7 @@ class StepStats:
     grad_norm: float  # before clipping
     max_violation: float  # mean over gates
     max_violation_worst: float
+    rows: tuple[int, int] = (0, 0)  # the batch: rows [first, end) of the data's order
 
 
 @dataclass
@@ -97,10 +98,9 @@ class Trainer:
         batch = next(self.batches)  # load
         knobs = self.schedule.at(self.progress.tokens + batch.tokens)
         weight_K = self.reduce(batch.weight_K)
-        rows = sum(micro.rows for micro in batch.micros)
         parts, count_GE = torch.zeros(3, device=self.model.device), None
         for micro in batch.micros:
-            out = losses(self.model, micro, weight_K, rows, self.objective)  # forward
+            out = losses(self.model, micro, weight_K, batch.rows, self.objective)  # forward
             out.total(knobs.mtp_weight, self.objective.sequence_alpha).backward()  # backward
             self.optimizer.accumulate()
             parts, count_GE = (
@@ -149,12 +149,13 @@ class Trainer:
 
     def _read(self, pending: _Pending) -> StepStats:
         main, mtp, balance, norm, violation, worst, alive = pending.values.tolist()
+        batch = pending.batch
         stats = StepStats(
             pending.progress.step, pending.progress.tokens, pending.knobs,
-            main, mtp, balance, norm, violation, worst,
+            main, mtp, balance, norm, violation, worst, (batch.position - batch.rows, batch.position),
         )  # fmt: skip
         if not alive:
-            where = describe(self.model, pending.batch, pending.knobs, self.objective)
+            where = describe(self.model, batch, pending.knobs, self.objective)
             raise NonFiniteError(stats.step, stats.tokens, main, mtp, norm, where)
         return stats
 

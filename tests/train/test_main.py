@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,16 @@ def short(puzzles):
         return train(SMOKE, out=out, overrides=every, device="cpu", **options)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, puzzles):
+    """Six steps that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    train(
+        SMOKE, out=out, overrides=[*SHORT, f"data.path={puzzles}"], device="cpu", console=Console(quiet=True)
+    )
+    return out
 
 
 def _records(folder, kind):
@@ -148,6 +161,91 @@ def test_a_killed_run_resumes_bit_for_bit(short, tmp_path, monkeypatch, dtype):
               ("whole", "killed")]  # fmt: skip
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+DEATHS = [("state.save_file", 0), ("state._write_json", 0), ("state._write_json", 1), ("os.rename", 0),
+          ("shutil.rmtree", 0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("victim", "call"), DEATHS)
+def test_a_run_killed_in_a_save_resumes_bit_for_bit(short, whole, tmp_path, monkeypatch, victim, call):
+    """The second save dies before its n-th call of a function of the disk, while steps go on; the run goes on
+    from the first, and ends as the run that nothing happened to."""
+    module = {"os": os, "shutil": shutil, "state": state}[victim.split(".")[0]]
+    name = victim.split(".")[1]
+    real, calls, saves, save = getattr(module, name), [], [], state.save
+
+    def deadly(*args, **kwargs):
+        if len(saves) == 2 and threading.current_thread().name.startswith("hadal-saver"):
+            calls.append(1)
+            if len(calls) > call:
+                raise Killed
+        return real(*args, **kwargs)
+
+    def counted(*args, **kwargs):
+        saves.append(1)
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, deadly)
+        patch.setattr(state, "save", counted)
+        with pytest.raises(Killed):
+            short(tmp_path / "run", "checkpoint.every_steps=2", "checkpoint.keep=1")
+    at = 4 if victim == "shutil.rmtree" else 2  # the last thing that a save does is to clear away
+    assert state.latest(tmp_path / "run" / "checkpoints").step == at
+    assert short(tmp_path / "run", "checkpoint.every_steps=2", "checkpoint.keep=1", resume=True).finished
+    _assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_a_run_killed_by_sigkill_resumes_bit_for_bit(short, whole, tmp_path, puzzles):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "hadal.train", str(SMOKE), "--out", str(run), "--device", "cpu"]
+    for setting in (*SHORT, f"data.path={puzzles}", "checkpoint.every_steps=1", "checkpoint.keep=9"):
+        command += ["--set", setting]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.monotonic() + 100
+    while not state.checkpoints(run / "checkpoints"):
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=30)
+    assert short(run, "checkpoint.every_steps=1", "checkpoint.keep=9", resume=True).finished
+    _assert_equal_runs(run, whole)
+
+
+def test_saving_beside_the_steps_or_between_them_is_the_same(short, whole, tmp_path):
+    short(tmp_path / "run", "checkpoint.asynchronous=false", "checkpoint.every_steps=2")
+    _assert_equal_runs(tmp_path / "run", whole)
+    assert [r["step"] for r in _records(tmp_path / "run", "checkpoint")] == [2, 4, 6]
+
+
+def test_a_spike_is_logged_with_its_batch(short, tmp_path, monkeypatch):
+    real = Trainer.step
+
+    def shaken(self):
+        stats = real(self)
+        return [replace(s, loss=99.0) if s.step == 5 else s for s in stats]
+
+    monkeypatch.setattr(Trainer, "step", shaken)
+    monkeypatch.setattr("hadal.train.spikes.FEWEST", 3)
+    short(tmp_path / "run", "log.every_steps=4")
+    (spike,) = _records(tmp_path / "run", "spike")
+    assert (spike["step"], spike["loss"], spike["rows"]) == (5, 99.0, [4, 5])
+    assert 4.0 < spike["usual"] < 8.0
+
+
+def _assert_equal_runs(one, other):
+    (got, meta), (want, want_meta) = _tensors(one), _tensors(other)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+    for key in ("step", "tokens", "position", "recent_losses"):
+        assert meta[key] == want_meta[key], key
+    losses = [[(r["step"], r["loss"], r["grad_norm"]) for r in _records(f, "step")] for f in (one, other)]
+    assert losses[0] == losses[1]
 
 
 def test_a_growing_batch_resumes_bit_for_bit(short, tmp_path, monkeypatch):
