@@ -35,7 +35,7 @@ from hadal.ops.fp8 import dequantise_activations
 from hadal.ops.mla import absorbed_query
 from hadal.ops.packed import KINDS, Kind, Packed, linear_reference, pack
 from hadal.ops.packed import experts_reference as packed_experts
-from hadal.ops.triton import decode, flash, fp8, fp8_gluon, latent, packed, packed_gemv, route
+from hadal.ops.triton import decode, flash, fp8, latent, packed, packed_gemv, route
 from hadal.ops.triton import experts as few_experts
 from hadal.ops.triton import heads as head_kernels
 from hadal.ops.triton import linear as few_rows
@@ -761,8 +761,8 @@ def grouped(bench: Bench) -> None:
             return [functools.partial(product, config)]
 
         race("ours", ours())
+        race("ours, in Triton", ours(fp8.Config()))
         if CUDA:
-            in_gluon(race, q, scale, weight, expert, used)
             loop = [functools.partial(scaled_in_turn, q, scale, [weight_of(weight, g) for g in range(G)])]
             race("torch scaled_mm" + (", in turn" if G > 1 else ""), loop)
             if G > 1:
@@ -774,17 +774,6 @@ def grouped(bench: Bench) -> None:
         if bench.tune:
             best_of(bench, f"grouped {case}", list(grouped_configs()), ours)
     quantisers(bench)
-
-
-def in_gluon(race: Callable[..., float], q: Tensor, scale: Tensor, weight: Packed, *tiles: Tensor) -> None:
-    """Candidates of fp8_gluon, checked in all rows against the kernel just timed as well."""
-    if not fp8_gluon.wants(q, weight, torch.bfloat16):
-        return
-    known = fp8.grouped_matmul(q, scale, weight, *tiles, config=fp8.Config())
-    for config in fp8_gluon.CONFIGS:
-        name = f"Gluon{', roles' if config.roles else ''}, {config.stages} stages, {config.together}"
-        call = functools.partial(fp8_gluon.grouped_matmul, q, scale, weight, *tiles, config)
-        race(name, [call], check=lambda out: relative(out, known), limit=5e-3)
 
 
 def grouped_configs() -> Iterator[fp8.Config]:

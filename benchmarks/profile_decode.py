@@ -7,7 +7,9 @@
 
 Two passes over the same steady decode steps: one under torch's profiler for the kernels' times (it slows the
 host, not the GPU), one with clocks around the engine's own phases for the host. "Busy" is the share of a
-plain step's time in which the GPU computed: where it is near 100%, the host is not the limit.
+plain step's time in which the GPU computed: where it is near 100%, the host is not the limit. Kernels that
+are launched dependently (hadal/ops/triton/pdl.py) begin early and wait, and their times hold that wait: there
+the sum exceeds the step's time, and only the step's own time counts.
 """
 
 from __future__ import annotations
@@ -166,6 +168,13 @@ def host_calls(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
+def row(step: dict[str, Any]) -> list[Any]:
+    """A line of the result's table."""
+    what = f"batch {step['batch']} at {step['prompt']}" if "batch" in step else f"prompt of {step['prefill']}"
+    host = ", ".join(f"{name} {us:,.0f}" for name, us in step.get("host_us", {}).items())
+    return [what, round(step["step_us"], 1), round(step["tokens_per_s"], 1), host]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -188,8 +197,11 @@ def main() -> int:
     found = [decode(engine, batch, args.prompt, args.top) for batch in args.batches]
     found += [prefill(engine, length, args.top) for length in args.prefill]
     name = "_".join(["profile", args.model, *([args.quantize] if args.quantize else [])])
-    save(name, {"machine": machine("cuda"), "model": args.model, "quantize": args.quantize,
-                "cache": args.cache_dtype, "steps": found}, args.out)  # fmt: skip
+    save(name, {
+        "machine": machine("cuda"), "title": f"A step of {args.model}, where the host's time goes",
+        "columns": ["step", "µs", "tokens a second", "host, µs"], "rows": [row(step) for step in found],
+        "quantize": args.quantize, "cache": args.cache_dtype, "steps": found,
+    }, args.out)  # fmt: skip
     return 0
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hadal.ops.packed import Packed
+from hadal.ops.triton import pdl
 from hadal.ops.triton.experts import _combine
 from hadal.ops.triton.gemv import silu_mul
 
 GROUP = tl.constexpr(128)
 ALIGN = 128  # rows of a tile, and what every expert's first row is a multiple of
-GLUON = False  # whether the product is fp8_gluon's where that can take it: not raced yet
 
 
 class Sorted(NamedTuple):
@@ -231,7 +231,7 @@ def grouped_matmul(
 
     `weight_ENK`: FP8 [E, N, K] or one matrix [N, K]; R a multiple of 128; K and N multiples of 16 and 8.
     """
-    if GLUON and config is None:
+    if config is None and pdl.on_hopper(q_RK.device):
         from hadal.ops.triton import fp8_gluon
 
         if fp8_gluon.wants(q_RK, weight_ENK, dtype):

@@ -3,15 +3,14 @@
 Triton's kernel (3.6) multiplies, waits, applies the scales, and only then multiplies again. Here a tile is
 128 rows × 256 outputs, 64 rows to a warp group, made in two steps of 128 outputs for each group of channels:
 while one warp group applies scales, the other multiplies. A thread holds 128 FP32 sums and the 64 of a step.
-Tiles come by tensor map, groups of channels ahead, through stages of 48 KiB. In `_roles_kernel` a warp of its
-own sends for them; in `_plain_kernel` the warp groups do, in step with each other.
+A warp of its own sends for the tiles, groups of channels ahead, by tensor map, through stages of 48 KiB.
 
-Off until raced against `_grouped_kernel`: see `fp8.GLUON`. Reference: `hadal.ops.packed`. Legend: fp8.py.
+On an H100 0.79 to 0.88 of DeepGEMM's speed where Triton's kernel has 0.45 to 0.58 (benchmarks/kernels_gpu.py,
+part grouped). Reference: `hadal.ops.packed`. Legend: fp8.py.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from hadal.ops.packed import Packed
 from hadal.ops.triton.fp8 import _programs
+from hadal.ops.triton.pdl import on_hopper
 
 GROUP = gl.constexpr(128)  # channels of a group, outputs of a step, rows of a tile
 WIDE = gl.constexpr(256)  # outputs of a tile
@@ -42,17 +42,12 @@ write = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_share
 class Config(NamedTuple):
     """`stages` and `leaves` (steps whose sums are on their way out) share 227 KiB: 48 and 32 each."""
 
-    roles: bool = True  # a warp of its own for loads
     stages: int = 4
     leaves: int = 1
     together: int = 16  # row tiles that walk through the outputs together, for the L2 cache
 
 
-# in the order to race them in: what hangs or faults takes the rest along
-CONFIGS = (Config(False), Config(True), Config(True, 3, 2), Config(True, 4, 1, 8))
-
-
-# --- parts of both kernels ----------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 @gluon.jit
 def _place(tile, row_tiles, N, TOGETHER: gl.constexpr):
     """(row tile, first output) of a tile: bands of row tiles, in a band outputs by outputs."""
@@ -129,7 +124,7 @@ def _leave_both(acc_0, acc_1, c, c_smem, row, n, LEAVES: gl.constexpr):
     _leave(acc_1, c, c_smem.index(LEAVES - 1), row, n + GROUP)
 
 
-# --- a warp of its own for loads ----------------------------------------------------------------------------
+# --- roles --------------------------------------------------------------------------------------------------
 @gluon.jit
 def _produce(
     a, b, a_smem, b_smem, full, empty, tile_expert, used, N, groups,
@@ -205,7 +200,7 @@ def _consume(
 
 
 @gluon.jit(do_not_specialize=["groups", "scale_rows"])
-def _roles_kernel(
+def _grouped_kernel(
     a, b, c, a_scale, b_scale, tile_expert, used, N, R, groups, scale_rows,
     STAGES: gl.constexpr, LEAVES: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
@@ -232,101 +227,12 @@ def _roles_kernel(
     )  # fmt: skip
 
 
-# --- warp groups that send for their own tiles --------------------------------------------------------------
-@gluon.jit(do_not_specialize=["groups", "scale_rows"])
-def _plain_kernel(
-    a, b, c, a_scale, b_scale, tile_expert, used, N, R, groups, scale_rows,
-    STAGES: gl.constexpr, LEAVES: gl.constexpr, TOGETHER: gl.constexpr,
-):  # fmt: skip
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 128, 32])
-    a_smem = gl.allocate_shared_memory(a.dtype, [STAGES, GROUP, GROUP], a.layout)
-    b_smem = gl.allocate_shared_memory(b.dtype, [2 * STAGES, GROUP, GROUP], b.layout)
-    c_smem = gl.allocate_shared_memory(c.dtype, [LEAVES, GROUP, GROUP], c.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-    fence_async_shared()
-    barrier()
-    rows = gl.arange(0, GROUP, gl.SliceLayout(1, mma))
-    row_tiles = gl.load(used)
-    tiles = row_tiles * gl.cdiv(N, WIDE)
-    last = gl.maximum(tiles - 1, 0)
-    # what is to be sent for next: a group of channels of a tile
-    sent = gl.program_id(0)
-    sent_g = 0
-    sent_m, sent_n = _place(gl.minimum(sent, last), row_tiles, N, TOGETHER)
-    w_row = gl.load(tile_expert + sent_m) * N + sent_n
-    for i in gl.static_range(STAGES - 1):
-        _send(a, b, a_smem, b_smem, full, i, sent_m, w_row, sent_g, sent < tiles, 1)
-        sent_g += 1
-        if sent_g == groups:
-            sent_g = 0
-            sent += gl.num_programs(0)
-            sent_m, sent_n = _place(gl.minimum(sent, last), row_tiles, N, TOGETHER)
-            w_row = gl.load(tile_expert + sent_m) * N + sent_n
-    stage = 0
-    phase = 0
-    part = gl.full([GROUP, GROUP], 0.0, gl.float32, mma)
-    m, n = _place(gl.minimum(gl.program_id(0), last), row_tiles, N, TOGETHER)
-    e = _expert(tile_expert, m, rows, R)
-    a_at, b_at_0, b_at_1 = _scales_at(a_scale, b_scale, m * GROUP, n, e, groups, scale_rows, rows)
-    sa, sb_0, sb_1 = _scales(a_at, b_at_0, b_at_1, 0, R, groups)
-    next_a, next_0, next_1 = _scales(a_at, b_at_0, b_at_1, 1, R, groups)
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        next_m, next_n = _place(gl.minimum(tile + gl.num_programs(0), last), row_tiles, N, TOGETHER)
-        e = _expert(tile_expert, next_m, rows, R)
-        acc_0 = gl.full([GROUP, GROUP], 0.0, gl.float32, mma)
-        acc_1 = gl.full([GROUP, GROUP], 0.0, gl.float32, mma)
-        for g in range(groups):
-            mbarrier.wait(full.index(stage), phase)
-            x = a_smem.index(stage)
-            w = b_smem.index(2 * stage).permute((1, 0))
-            part = warpgroup_mma(x, w, part, use_acc=False, is_async=True)
-            barrier()  # all warps are done with the stage before this one
-            free = gl.where(stage == 0, STAGES - 1, stage - 1)
-            _send(a, b, a_smem, b_smem, full, free, sent_m, w_row, sent_g, sent < tiles, 1)
-            sent_g += 1
-            if sent_g == groups:
-                sent_g = 0
-                sent += gl.num_programs(0)
-                sent_m, sent_n = _place(gl.minimum(sent, last), row_tiles, N, TOGETHER)
-                w_row = gl.load(tile_expert + sent_m) * N + sent_n
-            scale_0 = sa * sb_0
-            scale_1 = sa * sb_1
-            sa, sb_0, sb_1 = next_a, next_0, next_1
-            next_a, next_0, next_1 = _scales(a_at, b_at_0, b_at_1, g + 2, R, groups)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            acc_0 = warpgroup_mma_wait(0, deps=(acc_0 + part * scale_0[:, None],))
-            w = b_smem.index(2 * stage + 1).permute((1, 0))
-            part = warpgroup_mma(x, w, part, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=(part,))
-            acc_1 = warpgroup_mma_wait(0, deps=(acc_1 + part * scale_1[:, None],))
-            stage, phase = _next(stage, phase, STAGES)
-        row, out = m * GROUP, n
-        m, n = next_m, next_n
-        a_at, b_at_0, b_at_1 = _scales_at(a_scale, b_scale, m * GROUP, n, e, groups, scale_rows, rows)
-        sa, sb_0, sb_1 = _scales(a_at, b_at_0, b_at_1, 0, R, groups)
-        next_a, next_0, next_1 = _scales(a_at, b_at_0, b_at_1, 1, R, groups)
-        _leave_both(acc_0, acc_1, c, c_smem, row, out, LEAVES)
-    tma.store_wait(0)
-
-
 # --- the call -----------------------------------------------------------------------------------------------
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
 def wants(q_RK: Tensor, weight_ENK: Packed, dtype: torch.dtype) -> bool:
-    """Whether it can: BF16 out, weights with a scale for each 128 × 128, on Hopper and nothing later."""
+    """Whether it does: BF16 out, whole tiles, a scale for each 128 × 128, on Hopper and nothing later."""
     K, N = q_RK.shape[1], weight_ENK.shape[-2]
-    fits = weight_ENK.rows == 128 and K % 16 == 0 and N % 8 == 0
-    return fits and dtype == torch.bfloat16 and _hopper(q_RK.device)
-
-
-def chosen(outputs: int, inputs: int) -> Config:
-    """The configuration for [N, K]; to be raced."""
-    return CONFIGS[1]
+    fits = weight_ENK.rows == 128 and K % 128 == 0 and N % 256 == 0
+    return fits and dtype == torch.bfloat16 and on_hopper(q_RK.device)
 
 
 def grouped_matmul(
@@ -335,22 +241,20 @@ def grouped_matmul(
 ) -> Tensor:  # fmt: skip
     """`hadal.ops.triton.fp8.grouped_matmul` in BF16, for weights with a scale for each 128 × 128."""
     (R, K), N = q_RK.shape, weight_ENK.shape[-2]
-    if R % 128 or K % 16 or N % 8 or weight_ENK.rows != 128:
+    if R % 128 or K % 128 or N % 256 or weight_ENK.rows != 128:
         raise ValueError(
             f"{R} rows × {K} inputs × {N} outputs, blocks of {weight_ENK.rows} outputs: need multiples of "
-            "128, 16 and 8, blocks of 128"
+            "128, 128 and 256, blocks of 128"
         )
-    config = config or chosen(N, K)
+    config = config or Config()
     out = torch.empty((R, N), dtype=torch.bfloat16, device=q_RK.device)
-    rows = 64 if config.roles else 128
     codes = gl.NVMMASharedLayout(128, 8, 2)
-    kernel = _roles_kernel if config.roles else _plain_kernel
-    kernel[(_programs(q_RK.device),)](
-        TensorDescriptor.from_tensor(q_RK, [rows, 128], codes),
+    _grouped_kernel[(_programs(q_RK.device),)](
+        TensorDescriptor.from_tensor(q_RK, [64, 128], codes),
         TensorDescriptor.from_tensor(weight_ENK.codes.view(-1, K), [128, 128], codes),
-        TensorDescriptor.from_tensor(out, [rows, 128], gl.NVMMASharedLayout(128, 16, 2)),
+        TensorDescriptor.from_tensor(out, [64, 128], gl.NVMMASharedLayout(128, 16, 2)),
         scale_GR, weight_ENK.scale, tile_expert, used, N, R, weight_ENK.scale.shape[-1],
         weight_ENK.scale.shape[-2], STAGES=config.stages, LEAVES=config.leaves, TOGETHER=config.together,
-        num_warps=4 if config.roles else 8,
+        num_warps=4,
     )  # fmt: skip
     return out

@@ -302,11 +302,6 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
-def _on_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
 def shares_for(programs: int, keys: int, slots: int, least: int) -> int:
     """Shares of a context of up to `keys`, by the waves that they take on `slots` and the tiles in each.
 
@@ -331,7 +326,7 @@ def attend(
     if total % queries:
         raise ValueError(f"{total} rows are no multiple of {queries} queries a sequence")
     fp8 = cache_PBC.dtype == torch.uint8
-    if config is None and queries * heads > 32 and _on_hopper(q_SHC.device):
+    if config is None and queries * heads > 32 and pdl.on_hopper(q_SHC.device):
         from hadal.ops.triton import latent_gluon
 
         if latent_gluon.wants(q_SHC, cache_PBC, rank):

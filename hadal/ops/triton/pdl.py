@@ -54,6 +54,12 @@ def available(device: torch.device) -> bool:
     return hasattr(tl.extra.cuda, "gdc_wait")
 
 
+@functools.cache
+def on_hopper(device: torch.device) -> bool:
+    """Whether Gluon's kernels run there: they use Hopper's own instructions, gone again since."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def options(x: Tensor) -> dict[str, Any]:
     """Arguments of a launch: the kernel's constant PDL, and the driver's attribute where it is on."""
     return {"PDL": True, "launch_pdl": True} if available(x.device) else {"PDL": False}
