@@ -24,6 +24,7 @@ from hadal.cli import (
     pull,
     rm,
     run,
+    runs,
     serve,
     show,
     train,
@@ -42,7 +43,12 @@ GROUPS: dict[str, dict[str, Callable[..., None] | Family]] = {
         "rm": rm.rm,
         "convert": convert.convert,
     },
-    "Make and measure": {"train": train.train, "eval": evaluate.evaluate, "bench": bench.BENCH},
+    "Make and measure": {
+        "train": train.train,
+        "runs": runs.runs,
+        "eval": evaluate.evaluate,
+        "bench": bench.BENCH,
+    },
     "This machine": {"doctor": doctor.doctor, "version": version.version},
 }
 

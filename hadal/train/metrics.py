@@ -1,8 +1,8 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a live line.
 
 One JSON object a line, with `kind`: "step" (losses, rates, balance), "load" (tokens per gate and expert
-since the last one, for heat maps), "heldout", "heldout_ema", "spike", "checkpoint", "export", "stop". Rates and times are
-wall-clock.
+since the last one, for heat maps), "heldout", "heldout_ema", "spike", "checkpoint", "export", "stop". Rates
+and times are wall-clock.
 """
 
 from __future__ import annotations

@@ -1,0 +1,112 @@
+"""`hadal runs` on logs written by hand: states, numbers, charts, pictures, faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hadal.cli.runs import chart, shade
+from tests.cli.helpers import hadal
+
+Capture = pytest.CaptureFixture[str]
+
+
+def write_run(folder: Path, steps: int = 8, reason: str | None = "finished", age: float = 1000.0) -> Path:
+    folder.mkdir(parents=True)
+    model = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+    (folder / "recipe.json").write_text(json.dumps({"train": {"tokens": 1600}, "model": model}))
+    records = []
+    for step in range(1, steps + 1):
+        values = {"loss": 8.0 / step, "mtp_loss": 9.0, "learning_rate": 1e-3 * step, "max_violation": 0.25,
+                  "tokens_per_second": 1234.0, "mfu": 0.3}  # fmt: skip
+        records.append({"kind": "step", "step": step, "tokens": 200 * step, **values})
+        records.append({"kind": "load", "step": step, "load": [[5, 5, 5, 5], [0, 0, 8, 12], [2, 6, 6, 6]]})
+    records += [
+        {"kind": "heldout", "step": steps, "loss": 1.5},
+        {"kind": "checkpoint", "step": steps, "path": "x"},
+    ]
+    if reason:
+        records.append({"kind": "stop", "step": steps, "reason": reason})
+    log = folder / "metrics.jsonl"
+    log.write_text("".join(json.dumps(r) + "\n" for r in records) + '{"kind": "st')  # killed while writing
+    os.utime(log, (time.time() - age, time.time() - age))
+    return folder
+
+
+def test_several_runs_are_a_line_each(tmp_path: Path, capsys: Capture) -> None:
+    write_run(tmp_path / "old", reason="time", age=3000)
+    write_run(tmp_path / "done")
+    write_run(tmp_path / "dead", steps=4, reason=None, age=500)
+    write_run(tmp_path / "alive", steps=2, reason=None, age=0)
+    (tmp_path / "something-else").mkdir()
+    shown = hadal(capsys, "runs", str(tmp_path))
+    assert shown.status == 0
+    lines = shown.out.splitlines()
+    assert [Path(line.split()[0]).name for line in lines[1:]] == ["old", "done", "dead", "alive"]
+    for line, words in zip(lines[1:], ("time", "finished", "broken off", "running"), strict=True):
+        assert words in line
+    assert "1.0000" in lines[2] and "1.5000" in lines[2] and "100%" in lines[2]
+    assert "50%" in lines[3]
+
+
+def test_one_run_is_told_with_its_curves_and_load(tmp_path: Path, capsys: Capture) -> None:
+    shown = hadal(capsys, "runs", str(write_run(tmp_path / "one")))
+    for part in ("1,234 tokens/s, MFU 30.0%", "step 8", "loss, steps 1 to 8", "learning rate, steps", "1.6K"):
+        assert part in shown.out
+    rows = {
+        line[:9].strip(): line[10:]
+        for line in shown.out.splitlines()
+        if line[:9].strip()[:5] in ("layer", "MTP 1")
+    }
+    assert rows == {"layer 1": "▒▒▒▒", "layer 2": "  ▓█", "MTP 1": "░▒▒▒"}
+
+
+def test_json_has_numbers_curves_and_load(tmp_path: Path, capsys: Capture) -> None:
+    write_run(tmp_path / "one")
+    (run,) = json.loads(hadal(capsys, "runs", str(tmp_path), "--json").out)
+    assert (run["name"], run["state"], run["step"], run["tokens"]) == ("one", "finished", 8, 1600)
+    assert (run["loss"], run["heldout_loss"], run["checkpoint"], run["spikes"]) == (1.0, 1.5, 8, 0)
+    assert run["curves"]["loss"]["value"][:2] == [8.0, 4.0]
+    assert run["load"][1] == [0.0, 0.0, 1.6, 2.4]
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_runs_are_drawn(tmp_path: Path, capsys: Capture, ending: str) -> None:
+    pytest.importorskip("matplotlib")
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", steps=5)
+    picture = tmp_path / "new" / f"both.{ending}"
+    assert hadal(capsys, "runs", str(one), str(two), "--plot", str(picture)).status == 0
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG" if ending == "png" else b"<?xml")
+    assert len(data) > 10_000
+
+
+def test_a_dense_run_and_an_empty_one(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
+    shown = hadal(capsys, "runs", str(tmp_path / "new"))
+    assert shown.status == 0 and "running" in shown.out and "load" not in shown.out
+    shown = hadal(capsys, "runs", str(tmp_path / "new"), "--plot", str(tmp_path / "x.png"))
+    assert shown.status == 1 and "no step has been logged" in shown.err
+
+
+def test_nothing_there_is_told(tmp_path: Path, capsys: Capture) -> None:
+    assert "No runs there" in hadal(capsys, "runs", str(tmp_path)).err
+    shown = hadal(capsys, "runs", str(tmp_path / "nowhere"))
+    assert shown.status == 1 and "nowhere" in shown.err and len(shown.err.splitlines()) == 1
+
+
+def test_a_chart_spans_its_values_and_averages_many() -> None:
+    rising = chart([float(i) for i in range(1000)], width=10, height=2)
+    assert [len(line) for line in rising] == [20, 20]
+    assert rising[0].split()[0] == "949.5" and rising[1].split()[0] == "49.5"
+    assert rising[1][10] == "▁" and rising[0][-1] == "█"
+    assert chart([3.0, 3.0], height=1) == ["        3 ▁▁"]
+
+
+def test_shades_mean_what_the_legend_says() -> None:
+    assert [shade(x) for x in (0, 0.5, 0.75, 1.25, 1.3, 2, 2.1)] == [" ", "░", "▒", "▒", "▓", "▓", "█"]
