@@ -56,6 +56,9 @@ def _curves(axis: Any, runs: Sequence[Run], key: str, label: str) -> None:
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)
     if key == "loss":
+        values = [v for run in runs for v in run.curve(key)[1]]
+        if min(values) > 0 and max(values) > 30 * min(values):
+            axis.set_yscale("log")
         axis.legend(fontsize=8)
 
 

@@ -58,13 +58,13 @@ class Run:
         return [[count * len(row) / max(1, sum(row)) for count in row] for row in rows]
 
     def gates(self, count: int) -> list[str]:
-        """Names of the first `count` gates: the layer of each, then MTP modules."""
+        """Names of the first `count` gates: the layer of each, then MTP modules; numbers without a recipe."""
         model = self.recipe.get("model", {})
         first, layers = int(model.get("first_k_dense_replace", 0)), int(model.get("num_hidden_layers", 0))
-        return [
-            f"layer {first + g}" if first + g < layers else f"MTP {first + g - layers + 1}"
-            for g in range(count)
-        ]
+        if not layers:
+            return [f"gate {g}" for g in range(count)]
+        names = (f"layer {g}" if g < layers else f"MTP {g - layers + 1}" for g in range(first, first + count))
+        return list(names)
 
     def summary(self) -> dict[str, Any]:
         """The run in numbers; None for what was not measured."""

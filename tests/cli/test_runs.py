@@ -67,7 +67,10 @@ def test_one_run_is_told_with_its_curves_and_load(tmp_path: Path, capsys: Captur
 
 def test_json_has_numbers_curves_and_load(tmp_path: Path, capsys: Capture) -> None:
     write_run(tmp_path / "one")
+    (tmp_path / "one" / "recipe.json").unlink()
     (run,) = json.loads(hadal(capsys, "runs", str(tmp_path), "--json").out)
+    assert run["planned_tokens"] is None
+    assert "gate 2 ░▒▒▒" in hadal(capsys, "runs", str(tmp_path)).out
     assert (run["name"], run["state"], run["step"], run["tokens"]) == ("one", "finished", 8, 1600)
     assert (run["loss"], run["heldout_loss"], run["checkpoint"], run["spikes"]) == (1.0, 1.5, 8, 0)
     assert run["curves"]["loss"]["value"][:2] == [8.0, 4.0]
