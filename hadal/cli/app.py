@@ -17,6 +17,7 @@ from hadal.cli import (
     chat,
     complete,
     convert,
+    data,
     doctor,
     evaluate,
     listing,
@@ -44,6 +45,7 @@ GROUPS: dict[str, dict[str, Callable[..., None] | Family]] = {
         "convert": convert.convert,
     },
     "Make and measure": {
+        "data": data.DATA,
         "train": train.train,
         "runs": runs.runs,
         "eval": evaluate.evaluate,

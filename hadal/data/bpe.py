@@ -101,7 +101,7 @@ def train(texts: Iterator[str], vocabulary: int = VOCABULARY) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[_added(content) for content in SPECIAL_TOKENS],
+        special_tokens=[added_token(content) for content in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -113,17 +113,14 @@ def train(texts: Iterator[str], vocabulary: int = VOCABULARY) -> Tokenizer:
     return tokenizer
 
 
-def _added(content: str) -> AddedToken:
+def added_token(content: str) -> AddedToken:
+    """A control token, flagged as DeepSeek flags it."""
     return AddedToken(content, normalized=False, special=content not in _NOT_SPECIAL)
 
 
-def build_mini_tokenizer(folder: Path | str, seed: int = 0, vocabulary: int = VOCABULARY) -> Tokenizer:
-    """Train hadal-mini's tokenizer and write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train(training_text(seed), vocabulary)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
+def tokenizer_config() -> dict[str, object]:
+    """What `tokenizer_config.json` says of a tokenizer with these control tokens."""
+    return {
         "add_bos_token": True,
         "add_eos_token": False,
         "bos_token": BOS,
@@ -135,6 +132,14 @@ def build_mini_tokenizer(folder: Path | str, seed: int = 0, vocabulary: int = VO
         "pad_token": PAD,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+
+
+def build_mini_tokenizer(folder: Path | str, seed: int = 0, vocabulary: int = VOCABULARY) -> Tokenizer:
+    """Train hadal-mini's tokenizer and write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train(training_text(seed), vocabulary)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    text = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     return tokenizer

@@ -1,6 +1,6 @@
-"""Token shards: flat uint16 files that are memory-mapped, with a manifest that names and hashes them.
+"""Token shards: flat files of integers that are memory-mapped, with a manifest that names and hashes them.
 
-    NAME.bin        token ids, little-endian uint16, document after document
+    NAME.bin        token ids, little-endian uint16, or uint32 for a large vocabulary; documents end to end
     NAME.len        the documents' lengths in tokens, little-endian uint32
     manifest.json   what is in the folder: tokens, documents, SHA-256 of each file, and how they were made
 
@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = "hadal-shards-1"
-Tokens = NDArray[np.uint16]
+Tokens = NDArray[np.uint16 | np.uint32]
+DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
 
 class ShardError(ValueError):
@@ -30,13 +31,23 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One shard: its name without ending, its size, and the SHA-256 of its two files."""
+    """One shard: its name without ending, its size, the SHA-256 of its two files, and the type of its ids."""
 
     name: str
     tokens: int
     documents: int
     bin_sha256: str
     len_sha256: str
+    dtype: str = "uint16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ShardError(f"shard {self.name} has ids of type {self.dtype!r}; known: {', '.join(DTYPES)}")
+
+    @property
+    def bytes(self) -> int:
+        """Size of the .bin file."""
+        return self.tokens * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Manifest:
 def write_shard(
     folder: Path, name: str, documents: Sequence[Sequence[int]] | tuple[Tokens, NDArray[np.uint32]]
 ) -> ShardFile:
-    """Write one shard from token lists, or from (all tokens, lengths). Ids must fit 16 bits."""
+    """Write one shard from token lists (16 bits an id), or from (all tokens, lengths)."""
     if isinstance(documents, tuple):
         tokens, lengths = documents
     else:
@@ -72,11 +83,12 @@ def write_shard(
             f"shard {name}: document lengths sum to {int(lengths.sum())}, but there are {len(tokens)} tokens"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    dtype = "uint32" if tokens.dtype == np.uint32 else "uint16"
     hashes = [
-        _write(folder / f"{name}.bin", tokens.astype("<u2").tobytes()),
+        _write(folder / f"{name}.bin", tokens.astype(DTYPES[dtype]).tobytes()),
         _write(folder / f"{name}.len", lengths.astype("<u4").tobytes()),
     ]
-    return ShardFile(name, len(tokens), len(lengths), hashes[0], hashes[1])
+    return ShardFile(name, len(tokens), len(lengths), hashes[0], hashes[1], dtype)
 
 
 def _write(path: Path, data: bytes) -> str:
@@ -143,12 +155,11 @@ def verify_shards(folder: Path) -> Manifest:
 def open_shard(folder: Path, shard: ShardFile) -> tuple[Tokens, NDArray[np.uint32]]:
     """(tokens, lengths) of a shard, the tokens memory-mapped read-only; their sizes are checked."""
     path = folder / f"{shard.name}.bin"
-    if not path.is_file() or path.stat().st_size != 2 * shard.tokens:
+    if not path.is_file() or path.stat().st_size != shard.bytes:
         size = path.stat().st_size if path.is_file() else "no"
-        raise ShardError(
-            f"{path} has {size} bytes, its manifest says {2 * shard.tokens}; write the shards again"
-        )
-    tokens: Tokens = np.memmap(path, dtype="<u2", mode="r") if shard.tokens else np.empty(0, dtype=np.uint16)
+        raise ShardError(f"{path} has {size} bytes, its manifest says {shard.bytes}; write the shards again")
+    dtype = DTYPES[shard.dtype]
+    tokens: Tokens = np.memmap(path, dtype=dtype, mode="r") if shard.tokens else np.empty(0, dtype=dtype)
     lengths = np.fromfile(folder / f"{shard.name}.len", dtype="<u4")
     if len(lengths) != shard.documents or int(lengths.sum()) != shard.tokens:
         raise ShardError(f"{folder / shard.name}.len does not fit {path.name}; write the shards again")

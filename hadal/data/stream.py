@@ -1,9 +1,13 @@
-"""Packed rows: documents laid end to end into rows of a fixed number of tokens, from shards, in any order.
+"""Rows of a fixed number of tokens from shards: of whole documents, or cut from the stream; in any order.
 
 Row r of epoch e is a pure function of (shards, context, seed, r, e), so a loader's whole state is one
-integer: the number of rows consumed. Documents are never torn: a row is filled with whole documents, and what
-is left at its end is padding (6% at 1024 tokens, 3% at 2048). Each document is a stretch of its own, so
-attention can be kept inside it (V3 packs pre-training without such masks and fine-tuning with them).
+integer: the number of rows consumed. Who reads which rows is the caller's affair: any number of ranks or
+threads that share them out read the same rows (`share`).
+
+`PackedRows`, for fine-tuning: a row is filled with whole documents, and what is left at its end is padding
+(6% at 1024 tokens, 3% at 2048). Each document is a stretch of its own, so attention can be kept inside it.
+`StreamRows`, for pre-training without masks between documents, as V3 packs: all documents end to end, cut
+into rows wherever a row is full. Nothing is padded, nothing is lost but the last, incomplete row.
 
 Weights say how much a token counts when it is *predicted*: 1 for what the model is to write (after the last
 `<think>` and its line break), `prompt_weight` for the rest of the document, 0 for its first token and for
@@ -12,6 +16,7 @@ padding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +91,6 @@ class PackedRows:
             raise ValueError(f"context {context} and prompt_weight {prompt_weight}: at least 2, and in 0..1")
         self.folder, self.context = Path(folder), context
         self.think_id, self.pad_id, self.prompt_weight = think_id, pad_id, prompt_weight
-        self.seed, self.shuffle = seed, shuffle
         self.manifest: Manifest = verify_shards(self.folder) if check else read_manifest(self.folder)
         opened = [open_shard(self.folder, shard) for shard in self.manifest.shards]
         self._tokens = [tokens for tokens, _ in opened]
@@ -101,7 +105,7 @@ class PackedRows:
         self.cut = sum(int((lengths > context).sum()) for lengths in self._lengths)
         if not len(self._first):
             raise ShardError(f"{self.folder} holds no documents; write more")
-        self._order: dict[int, Ints] = {}
+        self._order = _Orders(len(self._first), seed, shuffle)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -136,24 +140,102 @@ class PackedRows:
     def _row(self, number: int) -> tuple[Tokens, Floats, list[int]]:
         """Tokens, weights and document lengths of one row, without its padding."""
         epoch, at = divmod(number, self.rows_per_epoch)
-        row = int(self._epoch_order(epoch)[at])
+        row = int(self._order.of(epoch)[at])
         shard, first, last = int(self._shard[row]), int(self._first[row]), int(self._last[row])
         begin = int(self._starts[shard][first])
         lengths = self._lengths[shard][first:last]
         end = begin + int(lengths.sum())
-        tokens = np.asarray(self._tokens[shard][begin:end])
+        tokens: Tokens = np.asarray(self._tokens[shard][begin:end])
         weights = assistant_weights(tokens, lengths, self.think_id, self.prompt_weight)
         if end - begin > self.context:  # one document, longer than a row
             return tokens[: self.context], weights[: self.context], [self.context]
         return tokens, weights, lengths.tolist()
 
-    def _epoch_order(self, epoch: int) -> Ints:
-        if epoch not in self._order:
-            order = np.arange(self.rows_per_epoch)
+
+class _Orders:
+    """The order of the rows in each epoch; the last two are remembered."""
+
+    def __init__(self, count: int, seed: int, shuffle: bool) -> None:
+        self.count, self.seed, self.shuffle = count, seed, shuffle
+        self._known: dict[int, Ints] = {}
+
+    def of(self, epoch: int) -> Ints:
+        if epoch not in self._known:
+            order = np.arange(self.count)
             if self.shuffle:
                 np.random.default_rng([self.seed, epoch]).shuffle(order)
-            self._order = {**dict(list(self._order.items())[-1:]), epoch: order}
-        return self._order[epoch]
+            self._known = {**dict(list(self._known.items())[-1:]), epoch: order}
+        return self._known[epoch]
+
+
+class StreamRows:
+    """Rows cut from the stream of all documents: row r of an epoch in file order is tokens r·C to (r+1)·C.
+
+    The same interface as `PackedRows`. Every token counts in full when it is predicted. `lengths` of the rows
+    say where documents begin, torn at the rows' ends, for a trainer that masks all the same.
+    """
+
+    cut = 0
+    filled = 1.0
+
+    def __init__(
+        self, folder: Path | str, context: int, *, seed: int = 0, shuffle: bool = True, check: bool = False
+    ) -> None:
+        """`check` reads all shards once and compares their hashes. Raises ShardError."""
+        if context < 2:
+            raise ValueError(f"context {context}: at least 2")
+        self.folder, self.context = Path(folder), context
+        self.manifest: Manifest = verify_shards(self.folder) if check else read_manifest(self.folder)
+        opened = [open_shard(self.folder, shard) for shard in self.manifest.shards]
+        self._tokens = [tokens for tokens, _ in opened]
+        self._ends = [np.cumsum(lengths, dtype=np.int64) for _, lengths in opened]
+        self._first = np.cumsum([0, *(len(tokens) for tokens in self._tokens)])
+        self.rows_per_epoch = int(self._first[-1]) // context
+        if not self.rows_per_epoch:
+            raise ShardError(
+                f"{self.folder} holds {int(self._first[-1])} tokens, less than a row of {context}; write more"
+            )
+        self._order = _Orders(self.rows_per_epoch, seed, shuffle)
+
+    def rows(self, start: int, count: int) -> Rows:
+        """Rows number `start` and on."""
+        if start < 0 or count < 1:
+            raise ValueError(f"rows({start}, {count}): the first is at least 0, the second at least 1")
+        token_RC = np.empty((count, self.context), dtype=np.int64)
+        lengths: list[int] = []
+        for r in range(count):
+            epoch, at = divmod(start + r, self.rows_per_epoch)
+            lengths += self._read(int(self._order.of(epoch)[at]) * self.context, token_RC[r])
+        weight_RC = np.ones((count, self.context), dtype=np.float32)
+        return Rows(token_RC, weight_RC, lengths, [False] * len(lengths))
+
+    def _read(self, begin: int, row_C: Ints) -> list[int]:
+        """Fill a row with the tokens from `begin` on; the lengths of the documents' parts in it."""
+        filled, lengths = 0, []
+        shard = int(np.searchsorted(self._first, begin, side="right")) - 1
+        while filled < self.context:
+            at = begin + filled - int(self._first[shard])
+            piece = self._tokens[shard][at : at + self.context - filled]
+            row_C[filled : filled + len(piece)] = piece
+            ends = self._ends[shard]
+            inside = ends[np.searchsorted(ends, at, side="right") : np.searchsorted(ends, at + len(piece))]
+            borders = [at, *inside.tolist(), at + len(piece)]
+            lengths += [b - a for a, b in itertools.pairwise(borders) if b > a]
+            filled += len(piece)
+            shard += 1
+        return lengths
+
+
+def share(start: int, count: int, rank: int, ranks: int) -> tuple[int, int]:
+    """(first row, number of rows) of one rank's part of rows `start` to `start + count`.
+
+    The parts of all ranks in their order are the whole, so a step's rows, and the position after it, are the
+    same for any number of ranks.
+    """
+    if not 0 <= rank < ranks or count < ranks:
+        raise ValueError(f"share(count={count}, rank={rank}, ranks={ranks}): 0 ≤ rank < ranks ≤ count")
+    first, last = count * rank // ranks, count * (rank + 1) // ranks
+    return start + first, last - first
 
 
 def _fill(lengths: Ints, context: int) -> tuple[Ints, Ints]:

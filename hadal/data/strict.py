@@ -1,0 +1,90 @@
+"""Strict tables: TOML into frozen dataclasses. An unknown key is refused, with what was probably meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed; the message names the key, the value and the remedy."""
+
+
+def require(ok: bool, key: str, value: object, want: str) -> None:
+    """Raise RecipeError unless `ok`."""
+    if not ok:
+        raise RecipeError(f"{key} is {value!r}; it must be {want}")
+
+
+def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a file, with overrides of the form "section.key=value" applied. Raises RecipeError."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe at {path}; recipes/data-example.toml is one to start from") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or len(parts) not in (1, 2) or not all(parts):
+        raise RecipeError(f"--set {text!r} is not of the form section.key=value, e.g. fim.rate=0.1")
+    try:
+        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    inner: Any = table if len(parts) == 1 else table.setdefault(parts[0], {})
+    if not isinstance(inner, dict):
+        raise RecipeError(f"--set {text!r}: {parts[0]!r} is not a section of the recipe")
+    inner[parts[-1]] = parsed
+
+
+def build(kind: type, table: object, path: str = "") -> Any:
+    """An instance of the dataclass `kind` from plain tables. Raises RecipeError."""
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"{path or 'the recipe'} is {table!r}; a table is wanted")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            raise RecipeError(f"unknown key {_join(path, key)!r} in the recipe. {hint}")
+    values = {}
+    for f in dataclasses.fields(kind):
+        if f.name in table:
+            values[f.name] = _convert(hints[f.name], table[f.name], _join(path, f.name))
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise RecipeError(f"the recipe lacks {_join(path, f.name)!r}")
+    return kind(**values)
+
+
+def _convert(kind: Any, value: object, path: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return build(typing.cast(type, kind), value, path)
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
+        (item_kind, *_) = typing.get_args(kind)
+        return tuple(_convert(item_kind, item, f"{path}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if kind is int and float(value).is_integer():
+            return int(value)
+        if kind is float:
+            return float(value)
+    if kind in (str, bool) and isinstance(value, kind):
+        return value
+    wanted = kind.__name__ if isinstance(kind, type) else "a list"
+    raise RecipeError(f"{path} is {value!r}; {wanted} is wanted")
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
