@@ -15,6 +15,7 @@ from hadal.config import ModelConfig
 from hadal.model.block import Block
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
+from hadal.ops.fp8_training import fp8_training
 
 
 class Mtp(nn.Module):
@@ -31,5 +32,7 @@ class Mtp(nn.Module):
 
     def forward(self, hidden_TD: Tensor, embedding_TD: Tensor, ctx: Context) -> Tensor:
         """hidden [T, D] of position i and the embedding of token i + 1 → the block's output [T, D]."""
-        x_TD = self.eh_proj(torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], -1))
+        joined_T2D = torch.cat([self.enorm(embedding_TD), self.hnorm(hidden_TD)], -1)
+        with fp8_training(False):  # published in BF16
+            x_TD = self.eh_proj(joined_T2D)
         return self.block(x_TD, ctx)

@@ -16,6 +16,7 @@ from torch.nn.functional import silu
 from hadal.ops import cpu, cpu_prompt, invariant, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
+from hadal.ops.fp8_training import is_fp8_training
 from hadal.ops.linear import FEW_ROWS, SMALL_M, linear, native_bf16
 from hadal.ops.packed import Packed
 from hadal.ops.recompute import recomputed
@@ -112,11 +113,15 @@ def combine(
         from hadal.ops.triton.experts import combine as fast
 
         return fast(row_ND, place, weight_TK, shared_TD, residual_TD)
-    T, K = weight_TK.shape
-    row_TKD = row_ND.index_select(0, place).view(T, K, -1)
     wide = torch.promote_types(row_ND.dtype, weight_TK.dtype)
-    out_TD = torch.einsum("tkd,tk->td", row_TKD.to(wide), weight_TK.to(wide)).to(row_ND.dtype)
+    row_TKD = recomputed("rows", _by_token, row_ND, place, weight_TK.shape[1], wide)
+    out_TD = torch.einsum("tkd,tk->td", row_TKD, weight_TK.to(wide)).to(row_ND.dtype)
     return _plus(out_TD, shared_TD, residual_TD)
+
+
+def _by_token(row_ND: Tensor, place: Tensor, top_k: int, dtype: torch.dtype) -> Tensor:
+    """Rows sorted by expert → [T, K, D] in `dtype`."""
+    return row_ND.index_select(0, place).unflatten(0, (-1, top_k)).to(dtype)
 
 
 def _plus(out_TD: Tensor, shared_TD: Tensor | None, residual_TD: Tensor | None) -> Tensor:
@@ -197,7 +202,7 @@ def _routed(
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     frozen = not needs_grad(*args)
     few = x_TD.shape[0] <= SMALL_M or not _many(expert_TK, gate_up_E2ID)
-    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
+    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and (frozen or not is_fp8_training()):
         return experts_grouped(*args)
     if frozen and few and use_cpu_kernels(x_TD, gate_up_E2ID):
         return _plus(cpu.experts(*args[:5]), shared_TD, residual_TD)

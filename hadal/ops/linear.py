@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hadal.ops import cpu, cpu_prompt, invariant, packed
+from hadal.ops import cpu, cpu_prompt, fp8_training, invariant, packed
 from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
+from hadal.ops.fp8_training import is_fp8_training
 from hadal.ops.packed import Packed
 
 SMALL_M = 32  # rows up to which the weight-streaming CPU kernel beats a general matrix product
@@ -28,6 +29,9 @@ def linear(
 ) -> Tensor:
     """Matrix product with a weight stored [out, in], plus the residual stream where it is given. Few rows go
     through a weight-streaming kernel."""
+    if is_fp8_training() and isinstance(weight_OI, Tensor) and needs_grad(x_TI, weight_OI):
+        y_TO = fp8_training.linear(x_TI, weight_OI, bias_O)
+        return y_TO if residual_TO is None else residual_TO + y_TO
     if residual_TO is not None:
         if not needs_grad(bias_O, residual_TO) and _few_on_gpu(x_TI, weight_OI, residual_TO):
             from hadal.ops.triton import linear as fast
@@ -85,7 +89,8 @@ def linear_wide(x_TI: Tensor, weight_OI: Tensor | Packed) -> Tensor:
         return cast(Tensor, packed_fast.linear(x_TI, weight_OI, dtype=torch.float32))
     if use_triton(x_TI, weight_OI) and x_TI.dtype == torch.bfloat16:
         return torch.mm(x_TI, cast(Tensor, weight_OI).t(), out_dtype=torch.float32)
-    y_TO = linear(x_TI, weight_OI)
+    with fp8_training.fp8_training(False):
+        y_TO = linear(x_TI, weight_OI)
     return y_TO if y_TO.dtype == torch.float64 else y_TO.float()
 
 

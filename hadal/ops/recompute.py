@@ -31,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from hadal.ops.dispatch import needs_grad
 from hadal.ops.exact import exact, is_exact
+from hadal.ops.fp8_training import fp8_training, is_fp8_training
 
 KINDS = ("norm", "up", "swiglu", "rows")
 
@@ -116,7 +117,7 @@ class _Run:
     """One call of a recomputable operation: its arguments, and what the second run made, while needed."""
 
     def __init__(self, tape: _Tape, f: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.f, self.exact, self.single = f, is_exact(), True
+        self.f, self.exact, self.fp8, self.single = f, is_exact(), is_fp8_training(), True
         self.wants = [isinstance(a, Tensor) and a.requires_grad for a in args]
         self.args: list[Any] | None = [tape.pack(a.detach()) if isinstance(a, Tensor) else a for a in args]
         self.made: tuple[list[Any], tuple[Tensor, ...]] | None = None
@@ -129,7 +130,7 @@ class _Run:
         ]
         token = _TAPE.set(None)
         try:
-            with torch.enable_grad(), exact(self.exact):
+            with torch.enable_grad(), exact(self.exact), fp8_training(self.fp8):
                 outputs = self.f(*inputs)
         finally:
             _TAPE.reset(token)

@@ -22,6 +22,7 @@ from hadal.model.context import Context
 from hadal.model.mtp import Mtp
 from hadal.model.transformer import Transformer
 from hadal.ops.cross_entropy import linear_cross_entropy
+from hadal.ops.fp8_training import fp8_training
 from hadal.ops.recompute import recompute
 from hadal.train.balance import expert_counts, sequence_loss
 from hadal.train.batches import MicroBatch
@@ -34,6 +35,7 @@ class Objective:
     sequence_alpha: float = 0.0
     z_loss: float = 0.0
     recompute: tuple[str, ...] = ()  # what the backward pass makes again (hadal/ops/recompute.py)
+    fp8: bool = False  # linear layers multiply in FP8, forward and backward (hadal/ops/fp8_training.py)
 
 
 @dataclass
@@ -65,7 +67,7 @@ def losses(
     """Forward pass of a micro-batch of a step whose weights sum to `weight_K` and which has `step_rows`
     rows."""
     context = micro.context(record_routing=True)
-    with recompute(objective.recompute):
+    with recompute(objective.recompute), fp8_training(objective.fp8):
         nll_K = cross_entropies(model, micro, context, objective.z_loss)
     mean_K = [
         (nll_T * weight_T).sum() / total.clamp(min=1e-6)

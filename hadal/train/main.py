@@ -223,7 +223,7 @@ class Run:
             moment_dtype=_DTYPES[adamw.moments],
         )
         alpha, train = recipe.balance.sequence_alpha, recipe.train
-        objective = Objective(sequence_alpha=alpha, z_loss=train.z_loss, recompute=train.recompute)
+        objective = Objective(alpha, train.z_loss, train.recompute, train.fp8)
         ema = Ema(optimizer, recipe.ema.rate, recipe.ema.every_steps) if recipe.ema.rate else None
         return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema)
 

@@ -72,6 +72,7 @@ class TrainRecipe:
     batch_ramp: float = 469 / 14_800  # the share of the run over which the batch grows
     micro_batch_tokens: int = 0  # in one forward pass; 0: the whole batch at once
     dtype: str = "auto"  # "auto": bfloat16 on a GPU, float32 on a CPU
+    fp8: bool = False  # products of linear layers in FP8, V3's recipe (§3.3); else all in dtype
     init_std: float = 0.006
     compile: bool = False  # fuse experts and feed-forward networks with torch.compile (GPU)
     recompute: tuple[str, ...] = ()  # of "norm", "up", "swiglu", "rows": made again in the backward pass
@@ -103,6 +104,10 @@ class TrainRecipe:
         alone = not (self.recompute and self.compile)
         _require(
             alone, "train.recompute", self.recompute, "empty with train.compile (it plans memory itself)"
+        )
+        alone = not (self.fp8 and self.compile)
+        _require(
+            alone, "train.fp8", self.fp8, "false with train.compile (which would compile the rounding away)"
         )
         _require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
         _require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
