@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hadal.data.documents import write_puzzles
 from hadal.data.shards import ShardError
-from hadal.data.stream import PackedRows, packed_rows
+from hadal.data.stream import PackedRows, StreamRows, packed_rows
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.recipe import Recipe, RecipeError
 
@@ -19,7 +19,7 @@ ON_BOARD = Path(__file__).resolve().parents[1] / "assets" / "hadal-mini"
 class Sources:
     """Rows to train on, rows that are never trained on (or None), and the tokenizer of both."""
 
-    train: PackedRows
+    train: PackedRows | StreamRows
     heldout: PackedRows | None
     tokenizer: Tokenizer
     tokenizer_folder: Path
@@ -42,7 +42,12 @@ def open_sources(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> So
     else:
         train = Path(data.path)
         heldout = Path(data.heldout_path) if data.heldout_path else None
-    rows = _open(recipe, train, tokenizer, shuffle=True)
+    rows: PackedRows | StreamRows
+    if data.source == "shards" and not data.mask_documents:
+        rows = StreamRows(train, recipe.train.context, seed=recipe.run.seed)
+        _check_ids(rows, tokenizer)
+    else:
+        rows = _open(recipe, train, tokenizer, shuffle=True)
     epochs = recipe.train.tokens_read / (recipe.train.context * rows.rows_per_epoch)
     say(
         f"data: {rows.manifest.tokens:,} tokens in {rows.manifest.documents:,} documents, "
@@ -62,13 +67,18 @@ def _open(recipe: Recipe, folder: Path, tokenizer: Tokenizer, *, shuffle: bool) 
         seed=recipe.run.seed,
         shuffle=shuffle,
     )
-    sample = rows.rows(0, 1)
-    if int(sample.token_RC.max()) >= tokenizer.vocab_size:
+    _check_ids(rows, tokenizer)
+    return rows
+
+
+def _check_ids(rows: PackedRows | StreamRows, tokenizer: Tokenizer) -> None:
+    """Refuse shards that were written with a larger vocabulary."""
+    largest = int(rows.rows(0, 1).token_RC.max())
+    if largest >= tokenizer.vocab_size:
         raise ShardError(
-            f"{folder} holds token {int(sample.token_RC.max())}; the tokenizer of data.tokenizer has "
+            f"{rows.folder} holds token {largest}; the tokenizer of data.tokenizer has "
             f"{tokenizer.vocab_size} ids: the shards were written with another"
         )
-    return rows
 
 
 def _puzzles(recipe: Recipe, folder: Path, tokenizer: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
