@@ -47,7 +47,7 @@ class _Note:
     offset: int
 
     def tensor(self) -> Tensor:
-        made = self.run.again()[1][self.output].detach()
+        made = _bare(self.run.again()[1][self.output])
         return made.as_strided(self.size, self.stride, self.offset)
 
 
@@ -66,18 +66,24 @@ class _Tape:
 
     def pack(self, tensor: Tensor) -> Tensor | _Note:
         if self.running:  # what a first run saves lives as long as the run
-            return tensor
+            return _bare(tensor)
         found = self.outputs.get(tensor.untyped_storage()._cdata)
         if found is not None and found[3] == tensor.dtype:
             size, stride = tuple(tensor.shape), tuple(tensor.stride())
             return _Note(found[1], found[2], size, stride, int(tensor.storage_offset()))
         if self.kept is not None:
             self.kept(tensor)
-        return tensor
+        return _bare(tensor)
 
 
 def _unpack(saved: Any) -> Any:
     return saved.tensor() if isinstance(saved, _Note) else saved
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    """The values alone, without a way back to the graph: an operation that saves its own output would else
+    hold itself, and all that is before it, until the garbage collector comes by."""
+    return tensor.data
 
 
 _TAPE: ContextVar[_Tape | None] = ContextVar("hadal_recompute", default=None)
@@ -119,13 +125,13 @@ class _Run:
     def __init__(self, tape: _Tape, f: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self.f, self.exact, self.fp8, self.single = f, is_exact(), is_fp8_training(), True
         self.wants = [isinstance(a, Tensor) and a.requires_grad for a in args]
-        self.args: list[Any] | None = [tape.pack(a.detach()) if isinstance(a, Tensor) else a for a in args]
+        self.args: list[Any] | None = [tape.pack(_bare(a)) if isinstance(a, Tensor) else a for a in args]
         self.made: tuple[list[Any], tuple[Tensor, ...]] | None = None
 
     def call(self, args: Iterable[Any]) -> tuple[list[Any], tuple[Tensor, ...]]:
         """(inputs that want gradients, outputs), with a graph between them: the differentiable path."""
         inputs = [
-            a.detach().requires_grad_(want) if isinstance(a, Tensor) else a
+            _bare(a).requires_grad_(want) if isinstance(a, Tensor) else a
             for a, want in zip(args, self.wants, strict=True)
         ]
         token = _TAPE.set(None)
@@ -158,7 +164,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         tape.running = True
         try:
-            return tuple(output.detach() for output in run.call(args)[1])
+            return tuple(_bare(output) for output in run.call(args)[1])
         finally:
             tape.running = False
 

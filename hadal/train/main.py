@@ -40,6 +40,7 @@ from hadal.train.export import Facts, export
 from hadal.train.flops import Peak, peak, step_flops
 from hadal.train.heldout import Heldout, evaluate
 from hadal.train.losses import Objective
+from hadal.train.memory import peak_memory
 from hadal.train.metrics import Metrics
 from hadal.train.optimizer import AdamW
 from hadal.train.recipe import Recipe, RecipeError
@@ -317,7 +318,7 @@ class Run:
         self._save()
         self._tell(self.saver.wait())
         exported = self._export()
-        metrics.event("stop", progress.step, reason=reason, seconds=self._seconds())
+        metrics.event("stop", progress.step, reason=reason, seconds=self._seconds(), **self._memory())
         if reason != "finished":
             metrics.say(f"stopped at step {progress.step} of {self.steps}: go on with --resume")
         loss = None if self.last is None else self.last.loss
@@ -414,6 +415,14 @@ class Run:
             tokens_per_second=rates[len(rates) // 2] if rates else None,
         )
 
+    def _memory(self) -> dict[str, int]:
+        """Bytes on the device at the peak: predicted, and measured where the device counts them."""
+        cuda = self.device.type == "cuda"
+        found = {"predicted_peak_bytes": peak_memory(self.recipe, self.model.config, cuda=cuda).peak}
+        if cuda:
+            found["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        return found
+
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
@@ -427,7 +436,8 @@ class Run:
         first = f"{train.batch_tokens_start:,} to " if train.batch_tokens_start else ""
         metrics.say(
             f"{self.steps:,} steps of {first}{train.batch_tokens:,} tokens in rows of {train.context:,}; "
-            f"peak: {found.source}" + (f"; resumed at step {step}" if step else "")
+            f"peak: {found.source}; memory: {self._memory()['predicted_peak_bytes'] / 1e9:.2f} GB predicted"
+            + (f"; resumed at step {step}" if step else "")
         )
 
     # --- stopping

@@ -328,6 +328,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     assert process.returncode == 0, errors.decode()
     (stop,) = _records(tmp_path / "run", "stop")
     assert stop["reason"] == "signal"
+    assert stop["predicted_peak_bytes"] > 1e6
     assert state.latest(tmp_path / "run" / "checkpoints").step == stop["step"] < 390
     assert (tmp_path / "run" / "export" / "config.json").is_file()
 

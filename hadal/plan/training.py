@@ -1,0 +1,198 @@
+"""How much memory a training step takes, by part: arithmetic on the model and the shape of a micro-batch.
+
+    peak   = state + max(forward, update)
+    state  = parameters + FP32 masters + two moments + FP32 gradients summed over micro-batches
+    forward = activations kept for the backward pass + the largest thing made beside them
+    update = the larger of the parameters' own gradients and the FP32 temporaries of an optimizer's slab
+
+It counts what the operations of `hadal/ops` keep, tensor by tensor; with selective recomputation what they
+keep instead (hadal/ops/recompute.py). The logits exist a chunk at a time. A moving average of the weights and
+the copy of a checkpoint live in host memory and are told apart. What an allocator wastes is not in it.
+
+Bytes everywhere; widths in elements. Legend: T tokens of a micro-batch, D hidden, H heads, K experts a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hadal.config import Gqa, Mla, ModelConfig
+
+SLAB = 2**26  # elements that the optimizer updates at a time
+SLAB_TEMPORARIES = 5  # FP32 tensors of a slab
+CHUNK_BYTES = 256 * 2**20  # of FP32 logits at a time
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """What a step's memory depends on beside the model. `element`: bytes of the model's dtype; `recompute`:
+    kinds of hadal/ops/recompute.py; `fused`: the kernels of a GPU, which keep less than the references."""
+
+    tokens: int
+    element: int = 2
+    moment: int = 2
+    recompute: tuple[str, ...] = ()
+    fused: bool = True
+    average: bool = False
+    snapshot: bool = True
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes by part; `peak` on the device, `host` beside it in host memory."""
+
+    parameters: int
+    masters: int
+    moments: int
+    gradients: int  # the FP32 sums
+    activations: int
+    forward_workspace: int
+    update_workspace: int
+    host: int
+
+    @property
+    def state(self) -> int:
+        return self.parameters + self.masters + self.moments + self.gradients
+
+    @property
+    def peak(self) -> int:
+        return self.state + max(self.activations + self.forward_workspace, self.update_workspace)
+
+
+def training_memory(config: ModelConfig, shape: TrainingShape) -> TrainingMemory:
+    """The memory of one device that trains the whole model."""
+    count = _trained(config)
+    state = count * (FP32 + 2 * shape.moment)
+    return TrainingMemory(
+        parameters=count * shape.element,
+        masters=count * FP32,
+        moments=count * 2 * shape.moment,
+        gradients=count * FP32,
+        activations=activations(config, shape),
+        forward_workspace=_forward_workspace(config, shape),
+        update_workspace=max(count * shape.element, SLAB_TEMPORARIES * FP32 * min(SLAB, count)),
+        host=(count * FP32 if shape.average else 0)
+        + (state + (count * FP32 if shape.average else 0) if shape.snapshot else 0),
+    )
+
+
+def _trained(config: ModelConfig) -> int:
+    """Parameters that a gradient moves: all but the gates' biases."""
+    n, m = config.parameters(), config.moe
+    layers = range(config.num_hidden_layers + config.num_nextn_predict_layers)
+    gates = sum(config.is_moe_layer(layer) for layer in layers)
+    biases = m.n_routed_experts if m is not None and m.topk_method == "noaux_tc" else 0
+    return n.main + n.mtp_unique - gates * biases
+
+
+def activations(config: ModelConfig, shape: TrainingShape) -> int:
+    """What the graph of one micro-batch keeps for the backward pass."""
+    keep, b, D = _Keep(shape), shape.element, config.hidden_size
+    depths = config.num_nextn_predict_layers
+    rope = (
+        config.attention.qk_rope_head_dim if isinstance(config.attention, Mla) else config.attention.head_dim
+    )
+    per_token = 16 * (depths + 1) + FP32 * rope  # ids and targets; rotations
+    constant = 0
+    for layer in range(config.num_hidden_layers + depths):
+        per_token += keep.attention(config) + keep.mlp(config, layer) + 2 * keep.norm(D)
+        constant += keep.gate_weight(config, layer)
+    per_token += (depths + 1) * (keep.norm(D) + FP32)  # before each head, and lse
+    for depth in range(depths):
+        per_token += keep.mtp_input(D, config.mtp_after_norm and depth == 0) + 2 * D * b
+    return round(shape.tokens * per_token) + constant
+
+
+@dataclass(frozen=True)
+class _Keep:
+    """Bytes a token that operations keep."""
+
+    shape: TrainingShape
+
+    @property
+    def b(self) -> int:
+        return self.shape.element
+
+    def again(self, kind: str) -> bool:
+        return kind in self.shape.recompute
+
+    def norm(self, width: int, output: bool = True) -> int:
+        """An RMSNorm: its input, what it makes on its way, and its output where the next operation keeps
+        that."""
+        if self.again("norm"):
+            return self.b * width
+        inside = self.b * width if self.shape.fused else (FP32 + self.b) * width
+        return inside + FP32 + (self.b * width if output else 0)
+
+    def attention(self, config: ModelConfig) -> int:
+        a, H, b = config.attention, config.num_attention_heads, self.b
+        if isinstance(a, Gqa):
+            G, C = a.num_key_value_heads, a.head_dim
+            heads = (H + 2 * G) * C if self.shape.fused else (2 * H + 3 * G) * C  # copies, or views of both
+            return b * heads + self._attended(H, C, C)
+        latent = a.kv_lora_rank + a.qk_rope_head_dim
+        kept = 0 if a.q_lora_rank is None else self.norm(a.q_lora_rank)
+        kept += b * latent if self.again("norm") else self._entry(a)
+        padded = a.v_head_dim < a.qk_head_dim
+        own_v = a.v_head_dim if self.shape.fused else a.qk_nope_head_dim + a.v_head_dim  # a copy, or a view
+        if not self.again("up"):
+            kept += b * H * (2 * a.qk_head_dim + (a.qk_head_dim if padded else own_v))
+        elif self.shape.fused and not padded:
+            kept += b * H * own_v
+        return kept + self._attended(H, a.qk_head_dim, a.v_head_dim)
+
+    def _entry(self, a: Mla) -> int:
+        """MLA's latent entry: the norm's input lies in the projection's output, beside the rope key."""
+        latent, entry = a.kv_lora_rank, a.kv_lora_rank + a.qk_rope_head_dim
+        if self.shape.fused:
+            return 2 * self.b * entry + FP32
+        wide = entry if self.b == FP32 else latent
+        return FP32 * wide + FP32 + self.b * (latent + entry)
+
+    def _attended(self, heads: int, key: int, value: int) -> int:
+        """log-sum-exp and output of attention, and the copy that the output projection reads."""
+        copy = value < key or not self.shape.fused
+        return FP32 * heads + self.b * heads * (key + (value if copy else 0))
+
+    def swiglu(self, width: int) -> int:
+        return self.b * width * (2 if self.again("swiglu") else 4)
+
+    def mlp(self, config: ModelConfig, layer: int) -> int:
+        m, D, b = config.moe, config.hidden_size, self.b
+        if m is None or not config.is_moe_layer(layer):
+            return self.swiglu(config.intermediate_size)
+        K = m.num_experts_per_tok
+        gate = FP32 * m.n_routed_experts + (FP32 * D if b != FP32 and not self.again("norm") else 0)
+        gate += 28 * K + (FP32 * (K + 1) if m.norm_topk_prob and K > 1 else 0)  # ids, places, weights
+        shared = self.swiglu(m.n_shared_experts * m.moe_intermediate_size) if m.n_shared_experts else 0
+        rows = K * D * b if self.again("rows") else K * D * (b + FP32)  # sorted, and back in FP32
+        return gate + shared + K * self.swiglu(m.moe_intermediate_size) + rows
+
+    def gate_weight(self, config: ModelConfig, layer: int) -> int:
+        """A gate's weight in FP32, once."""
+        if config.moe is None or not config.is_moe_layer(layer) or self.b == FP32:
+            return 0
+        return FP32 * config.moe.n_routed_experts * config.hidden_size
+
+    def mtp_input(self, D: int, after_norm: bool) -> int:
+        """The two norms before an MTP block, whose outputs are read by their concatenation alone, and the
+        final norm before them where it applies. The hidden state is kept by the final norm already."""
+        shared_input = 0 if not self.shape.fused and self.b != FP32 and not self.again("norm") else self.b * D
+        if not after_norm:
+            return 2 * self.norm(D, output=False) - shared_input
+        chained = self.norm(D) + self.norm(D, output=False) - self.b * D  # one's output is the other's input
+        return self.norm(D, output=False) + chained - shared_input
+
+
+def _forward_workspace(config: ModelConfig, shape: TrainingShape) -> int:
+    """The largest of what exists beside all activations: the head's backward (a chunk of logits, the gradient
+    of the head in FP32 and in the model's dtype, that of its input), or a layer made again and its
+    gradients."""
+    b, D, V = shape.element, config.hidden_size, config.vocab_size
+    chunk = min(shape.tokens, max(128, CHUNK_BYTES // (FP32 * V)))
+    cast = 0 if b == FP32 else b
+    head = chunk * V * (FP32 + cast) + V * D * (FP32 + cast) + shape.tokens * D * b
+    plain = _Keep(replace(shape, recompute=()))
+    layer = max(plain.mlp(config, number) for number in range(config.num_hidden_layers))
+    return max(head, shape.tokens * layer)

@@ -1,0 +1,27 @@
+"""The memory that a recipe's training takes (hadal/plan/training.py has the arithmetic)."""
+
+from __future__ import annotations
+
+from hadal.config import ModelConfig
+from hadal.plan.training import TrainingMemory, TrainingShape, training_memory
+from hadal.train.recipe import Recipe
+
+
+def peak_memory(recipe: Recipe, config: ModelConfig, *, cuda: bool = True) -> TrainingMemory:
+    """Bytes by part of the largest step of a run. `config` is the recipe's model
+    (`hadal.train.main.model_config`): its vocabulary comes from the tokenizer."""
+    train = recipe.train
+    auto = "bfloat16" if cuda else "float32"
+    dtype = auto if train.dtype == "auto" else train.dtype
+    return training_memory(
+        config,
+        TrainingShape(
+            tokens=train.micro_tokens,
+            element=2 if dtype == "bfloat16" else 4,
+            moment=2 if recipe.optimizer.moments == "bfloat16" else 4,
+            recompute=train.recompute,
+            fused=cuda,
+            average=recipe.ema.rate > 0,
+            snapshot=recipe.checkpoint.asynchronous,
+        ),
+    )

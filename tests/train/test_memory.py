@@ -1,0 +1,125 @@
+"""The memory that is predicted against what the operations keep, byte for byte, and against a step's peak."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hadal.config import Gqa, ModelConfig, preset
+from hadal.ops import cross_entropy
+from hadal.ops.recompute import KINDS
+from hadal.plan import training as plan
+from hadal.plan.training import TrainingShape, activations, training_memory
+from hadal.train import optimizer
+from hadal.train import recipe as recipes
+from hadal.train.batches import build
+from hadal.train.memory import peak_memory
+from tests.train import tiny
+from tests.train.test_recompute import V3, kept_bytes
+
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
+MLA = tiny.config().attention
+MODELS = {
+    "v3": {},
+    "no MTP": {"mtp": 0},
+    "two MTP depths": {"mtp": 2},
+    "MTP before the norm": {"mtp_after_norm": False},
+    "no query latent": {"attention": replace(MLA, q_lora_rank=None)},
+    "values as wide as keys": {"attention": replace(MLA, v_head_dim=16)},
+    "dense": {"moe": None, "mtp": 0},
+    "qwen": {"attention": Gqa(2, 8, qkv_bias=True), "model_type": "qwen2", "moe": None, "mtp": 0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_activations_are_predicted_to_the_byte(changes, dtype):
+    network = tiny.model(dtype=dtype, **changes)
+    micro = build(tiny.RandomRows().rows(0, 4), depths=len(network.mtp), mask_documents=True)
+    for kinds in ((), *((kind,) for kind in KINDS), V3, KINDS):
+        shape = TrainingShape(micro.tokens, dtype.itemsize, 2, kinds, fused=False)
+        assert activations(network.config, shape) == kept_bytes(network, micro, kinds), kinds
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of tensor storage that were alive at once."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.live, self.peak = {}, 0
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.live:
+            self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        for key in [key for key, (reference, _) in self.live.items() if reference.expired()]:
+            del self.live[key]
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kinds", [(), V3, KINDS], ids=["nothing", "v3", "all"])
+@pytest.mark.parametrize("rows", [4, 64])
+def test_the_peak_of_a_whole_step_is_predicted_within_ten_percent(rows, kinds, dtype):
+    """With 4 rows the update is the peak, with 64 the activations."""
+    trainer = tiny.trainer(tiny.model(dtype=dtype), rows=rows, micro_rows=rows, plain=True)
+    trainer.objective = replace(trainer.objective, recompute=kinds)
+    trainer.step()
+    flat = trainer.optimizer
+    live = Live(*trainer.model.parameters(), flat.master_N, flat.grad_N, flat.exp_avg_N, flat.exp_avg_sq_N)
+    with live:
+        trainer.step()
+    shape = TrainingShape(rows * tiny.CONTEXT, dtype.itemsize, 2, kinds, fused=False)
+    predicted = training_memory(trainer.model.config, shape)
+    assert predicted.peak == pytest.approx(live.peak, rel=0.1)
+
+
+def test_the_state_is_that_of_the_optimizer():
+    trainer = tiny.trainer()
+    flat, memory = trainer.optimizer, training_memory(trainer.model.config, TrainingShape(64, 4))
+    assert memory.masters == flat.master_N.nbytes
+    assert memory.gradients == flat.grad_N.nbytes
+    assert memory.moments == flat.exp_avg_N.nbytes + flat.exp_avg_sq_N.nbytes
+    assert memory.parameters == sum(p.nbytes for p in trainer.model.parameters())
+
+
+def test_the_arithmetic_uses_the_trainers_own_sizes():
+    assert plan.SLAB == optimizer.SLAB
+    assert plan.CHUNK_BYTES == cross_entropy.CHUNK_BYTES
+
+
+def test_recipes_have_a_peak():
+    recipe = recipes.load(SHIPPED / "mini.toml")
+    config = preset("hadal-mini").config
+    plain = peak_memory(recipe, config)
+    lean = peak_memory(replace(recipe, train=replace(recipe.train, recompute=V3)), config)
+    biases = 8 * 16  # seven layers and the MTP module
+    assert plain.state == (config.parameters().main + config.parameters().mtp_unique - biases) * 14
+    assert lean.activations < 0.7 * plain.activations
+    assert lean.state == plain.state
+    halves = replace(recipe, train=replace(recipe.train, micro_batch_tokens=32_768))
+    assert peak_memory(halves, config).activations == pytest.approx(plain.activations / 2, rel=0.01)
+    kept = replace(recipe, ema=recipes.EmaRecipe(rate=0.99))
+    assert peak_memory(kept, config).host > plain.host > 0
+
+
+def test_v3_itself_in_its_published_numbers():
+    """671B with its MTP module: 14 bytes a parameter of state on one device of imagination."""
+    config: ModelConfig = preset("deepseek-v3").config
+    memory = training_memory(config, TrainingShape(4096, recompute=V3))
+    assert memory.state == 14 * (671_026_419_200 + 11_610_068_224 - 59 * 256)
+    plain = training_memory(config, TrainingShape(4096))
+    assert memory.activations < 0.7 * plain.activations
