@@ -86,5 +86,5 @@ $(VENV)/.ready-serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.ready-test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing Hadal with all that its tests need into $(VENV) (once) ..."
-	@$(INSTALL) -e '.[ui,train,test]'
+	@$(INSTALL) -e '.[ui,train,data,test]'
 	@touch $(VENV)/.ready-run $(VENV)/.ready-serve $@

@@ -66,6 +66,7 @@ def train_tokenizer(
         raise RecipeError(f"{out} exists; choose another --out, or remove it")
     source = Source("text", paths=tuple(paths), text=text)
     counts = {"documents": 0, "characters": 0}
+    faults: list[str] = []
     tokenizer = new_tokenizer(digits)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -73,7 +74,12 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(source, share, seed, counts, progress), trainer)
+    tokenizer.train_from_iterator(_texts(source, share, seed, counts, faults, progress), trainer)
+    if not counts["documents"]:
+        why = f"; the first: {faults[0]}" if faults else ""
+        raise RecipeError(
+            f"no record of {', '.join(paths)} has text in {text!r}{why}; name its field with --text"
+        )
     found = tokenizer.get_vocab_size()
     if found != vocabulary:
         raise RecipeError(
@@ -92,9 +98,10 @@ def train_tokenizer(
 
 
 def _texts(
-    source: Source, share: float, seed: int, counts: dict[str, int], progress: Callable[[int, int], None]
-) -> Iterator[str]:
-    """The chosen documents, normalised; counted as they pass."""
+    source: Source, share: float, seed: int, counts: dict[str, int], faults: list[str],
+    progress: Callable[[int, int], None],
+) -> Iterator[str]:  # fmt: skip
+    """The chosen documents, normalised; counted as they pass. `faults`: why the first record without text has none."""
     files = input_files(source, Path.cwd())
     total, done = sum(f.bytes for f in files), 0
 
@@ -105,7 +112,10 @@ def _texts(
 
     for piece in (piece for file in files for piece in pieces_of(file)):
         for record in records(piece, source.text, source.id, tick):
-            if record.text is None or draws(seed, f"tokenizer|{record.id}", 1)[0] >= share:
+            if record.text is None:
+                faults[:] = faults or [record.fault]
+                continue
+            if draws(seed, f"tokenizer|{record.id}", 1)[0] >= share:
                 continue
             text = normalise(record.text)[:MOST_CHARACTERS]
             counts["documents"] += 1

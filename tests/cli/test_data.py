@@ -63,6 +63,8 @@ def test_a_tokenizer_that_prepare_uses(
     [
         (["data", "prepare", "nowhere.toml"], "no recipe at nowhere.toml", 2),
         (["data", "prepare", "RECIPE", "--set", "fim.raet=1"], "Did you mean 'rate'?", 2),
+        (["data", "prepare", "RECIPE", "--executor", "slurm"], "--partition NAME belong together", 2),
+        (["data", "prepare", "RECIPE", "--partition", "x"], "--partition NAME belong together", 2),
         (["data", "reprot", "x"], "Did you mean 'report'?", 2),
         (["data", "report", "nowhere"], "holds no finished shards", 1),
         (["data", "tokenizer", "nowhere", "--out", "x"], "leads to no file", 2),

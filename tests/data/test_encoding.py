@@ -84,6 +84,10 @@ def test_the_same_text_gives_the_same_tokenizer_and_too_little_is_refused(folder
         train_tokenizer([str(folder / "t.jsonl")], folder / "big", vocabulary=60_000)
     with pytest.raises(RecipeError, match="exists; choose another"):
         train_tokenizer([str(folder / "t.jsonl")], folder / "made", vocabulary=700)
+    with pytest.raises(
+        RecipeError, match=r"has text in 'body'; the first: .*fields: text; name its field with"
+    ):
+        train_tokenizer([str(folder / "t.jsonl")], folder / "big", vocabulary=700, text="body")
     assert not (folder / "big").exists()
 
 

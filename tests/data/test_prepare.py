@@ -23,6 +23,8 @@ from hadal.data.tasks import Task, TaskError
 from hadal.text import Tokenizer
 from tests.data.conftest import Corpus, write_corpus
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def make(corpus: Corpus, out: Path, *changes: str, **options: Any) -> Prepared:
     return prepare(load(corpus.recipe, changes), out, base=corpus.folder, **options)

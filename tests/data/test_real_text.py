@@ -1,7 +1,7 @@
 """The pipeline on real text, where there is some: HADAL_TEST_DATA names a folder with these files.
 
-Copies and evaluation questions are planted among real documents, and must be found; whatever else goes must go
-for a reason that can be checked.
+Copies and evaluation questions are planted among real documents, and must be found; whatever else goes must
+go for a reason that can be checked.
 """
 
 from __future__ import annotations
