@@ -145,8 +145,8 @@ class _Crew:
                 while (line := process.stdout.readline()) and line.strip() != "done":
                     self.events.put(int(line))
                 if not line:
-                    said = process.stderr.read().strip().splitlines()
-                    self.events.put(f"a worker failed at {Path(task.folder).name}: {' '.join(said[-1:])}")
+                    said = process.stderr.read().strip().splitlines() or [f"status {process.wait()}"]
+                    self.events.put(f"a worker failed at {Path(task.folder).name}: {said[-1]}")
                     return
         except queue.Empty:
             self.events.put(None)

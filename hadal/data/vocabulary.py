@@ -101,7 +101,7 @@ def _texts(
     source: Source, share: float, seed: int, counts: dict[str, int], faults: list[str],
     progress: Callable[[int, int], None],
 ) -> Iterator[str]:  # fmt: skip
-    """The chosen documents, normalised; counted as they pass. `faults`: why the first record without text has none."""
+    """The chosen documents, normalised and counted. `faults`: why the first record without text has none."""
     files = input_files(source, Path.cwd())
     total, done = sum(f.bytes for f in files), 0
 

@@ -15,10 +15,10 @@ import pytest
 from hadal.data import reading, tasks
 from hadal.data.cleaning import normalise
 from hadal.data.prepare import ON_BOARD, Prepared, prepare
-from hadal.data.recipe import load
+from hadal.data.recipe import DataRecipe, load
 from hadal.data.report import markdown, read_report
 from hadal.data.shards import ShardError, open_shard, verify_shards
-from hadal.data.strict import RecipeError
+from hadal.data.strict import RecipeError, build
 from hadal.data.tasks import Task, TaskError
 from hadal.text import Tokenizer
 from tests.data.conftest import Corpus, write_corpus
@@ -218,6 +218,23 @@ def test_what_cannot_be_mixed_is_refused(corpus: Corpus, tmp_path: Path) -> None
         shutil.copy(corpus.recipe, bare / "recipe.toml")
         make(Corpus(bare, {}), tmp_path / "c")
     assert not any((tmp_path / name).exists() for name in "abc")
+
+
+def test_stages_can_be_left_out(corpus: Corpus, tmp_path: Path) -> None:
+    bare = ("duplicates.near=false", "duplicates.exact=false", "decontaminate.paths=[]", "heldout.share=0",
+            "language.keep=[]", "fim.rate=0", "tokens.split_rate=0", "tokens.bos=false")  # fmt: skip
+    made = make(corpus, tmp_path / "bare", *bare)
+    assert {entry["stage"] for entry in made.report["dropped"]} == {"read", "quality"}
+    assert not (made.folder / "heldout").exists() and made.report["heldout"] == {}
+    assert not any("<｜" in text.removesuffix("<｜end▁of▁sentence｜>") for text in texts_of(made.folder))
+    unweighted = json.loads(json.dumps(load(corpus.recipe).to_dict()))
+    for source in unweighted["source"]:
+        source["weight"] = 0
+    unweighted["quality"]["min_characters"] = 10**6
+    unweighted["mixture"]["tokens"] = 0
+    with pytest.raises(ShardError, match="no document is left to write; loosen the filters"):
+        prepare(build(DataRecipe, unweighted), tmp_path / "none", base=corpus.folder)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_failing_worker_says_what_failed(tmp_path: Path) -> None:
