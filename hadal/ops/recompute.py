@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hadal.ops.dispatch import needs_grad
-from hadal.ops.exact import exact, is_exact
-from hadal.ops.fp8_training import fp8_training, is_fp8_training
 
 KINDS = ("norm", "up", "swiglu", "rows")
 
@@ -123,7 +121,9 @@ class _Run:
     """One call of a recomputable operation: its arguments, and what the second run made, while needed."""
 
     def __init__(self, tape: _Tape, f: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.f, self.exact, self.fp8, self.single = f, is_exact(), is_fp8_training(), True
+        self.f, self.single = f, True
+        self.modes = copy_context()  # exact, FP8: the second run is as the first, whatever thread it is in
+        self.modes.run(_TAPE.set, None)
         self.wants = [isinstance(a, Tensor) and a.requires_grad for a in args]
         self.args: list[Any] | None = [tape.pack(_bare(a)) if isinstance(a, Tensor) else a for a in args]
         self.made: tuple[list[Any], tuple[Tensor, ...]] | None = None
@@ -134,12 +134,8 @@ class _Run:
             _bare(a).requires_grad_(want) if isinstance(a, Tensor) else a
             for a, want in zip(args, self.wants, strict=True)
         ]
-        token = _TAPE.set(None)
-        try:
-            with torch.enable_grad(), exact(self.exact), fp8_training(self.fp8):
-                outputs = self.f(*inputs)
-        finally:
-            _TAPE.reset(token)
+        with torch.enable_grad():
+            outputs = self.modes.run(self.f, *inputs)
         self.single = isinstance(outputs, Tensor)
         wanted = [a for a, want in zip(inputs, self.wants, strict=True) if want]
         return wanted, (outputs,) if self.single else tuple(outputs)

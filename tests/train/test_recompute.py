@@ -1,11 +1,14 @@
 """Recomputation against none: the same bits, and fewer bytes kept for the backward pass."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 
 from hadal.config import Gqa
+from hadal.ops.exact import exact, is_exact
+from hadal.ops.fp8_training import fp8_training, is_fp8_training
 from hadal.ops.recompute import KINDS, recompute, recomputed
 from hadal.train.batches import build
 from hadal.train.losses import Objective, cross_entropies, losses
@@ -117,6 +120,35 @@ def test_views_chains_and_a_reused_address():
     loss.backward()
     assert torch.equal(x.grad, want[0])
     assert torch.equal(weight.grad, want[1])
+
+
+def test_the_second_run_is_in_the_modes_of_the_first():
+    """In FP8, or exact: the backward pass lies outside the block, perhaps in a thread of its own."""
+    x, seen = torch.randn(4, requires_grad=True), []
+
+    def f(a):
+        seen.append((is_fp8_training(), is_exact()))
+        return a.exp()
+
+    with recompute(["up"]), fp8_training(), exact():
+        loss = recomputed("up", f, x).square().sum()
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert seen == [(True, True)] * 2
+    torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).exp())
+
+
+@pytest.mark.parametrize("kinds", [V3, KINDS], ids=["v3", "all"])
+def test_fp8_keeps_its_bits_too(kinds):
+    gradients = []
+    for chosen in ((), kinds):
+        network, micro = tiny.model(dtype=torch.bfloat16), _micro()
+        objective = Objective(sequence_alpha=0.01, recompute=chosen, fp8=True)
+        out = losses(network, micro, micro.weight_KT.sum(1), 8, objective)
+        out.total(0.3, 0.01).backward()
+        gradients.append([p.grad for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_an_output_that_nobody_differentiates_is_left_out():
