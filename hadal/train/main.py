@@ -418,7 +418,9 @@ class Run:
     def _memory(self) -> dict[str, int]:
         """Bytes on the device at the peak: predicted, and measured where the device counts them."""
         cuda = self.device.type == "cuda"
-        found = {"predicted_peak_bytes": peak_memory(self.recipe, self.model.config, cuda=cuda).peak}
+        found: dict[str, int] = {}
+        if not self.recipe.train.fp8:
+            found["predicted_peak_bytes"] = peak_memory(self.recipe, self.model.config, cuda=cuda).peak
         if cuda:
             found["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
         return found
@@ -433,10 +435,12 @@ class Run:
             f"{self.recipe.run.name}: {n.main + n.mtp_unique:,} parameters ({n.active:,} active), vocabulary "
             f"{config.vocab_size:,}, {str(self.model.dtype).removeprefix('torch.')} on {self.device}"
         )
+        memory = self._memory().get("predicted_peak_bytes")
         first = f"{train.batch_tokens_start:,} to " if train.batch_tokens_start else ""
         metrics.say(
             f"{self.steps:,} steps of {first}{train.batch_tokens:,} tokens in rows of {train.context:,}; "
-            f"peak: {found.source}; memory: {self._memory()['predicted_peak_bytes'] / 1e9:.2f} GB predicted"
+            f"peak: {found.source}"
+            + (f"; memory: {memory / 1e9:.2f} GB predicted" if memory else "")
             + (f"; resumed at step {step}" if step else "")
         )
 

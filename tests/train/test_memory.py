@@ -18,6 +18,7 @@ from hadal.train import optimizer
 from hadal.train import recipe as recipes
 from hadal.train.batches import build
 from hadal.train.memory import peak_memory
+from hadal.train.recipe import RecipeError
 from tests.train import tiny
 from tests.train.test_recompute import V3, kept_bytes
 
@@ -112,6 +113,8 @@ def test_recipes_have_a_peak():
     assert lean.state == plain.state
     halves = replace(recipe, train=replace(recipe.train, micro_batch_tokens=32_768))
     assert peak_memory(halves, config).activations == pytest.approx(plain.activations / 2, rel=0.01)
+    with pytest.raises(RecipeError, match="FP8 training is not predicted"):
+        peak_memory(replace(recipe, train=replace(recipe.train, fp8=True)), config)
     kept = replace(recipe, ema=recipes.EmaRecipe(rate=0.99))
     assert peak_memory(kept, config).host > plain.host > 0
 
