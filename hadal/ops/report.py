@@ -31,18 +31,10 @@ def _cpu(fast: bool) -> list[Row]:
         rows = [(name, "torch", why) for name in names]
         rows += [(f"{kind} decode", "torch, pages gathered", why) for kind in ("MLA", "GQA")]
         return [*rows, ("packed weights", "torch, dequantised for every product", why)]
-    small = linear.SMALL_M
-    if linear.native_bf16():
-        wide = "this processor multiplies BF16 itself"
-    else:
-        wide = "BF16 goes through FP32 there, since this processor would emulate it"
+    path = f"C++; BF16 beyond {linear.SMALL_M} rows torch" if linear.native_bf16() else "C++"
     return [
-        ("linear layers", f"C++ to {small} rows, then torch", f"{built}; {wide}"),
-        (
-            "routed experts",
-            f"C++ to {small} tokens (1,024 of small experts), then torch",
-            "reads only the chosen experts",
-        ),
+        ("linear layers", path, f"{built}; few rows stream the weights, many are panels of tokens"),
+        ("routed experts", path, "reads only the chosen experts; a prompt's in one call"),
         ("gate", f"C++ to {SMALL_T} tokens, then torch", "one thread beats several torch operations"),
         ("norms", "C++", "the residual addition in the same pass"),
         ("rotary embedding", "C++", "in the layout of the checkpoint"),
@@ -70,12 +62,12 @@ def _cuda(fast: bool) -> list[Row]:
         ("gate", "Triton", "scores, groups and top-k in one kernel"),
         ("norms", "Triton", "the residual addition in the same kernel"),
         ("rotary embedding", "Triton", "one kernel for both pair layouts"),
-        ("MLA decode", "Triton, absorbed, paged", "context split over programs, merged by log-sum-exp"),
+        ("MLA decode", "Triton; many heads Gluon on Hopper", "context split over programs, merged after"),
         ("GQA decode", "Triton, paged", "context split over programs, merged by log-sum-exp"),
         (
             "packed weights",
-            "Triton; many rows also torch",
-            "codes become BF16 in registers; FP8 multiplies FP8",
+            "Triton; many rows also torch, or Gluon on Hopper",
+            "codes become numbers in registers; FP8 multiplies FP8",
         ),
     ]
 

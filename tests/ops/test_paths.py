@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from hadal import ops
 from hadal.config import Moe
-from hadal.ops import cpu, cpu_packed, experts, gate, linear, packed, paged, rms_norm, rope
+from hadal.ops import cpu, cpu_packed, cpu_prompt, experts, gate, linear, packed, paged, rms_norm, rope
 
 OPERATIONS = [
     "linear layers",
@@ -89,9 +90,13 @@ def test_the_report_is_true_on_cpu(name, monkeypatch):
     """A C++ kernel is called where the report says C++, and nowhere else."""
     path = {operation: path for operation, path, _ in ops.paths()}[name]
     called = []
-    module = cpu_packed if name == "packed weights" else cpu
-    kernel = getattr(module, KERNELS[name])
-    monkeypatch.setattr(module, KERNELS[name], lambda *args: called.append(1) or kernel(*args))
+    modules = [cpu_packed if name == "packed weights" else cpu]
+    if name in ("linear layers", "routed experts"):
+        modules.append(cpu_prompt)
+    for module in modules:
+        kernel = getattr(module, KERNELS[name])
+        spy = functools.partial(lambda kernel, *args: called.append(1) or kernel(*args), kernel)
+        monkeypatch.setattr(module, KERNELS[name], spy)
     with torch.inference_mode():
         run(name, 1)
         assert bool(called) == path.startswith("C++")
