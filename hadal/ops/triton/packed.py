@@ -94,11 +94,6 @@ def _linear_kernel(
     code_row = codes + n.to(tl.int64) * code_stride
     scale_row = scale + (n // HIGH).to(tl.int64) * groups
     first, last = split * share, tl.minimum(K, (split + 1) * share)
-    if PDL:
-        lines: tl.constexpr = 16  # of 128 bytes of each row of codes, while the kernel before ends
-        byte = (first // 2 if INT4 else first) + tl.arange(0, lines) * 128
-        own = codes + tl.minimum(n, N - 1).to(tl.int64) * code_stride
-        pdl.prefetch(own[:, None] + tl.minimum(byte, code_stride - 1)[None, :], PDL)
     pdl.wait(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     acc = product(

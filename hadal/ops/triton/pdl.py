@@ -3,9 +3,9 @@
 A chain of short kernels loses a microsecond or two at every seam: the last programs of one end before the
 first of the next are sent. A kernel launched with `**options(tensor)` may be sent as soon as every program
 of its predecessor has called `begin`, or ended. Until `wait` returns it must touch nothing that an earlier
-kernel writes, and must write nothing; it may read weights, so `prefetch` brings its own into the L2 cache
-while the predecessor is still at work. After `wait` everything before is complete and visible.
-Every kernel launched so calls `begin` first and `wait` before its first load of anything but weights.
+kernel writes, and must write nothing; it may read weights. After `wait` everything before is complete and
+visible. Every kernel launched so calls `begin` first, and `wait` before it loads anything but weights.
+One that calls `begin` after `wait` lets the next read, before its own `wait`, what came before them both.
 CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
 
@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-LINE = tl.constexpr(64)  # elements of two bytes in a cache line
 
 
 @triton.jit
@@ -34,16 +32,6 @@ def wait(PDL: tl.constexpr):
     """Returns when all earlier kernels are complete."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def prefetch(pointer, PDL: tl.constexpr):
-    """Ask for the cache lines at these addresses (a tensor of pointers, all valid) to be brought into L2."""
-    if PDL:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer.to(tl.int64)], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @functools.cache
