@@ -1,4 +1,4 @@
-"""Strict tables: TOML into frozen dataclasses. An unknown key is refused, with what was probably meant."""
+"""Strict tables: TOML into frozen dataclasses, for data and for training. An unknown key is refused, with a hint."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ def require(ok: bool, key: str, value: object, want: str) -> None:
         raise RecipeError(f"{key} is {value!r}; it must be {want}")
 
 
-def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tables of a file, with overrides of the form "section.key=value" applied. Raises RecipeError."""
+def read_toml(
+    path: Path, overrides: Sequence[str] = (), example: str = "data-example", *, sections_only: bool = False
+) -> dict[str, Any]:
+    """The tables of a file, with overrides of the form "section.key=value" applied. Raises RecipeError, which
+    names `example` where there is no such file. `sections_only`: no key stands outside a section."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}; recipes/data-example.toml is one to start from") from None
+        raise RecipeError(f"no recipe at {path}; recipes/{example}.toml is one to start from") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
-        _override(table, override)
+        _override(table, override, (2,) if sections_only else (1, 2))
     return table
 
 
-def _override(table: dict[str, Any], text: str) -> None:
+def _override(table: dict[str, Any], text: str, depths: tuple[int, ...]) -> None:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
-    if not equals or len(parts) not in (1, 2) or not all(parts):
+    if not equals or len(parts) not in depths or not all(parts):
         raise RecipeError(f"--set {text!r} is not of the form section.key=value, e.g. fim.rate=0.1")
     try:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
@@ -59,22 +62,26 @@ def build(kind: type, table: object, path: str = "") -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-            raise RecipeError(f"unknown key {_join(path, key)!r} in the recipe. {hint}")
+            raise RecipeError(f"unknown key {join(path, key)!r} in the recipe. {hint}")
     values = {}
     for f in dataclasses.fields(kind):
         if f.name in table:
-            values[f.name] = _convert(hints[f.name], table[f.name], _join(path, f.name))
+            values[f.name] = _convert(hints[f.name], table[f.name], join(path, f.name))
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"the recipe lacks {_join(path, f.name)!r}")
+            raise RecipeError(f"the recipe lacks {join(path, f.name)!r}")
     return kind(**values)
 
 
 def _convert(kind: Any, value: object, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, path)
-    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
-        (item_kind, *_) = typing.get_args(kind)
-        return tuple(_convert(item_kind, item, f"{path}[{i}]") for i, item in enumerate(value))
+    origin, items = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, list | tuple):
+        if items[-1] is not Ellipsis and len(items) != len(value):
+            raise RecipeError(f"{path} is {value!r}; {len(items)} values are wanted")
+        return tuple(_convert(items[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return dict(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         if kind is int and float(value).is_integer():
             return int(value)
@@ -82,9 +89,10 @@ def _convert(kind: Any, value: object, path: str) -> Any:
             return float(value)
     if kind in (str, bool) and isinstance(value, kind):
         return value
-    wanted = kind.__name__ if isinstance(kind, type) else "a list"
+    wanted = kind.__name__ if isinstance(kind, type) else "a table" if origin is not tuple else "a list"
     raise RecipeError(f"{path} is {value!r}; {wanted} is wanted")
 
 
-def _join(path: str, key: str) -> str:
+def join(path: str, key: str) -> str:
+    """The dotted name of a key."""
     return f"{path}.{key}" if path else key

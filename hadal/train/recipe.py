@@ -9,26 +9,15 @@ defaults: 10T, 14.3T and 14.3T + 333B of 14.8T tokens.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import tomllib
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hadal.data.strict import RecipeError as RecipeError
+from hadal.data.strict import build, join, read_toml, require
 from hadal.ops.recompute import KINDS
 from hadal.train.schedules import BatchRamp, LearningRate, Schedule
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the key, the value and the remedy."""
-
-
-def _require(ok: bool, key: str, value: object, want: str) -> None:
-    if not ok:
-        raise RecipeError(f"{key} is {value!r}; it must be {want}")
 
 
 @dataclass(frozen=True)
@@ -38,8 +27,8 @@ class RunRecipe:
     title: str = ""  # one line for the model card
 
     def __post_init__(self) -> None:
-        _require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a plain name")
-        _require(0 <= self.seed < 2**31, "run.seed", self.seed, "in 0..2^31−1")
+        require(bool(self.name) and "/" not in self.name, "run.name", self.name, "a plain name")
+        require(0 <= self.seed < 2**31, "run.seed", self.seed, "in 0..2^31−1")
 
 
 @dataclass(frozen=True)
@@ -55,12 +44,12 @@ class DataRecipe:
     workers: int = 0  # processes that write puzzles; 0: as many as there are cores
 
     def __post_init__(self) -> None:
-        _require(self.source in ("puzzles", "shards"), "data.source", self.source, '"puzzles" or "shards"')
-        _require(
+        require(self.source in ("puzzles", "shards"), "data.source", self.source, '"puzzles" or "shards"')
+        require(
             self.source != "shards" or bool(self.path), "data.path", self.path, "the folder of packed shards"
         )
-        _require(0 <= self.prompt_weight <= 1, "data.prompt_weight", self.prompt_weight, "in 0..1")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 (all cores) or more")
+        require(0 <= self.prompt_weight <= 1, "data.prompt_weight", self.prompt_weight, "in 0..1")
+        require(self.workers >= 0, "data.workers", self.workers, "0 (all cores) or more")
 
 
 @dataclass(frozen=True)
@@ -80,38 +69,36 @@ class TrainRecipe:
     max_minutes: float = 0.0  # save and stop after so long; 0: no limit. `--resume` goes on
 
     def __post_init__(self) -> None:
-        _require(self.context >= 8, "train.context", self.context, "at least 8")
+        require(self.context >= 8, "train.context", self.context, "at least 8")
         batch, micro = self.batch_tokens, self.micro_batch_tokens
         whole_rows = batch >= self.context and batch % self.context == 0
-        _require(whole_rows, "train.batch_tokens", batch, f"a multiple of train.context {self.context}")
+        require(whole_rows, "train.batch_tokens", batch, f"a multiple of train.context {self.context}")
         fits = micro >= 0 and (not micro or (micro % self.context == 0 and batch % micro == 0))
         want = f"0, or a multiple of train.context that divides train.batch_tokens {batch}"
-        _require(fits, "train.micro_batch_tokens", micro, want)
+        require(fits, "train.micro_batch_tokens", micro, want)
         start = self.batch_tokens_start
         unit = micro or self.context
         want = f"0, or a multiple of {unit} (a micro-batch, or else a row) up to train.batch_tokens {batch}"
-        _require(0 <= start <= batch and start % unit == 0, "train.batch_tokens_start", start, want)
-        _require(0 <= self.batch_ramp <= 1, "train.batch_ramp", self.batch_ramp, "a share of the run")
-        _require(self.tokens >= self.batch_tokens, "train.tokens", self.tokens, "at least one batch")
-        _require(
+        require(0 <= start <= batch and start % unit == 0, "train.batch_tokens_start", start, want)
+        require(0 <= self.batch_ramp <= 1, "train.batch_ramp", self.batch_ramp, "a share of the run")
+        require(self.tokens >= self.batch_tokens, "train.tokens", self.tokens, "at least one batch")
+        require(
             self.dtype in ("auto", "float32", "bfloat16"),
             "train.dtype",
             self.dtype,
             '"auto", "float32" or "bfloat16"',
         )
         known = f"some of {', '.join(KINDS)}"
-        _require(set(self.recompute) <= set(KINDS), "train.recompute", self.recompute, known)
+        require(set(self.recompute) <= set(KINDS), "train.recompute", self.recompute, known)
         alone = not (self.recompute and self.compile)
-        _require(
-            alone, "train.recompute", self.recompute, "empty with train.compile (it plans memory itself)"
-        )
+        require(alone, "train.recompute", self.recompute, "empty with train.compile (it plans memory itself)")
         alone = not (self.fp8 and self.compile)
-        _require(
+        require(
             alone, "train.fp8", self.fp8, "false with train.compile (which would compile the rounding away)"
         )
-        _require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
-        _require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
-        _require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 (no limit) or more")
+        require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
+        require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
+        require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 (no limit) or more")
 
     @property
     def ramp(self) -> BatchRamp:
@@ -147,11 +134,11 @@ class OptimizerRecipe:
     moments: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        _require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(self.clip >= 0, "optimizer.clip", self.clip, "0 (off) or more")
-        _require(
+        require(all(0 <= b < 1 for b in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip >= 0, "optimizer.clip", self.clip, "0 (off) or more")
+        require(
             self.moments in ("bfloat16", "float32"),
             "optimizer.moments",
             self.moments,
@@ -172,18 +159,18 @@ class LearningRateRecipe:
     finals_until: tuple[float, ...] = (14.633 / 14.8, 1.0)
 
     def __post_init__(self) -> None:
-        _require(self.peak > 0, "learning_rate.peak", self.peak, "above 0")
-        _require(
+        require(self.peak > 0, "learning_rate.peak", self.peak, "above 0")
+        require(
             len(self.finals) == len(self.finals_until),
             "learning_rate.finals_until",
             self.finals_until,
             "as long as learning_rate.finals",
         )
         marks = (0.0, self.warmup, self.constant_until, self.cosine_until, *self.finals_until, 1.0)
-        _require(
+        require(
             list(marks) == sorted(marks), "learning_rate marks", marks[1:-1], "shares of the run, in order"
         )
-        _require(0 <= self.floor <= 1, "learning_rate.floor", self.floor, "a share of the peak")
+        require(0 <= self.floor <= 1, "learning_rate.floor", self.floor, "a share of the peak")
 
 
 @dataclass(frozen=True)
@@ -193,9 +180,9 @@ class BalanceRecipe:
     sequence_alpha: float = 1e-4
 
     def __post_init__(self) -> None:
-        _require(self.bias_speed >= 0, "balance.bias_speed", self.bias_speed, "0 or more")
-        _require(0 <= self.bias_until <= 1, "balance.bias_until", self.bias_until, "a share of the run")
-        _require(self.sequence_alpha >= 0, "balance.sequence_alpha", self.sequence_alpha, "0 or more")
+        require(self.bias_speed >= 0, "balance.bias_speed", self.bias_speed, "0 or more")
+        require(0 <= self.bias_until <= 1, "balance.bias_until", self.bias_until, "a share of the run")
+        require(self.sequence_alpha >= 0, "balance.sequence_alpha", self.sequence_alpha, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -205,8 +192,8 @@ class MtpRecipe:
     switch: float = 10 / 14.8
 
     def __post_init__(self) -> None:
-        _require(min(self.weight, self.weight_late) >= 0, "mtp.weight", self.weight, "0 or more")
-        _require(0 <= self.switch <= 1, "mtp.switch", self.switch, "a share of the run")
+        require(min(self.weight, self.weight_late) >= 0, "mtp.weight", self.weight, "0 or more")
+        require(0 <= self.switch <= 1, "mtp.switch", self.switch, "a share of the run")
 
 
 @dataclass(frozen=True)
@@ -217,8 +204,8 @@ class EmaRecipe:
     every_steps: int = 1
 
     def __post_init__(self) -> None:
-        _require(0 <= self.rate < 1, "ema.rate", self.rate, "in [0, 1), 0 for none")
-        _require(self.every_steps >= 1, "ema.every_steps", self.every_steps, "at least 1")
+        require(0 <= self.rate < 1, "ema.rate", self.rate, "in [0, 1), 0 for none")
+        require(self.every_steps >= 1, "ema.every_steps", self.every_steps, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -230,12 +217,12 @@ class LogRecipe:
     spike_sigmas: float = 6.0  # a loss so far above the recent ones is logged with its batch; 0: none is
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
-        _require(
+        require(self.every_steps >= 1, "log.every_steps", self.every_steps, "at least 1")
+        require(
             self.heldout_every_steps >= 0, "log.heldout_every_steps", self.heldout_every_steps, "0 or more"
         )
-        _require(self.spike_sigmas >= 0, "log.spike_sigmas", self.spike_sigmas, "0 (off) or more")
-        _require(self.heldout_tokens >= 1, "log.heldout_tokens", self.heldout_tokens, "at least 1")
+        require(self.spike_sigmas >= 0, "log.spike_sigmas", self.spike_sigmas, "0 (off) or more")
+        require(self.heldout_tokens >= 1, "log.heldout_tokens", self.heldout_tokens, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -249,10 +236,10 @@ class CheckpointRecipe:
     )
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
-        _require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
-        _require(self.shard_mib >= 1, "checkpoint.shard_mib", self.shard_mib, "at least 1")
+        require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
+        require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        require(self.shard_mib >= 1, "checkpoint.shard_mib", self.shard_mib, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -263,9 +250,9 @@ class ExportRecipe:
     temperature: float = 0.6  # that generation_config.json asks for; 0: greedy
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, "export.every_steps", self.every_steps, "0 or more")
-        _require(0 <= self.temperature <= 2, "export.temperature", self.temperature, "from 0 to 2")
-        _require(self.max_shard_mib >= 1, "export.max_shard_mib", self.max_shard_mib, "at least 1")
+        require(self.every_steps >= 0, "export.every_steps", self.every_steps, "0 or more")
+        require(0 <= self.temperature <= 2, "export.temperature", self.temperature, "from 0 to 2")
+        require(self.max_shard_mib >= 1, "export.max_shard_mib", self.max_shard_mib, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -316,89 +303,14 @@ class Recipe:
 # --- reading ---
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a TOML recipe and apply overrides of the form "train.tokens=1e6". Raises RecipeError."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"no recipe at {path}; recipes/mini.toml is one to start from") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides:
-        _override(table, override)
-    return from_dict(table)
+    return from_dict(read_toml(path, overrides, "mini", sections_only=True))
 
 
 def from_dict(table: Mapping[str, Any]) -> Recipe:
     """A recipe from plain tables (of TOML, or of a saved run). Raises RecipeError."""
-    recipe = _build(Recipe, table, "")
+    recipe = build(Recipe, table)
     assert isinstance(recipe, Recipe)
     return recipe
-
-
-def _override(table: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    parts = key.strip().split(".")
-    if not equals or len(parts) != 2 or not all(parts):
-        raise RecipeError(f"--set {text!r} is not of the form section.key=value, e.g. train.tokens=1e8")
-    try:
-        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    table.setdefault(parts[0], {})
-    if not isinstance(table[parts[0]], dict):
-        raise RecipeError(f"--set {text!r}: {parts[0]!r} is not a section of the recipe")
-    table[parts[0]][parts[1]] = parsed
-
-
-def _build(kind: type, table: object, path: str) -> Any:
-    if not isinstance(table, Mapping):
-        raise RecipeError(f"{path or 'the recipe'} is {table!r}; a table is wanted")
-    hints = typing.get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind)]
-    for key in table:
-        if key not in known:
-            raise RecipeError(f"unknown key {_join(path, key)!r} in the recipe.{_suggestion(key, known)}")
-    values = {}
-    for f in dataclasses.fields(kind):
-        if f.name in table:
-            values[f.name] = _convert(hints[f.name], table[f.name], _join(path, f.name))
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise RecipeError(f"the recipe lacks {_join(path, f.name)!r}")
-    return kind(**values)
-
-
-def _convert(kind: Any, value: object, path: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, path)
-    origin = typing.get_origin(kind)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        items = typing.get_args(kind)
-        if items[-1] is not Ellipsis and len(items) != len(value):
-            raise RecipeError(f"{path} is {value!r}; {len(items)} values are wanted")
-        return tuple(_convert(items[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if (
-        origin is not None
-        and isinstance(origin, type)
-        and issubclass(origin, Mapping)
-        and isinstance(value, Mapping)
-    ):
-        return types.MappingProxyType(dict(value)) if not isinstance(value, dict) else dict(value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int and number and float(typing.cast(float, value)).is_integer():
-        return int(typing.cast(float, value))
-    if kind is float and number:
-        return float(typing.cast(float, value))
-    if kind in (str, bool) and isinstance(value, kind):
-        return value
-    raise RecipeError(f"{path} is {value!r}; {getattr(kind, '__name__', 'a list of numbers')} is wanted")
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _suggestion(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    return f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
 
 
 # --- comparing, for resume ---
@@ -420,7 +332,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: str = ""
     """Dotted keys in which two resolved recipes differ, those of FREE_ON_RESUME left out."""
     found: list[str] = []
     for key in sorted(set(saved) | set(now)):
-        dotted = _join(path, key)
+        dotted = join(path, key)
         if dotted in FREE_ON_RESUME:
             continue
         a, b = saved.get(key), now.get(key)
