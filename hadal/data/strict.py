@@ -1,4 +1,4 @@
-"""Strict tables: TOML into frozen dataclasses, for data and for training. An unknown key is refused, with a hint."""
+"""Strict tables: TOML into frozen dataclasses; an unknown key is refused, with what was probably meant."""
 
 from __future__ import annotations
 
