@@ -11,7 +11,6 @@ and on Ctrl-C. `--resume` goes on bit for bit where the last checkpoint stands.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -28,7 +27,6 @@ import torch
 from rich.console import Console
 
 from hadal.config import ConfigError, ModelConfig
-from hadal.data.stream import PackedRows
 from hadal.model.layers import Ffn
 from hadal.model.moe import Experts
 from hadal.model.transformer import Transformer
@@ -36,18 +34,15 @@ from hadal.train import recipe as recipes
 from hadal.train import state
 from hadal.train.batches import Prefetcher, batches
 from hadal.train.ema import Ema
-from hadal.train.export import Facts, export
 from hadal.train.flops import Peak, peak, step_flops
-from hadal.train.heldout import Heldout, evaluate
 from hadal.train.losses import Objective
-from hadal.train.memory import peak_memory
 from hadal.train.metrics import Metrics
+from hadal.train.occasions import Occasions
 from hadal.train.optimizer import AdamW
 from hadal.train.recipe import Recipe, RecipeError
-from hadal.train.saver import Saver
 from hadal.train.sources import Sources, open_sources
 from hadal.train.spikes import Spikes
-from hadal.train.trainer import Progress, StepStats, Trainer
+from hadal.train.trainer import Progress, Trainer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -192,15 +187,10 @@ class Run:
         self.peak = peak(device, self.model.dtype)
         self.trainer = self._trainer()
         self.spikes = Spikes(recipe.log.spike_sigmas)
-        limits = recipe.checkpoint
-        self.saver = Saver(folder / "checkpoints", shard_mib=limits.shard_mib, keep=limits.keep)
         self.metrics: Metrics | None = None
+        self.occasions: Occasions | None = None
         self.prefetcher: Prefetcher | None = None
-        self.last: StepStats | None = None
-        self.held: Heldout | None = None
-        self.held_ema: Heldout | None = None
         self.stop_reason = ""
-        self._saved = time.perf_counter()
 
     def _build(self) -> Transformer:
         """The model with its first weights, drawn on the CPU so that every machine starts from the same."""
@@ -252,7 +242,10 @@ class Run:
             after_step=progress.step,
             console=self.console,
         )
-        self._introduce(self.metrics, self.peak)
+        self.occasions = Occasions(
+            self.recipe, self.folder, self.sources, self.trainer, self.metrics, self.spikes, self._seconds
+        )
+        self._introduce(self.occasions, self.peak)
         train = self.recipe.train
         stream = batches(
             self.sources.train,
@@ -266,42 +259,15 @@ class Run:
         self.trainer.batches = self._counted(self.prefetcher, self.metrics)
         with self._signals():
             while self.trainer.progress.step < self.steps and not self._stopping():
-                self._log(self.trainer.step())
-                self._occasions(self.trainer.progress.step)
-        return self._finish(self.metrics)
+                self.occasions.log(self.trainer.step())
+                if self.trainer.progress.step < self.steps:
+                    self.occasions.after(self.trainer.progress.step)
+        return self._finish(self.occasions)
 
     def _counted(self, source: Prefetcher, metrics: Metrics) -> Iterator[Any]:
         for batch in source:
             metrics.worked(batch.tokens, step_flops(self.model.config, batch.tokens, batch.attended_pairs))
             yield batch
-
-    def _log(self, arrived: Sequence[StepStats]) -> None:
-        assert self.metrics is not None
-        for stats in arrived:
-            self.last = stats
-            usual = self.spikes.expected(stats.loss)
-            if usual is not None:
-                norm, rows = stats.grad_norm, list(stats.rows)
-                self.metrics.event(
-                    "spike", stats.step, loss=stats.loss, usual=usual, grad_norm=norm, rows=rows
-                )
-            if stats.step % self.recipe.log.every_steps == 0:
-                self.metrics.step(stats, load=self.trainer.take_load())
-
-    def _occasions(self, step: int) -> None:
-        """What happens now and then: held-out loss, checkpoint, export."""
-        recipe, last = self.recipe, step >= self.steps
-        if last:
-            return  # `_finish` does all of it
-        self._tell(self.saver.poll())
-        if recipe.log.heldout_every_steps and step % recipe.log.heldout_every_steps == 0:
-            self._heldout()
-        due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
-        minutes = (time.perf_counter() - self._saved) / 60
-        if due or (recipe.checkpoint.every_minutes and minutes >= recipe.checkpoint.every_minutes):
-            self._save()
-        if recipe.export.every_steps and step % recipe.export.every_steps == 0:
-            self._export()
 
     def _stopping(self) -> bool:
         limit = self.recipe.train.max_minutes
@@ -309,133 +275,28 @@ class Run:
             self.stop_reason = "time"
         return bool(self.stop_reason)
 
-    def _finish(self, metrics: Metrics) -> Outcome:
-        self._log(self.trainer.arrived(wait=True))
+    def _finish(self, occasions: Occasions) -> Outcome:
+        occasions.catch_up()
         progress = self.trainer.progress
         reason = "finished" if progress.step >= self.steps else self.stop_reason
-        if reason != "signal":  # a signal wants us gone soon
-            self._heldout()
-        self._save()
-        self._tell(self.saver.wait())
-        exported = self._export()
-        metrics.event("stop", progress.step, reason=reason, seconds=self._seconds(), **self._memory())
+        exported = occasions.finish(reason)
         if reason != "finished":
-            metrics.say(f"stopped at step {progress.step} of {self.steps}: go on with --resume")
-        loss = None if self.last is None else self.last.loss
+            occasions.metrics.say(f"stopped at step {progress.step} of {self.steps}: go on with --resume")
+        loss = None if occasions.last is None else occasions.last.loss
         return Outcome(reason, progress.step, progress.tokens, self.folder, exported, loss)
-
-    # --- what the loop does now and then
-    # -----------------------------------------------------------------------
-    def _heldout(self) -> None:
-        assert self.metrics is not None
-        if self.sources.heldout is None:
-            return
-        self._log(self.trainer.arrived(wait=True))
-        self.held = self._evaluate(self.sources.heldout)
-        self.metrics.event("heldout", self.trainer.progress.step, **dataclasses.asdict(self.held))
-        if self.trainer.ema is not None:
-            with self.trainer.ema.in_model():
-                self.held_ema = self._evaluate(self.sources.heldout)
-            self.metrics.event("heldout_ema", self.trainer.progress.step, **dataclasses.asdict(self.held_ema))
-        self.metrics.restart_clock()
-
-    def _evaluate(self, source: PackedRows) -> Heldout:
-        train = self.recipe.train
-        return evaluate(
-            self.model,
-            source,
-            rows=max(1, self.recipe.log.heldout_tokens // train.context),
-            micro_rows=train.micro_tokens // train.context,
-            mask_documents=self.recipe.data.mask_documents,
-            recomputed=train.recompute,
-        )
-
-    def _save(self) -> None:
-        assert self.metrics is not None
-        self._log(
-            self.trainer.arrived(wait=True)
-        )  # a step that was not finite raises here, before it is saved
-        progress = self.trainer.progress
-        before = self.saver.start(
-            progress.step,
-            self.trainer.tensors(),
-            {
-                "tokens": progress.tokens,
-                "position": progress.position,
-                "seconds": self._seconds(),
-                "recent_losses": list(self.spikes.recent),
-                "recipe": self.recipe.to_dict(),
-            },
-        )
-        self._tell(before)
-        if not self.recipe.checkpoint.asynchronous:
-            self._tell(self.saver.wait())
-        self._saved = time.perf_counter()
-        self.metrics.restart_clock()
-
-    def _tell(self, saved: state.Checkpoint | None) -> None:
-        """Log a checkpoint that has reached the disk."""
-        if saved is not None and self.metrics is not None:
-            self.metrics.event("checkpoint", saved.step, path=str(saved.path))
-
-    def _export(self) -> Path:
-        assert self.metrics is not None
-        self._log(self.trainer.arrived(wait=True))
-        exported = self._write_export("export", self._facts(self.held))
-        if self.trainer.ema is not None:
-            facts = dataclasses.replace(self._facts(self.held_ema), average=self.recipe.ema.rate)
-            with self.trainer.ema.in_model():
-                self._write_export("export-ema", facts)
-        self.metrics.restart_clock()
-        return exported
-
-    def _write_export(self, name: str, facts: Facts) -> Path:
-        assert self.metrics is not None
-        tokenizer = self.sources.tokenizer_folder
-        exported = export(self.model, self.recipe, facts, tokenizer, self.folder / name)
-        self.metrics.event("export", self.trainer.progress.step, path=str(exported))
-        return exported
-
-    def _facts(self, held: Heldout | None) -> Facts:
-        assert self.metrics is not None
-        rates = sorted(self.metrics.rates)
-        cuda = self.device.type == "cuda"
-        return Facts(
-            step=self.trainer.progress.step,
-            steps=self.steps,
-            tokens=self.trainer.progress.tokens,
-            seconds=self._seconds(),
-            device=torch.cuda.get_device_name(self.device)
-            if cuda
-            else f"CPU, {torch.get_num_threads()} threads",
-            torch=torch.__version__,
-            heldout_loss=None if held is None else held.loss,
-            heldout_exact=None if held is None else held.exact,
-            heldout_documents=0 if held is None else held.documents,
-            tokens_per_second=rates[len(rates) // 2] if rates else None,
-        )
-
-    def _memory(self) -> dict[str, int]:
-        """Bytes on the device at the peak: predicted, and measured where the device counts them."""
-        cuda = self.device.type == "cuda"
-        found: dict[str, int] = {}
-        if not self.recipe.train.fp8:
-            found["predicted_peak_bytes"] = peak_memory(self.recipe, self.model.config, cuda=cuda).peak
-        if cuda:
-            found["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        return found
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
 
-    def _introduce(self, metrics: Metrics, found: Peak) -> None:
+    def _introduce(self, occasions: Occasions, found: Peak) -> None:
+        metrics = occasions.metrics
         config, n = self.model.config, self.model.config.parameters()
         train, step = self.recipe.train, self.trainer.progress.step
         metrics.say(
             f"{self.recipe.run.name}: {n.main + n.mtp_unique:,} parameters ({n.active:,} active), vocabulary "
             f"{config.vocab_size:,}, {str(self.model.dtype).removeprefix('torch.')} on {self.device}"
         )
-        memory = self._memory().get("predicted_peak_bytes")
+        memory = occasions.memory().get("predicted_peak_bytes")
         first = f"{train.batch_tokens_start:,} to " if train.batch_tokens_start else ""
         metrics.say(
             f"{self.steps:,} steps of {first}{train.batch_tokens:,} tokens in rows of {train.context:,}; "
@@ -470,7 +331,8 @@ class Run:
     def close(self) -> None:
         if self.prefetcher is not None:
             self.prefetcher.close()
-        self.saver.close()
+        if self.occasions is not None:
+            self.occasions.close()
         if self.trainer.ema is not None:
             self.trainer.ema.close()
         if self.metrics is not None:
