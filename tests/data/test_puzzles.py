@@ -36,6 +36,7 @@ from hadal.data.puzzles.phrases import (
     sequences,
 )
 from hadal.data.puzzles.phrases.arithmetic import NUMBER_WORDS
+from hadal.data.puzzles.sequences import difference
 from hadal.data.puzzles.task import bold_value, final_text, numbers_in
 from hadal.data.puzzles.wording import readings, slips, without_accents, written
 
@@ -459,3 +460,22 @@ def test_unknown_names_are_refused_with_a_suggestion() -> None:
         sample(0, 0, "test")
     with pytest.raises(ValueError, match="unknown language 'de'"):
         sample(0, 0, language="de")
+
+
+def test_differences_are_worked_out_digit_by_digit() -> None:
+    assert difference(69, 81) == "69 < 81: 11-9=2 8-6-1=1 → +12"
+    assert difference(1024, 994) == "1024 > 994: 4-4=0 12-9=3 10-9-1=0 1-0-1=0 → -30"
+    assert difference(3, 3) == "3 = 3: 3-3=0 → +0"
+    for a in range(0, 1100, 7):
+        for b in (0, 9, 99, 100, 101, 999, 1000, a):
+            digits = re.findall(r"=(\d)", solved := difference(a, b))
+            assert int("".join(reversed(digits))) == abs(a - b) and solved.endswith(f" {b - a:+d}")
+
+
+def test_a_kind_of_a_task_can_be_asked_for() -> None:
+    for i in range(40):
+        assert conversation(i, 1, name="countdown/4").turns[0].problem.kind == "4"
+        assert conversation(i, 1, name="divisibility").turns[0].task == "divisibility"
+        assert sample(i, 1, "held-out", name="chat/off-topic").problem.kind == "off-topic"
+    with pytest.raises(ValueError, match="did you mean 'countdown'"):
+        sample(0, 0, name="countdwn/4")

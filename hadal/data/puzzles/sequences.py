@@ -1,4 +1,6 @@
-"""Next term of a sequence: the differences first, then what they say.
+"""Next term of a sequence: the differences first, each by its digits, then what they say.
+
+    69 < 81: 11-9=2 8-6-1=1 → +12
 
 Constant differences: arithmetic. Differences that grow by a constant: squares and their kin.
 Two differences in turn: alternating. Otherwise a constant ratio, or each term the sum of the two before.
@@ -9,7 +11,7 @@ from __future__ import annotations
 import itertools
 import random
 
-from hadal.data.puzzles.columns import multiply, signed
+from hadal.data.puzzles.columns import multiply, pad, signed
 from hadal.data.puzzles.phrases.sequences import SEQUENCE
 from hadal.data.puzzles.task import Problem, Solution, pick, size
 from hadal.data.puzzles.wording import phrase, slips
@@ -105,11 +107,29 @@ def _plus(step: int) -> str:
     return f"+{step}" if step >= 0 else str(step)
 
 
+def difference(a: int, b: int) -> str:
+    """b − a for two neighbours: the smaller off the larger, digit by digit from the right, borrowing as in
+    `columns.subtract`.
+
+    In one go, a small model writes the tens before it knows whether the units borrow.
+    """
+    steps, borrow = [], 0
+    for upper, lower in zip(*map(reversed, pad(max(a, b), min(a, b))), strict=True):
+        top, low = int(upper), int(lower)
+        left, short = f"{lower}-1" if borrow else lower, top < low + borrow
+        top += 10 * short
+        steps.append(f"{top}-{left}={top - low - borrow}")
+        borrow = int(short)
+    sign = "<" if a < b else ">" if a > b else "="
+    return f"{a} {sign} {b}: {' '.join(steps)} → {_plus(b - a)}"
+
+
 def solve_sequence(problem: Problem, language: str) -> Solution:
     terms = list(problem.args)
     steps = [b - a for a, b in itertools.pairwise(terms)]
     listed = steps[:2] if problem.kind == "geometric" else steps
-    lines = [f"{_DIFFERENCES[language]} {' '.join(_plus(s) for s in listed)}"]
+    lines = [difference(a, b) for a, b in itertools.pairwise(terms[: len(listed) + 1])]
+    lines.append(f"{_DIFFERENCES[language]} {' '.join(_plus(s) for s in listed)}")
     last = terms[-1]
     if problem.kind == "geometric":
         ratio = terms[1] // terms[0]
