@@ -1,0 +1,327 @@
+"""Needles in haystacks: long documents with facts planted in them, and questions that only those answer.
+
+    haystack      lines of seeded puzzles, or of given texts
+    needle        "The magic number of Lisbon is 48213.", a line of its own at a chosen depth
+    question      "What is the magic number of Lisbon?"
+    answer        the needle's sentence again; right if its number is the planted one
+
+Towns and numbers are split by a hash: what is asked in an evaluation is never planted in training, and an
+evaluation asks for real cities alone. Training documents plant several needles and ask for some of them, so
+that a row holds more than one number's worth of signal; an evaluation plants one (DeepSeek-V3 report, Figure
+8; the test is Kamradt's, 2023).
+
+A training document is, in the template of hadal-mini (R1's),
+
+    <bos><｜User｜>haystack\\nquestion<｜Assistant｜><think>\\n</think>\\n\\nanswers<eos>
+
+and of an exact number of tokens: a row of C tokens holds 2^k documents of C/2^k tokens, k from 0 to 3, so
+that short distances stay in the mixture and nothing is padded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hadal.data.documents import Encoder, generator_digest, render
+from hadal.data.puzzles import SPLITS, conversation
+from hadal.data.shards import Manifest, ShardError, ShardFile, read_manifest, write_manifest, write_shard
+
+Ids = NDArray[np.uint16]
+
+CITIES = (
+    "Aarhus Abidjan Accra Adelaide Algiers Amman Amsterdam Ankara Antwerp Asmara Athens Atlanta Auckland "
+    "Austin Avignon Baghdad Baku Bamako Bandung Bangkok Barcelona Basel Beirut Belfast Belgrade Bergen "
+    "Berlin Bern Bilbao Bogota Bologna Bonn Bordeaux Boston Braga Brasilia Bremen Brest Brisbane Bristol "
+    "Bruges Brussels Bucharest Budapest Busan Cadiz Cairo Calgary Canberra Caracas Cardiff Cartagena "
+    "Chennai Chicago Coimbra Cologne Colombo Copenhagen Cordoba Cork Cusco Dakar Dallas Damascus Darwin "
+    "Delhi Denver Detroit Dhaka Dijon Doha Dortmund Dresden Dubai Dublin Durban Edinburgh Essen Evora "
+    "Faro Fez Florence Frankfurt Fukuoka Gaborone Geneva Genoa Ghent Glasgow Granada Graz Grenoble "
+    "Hamburg Hanoi Harare Havana Helsinki Hobart Honolulu Houston Innsbruck Istanbul Izmir Jakarta "
+    "Karachi Kigali Kingston Kobe Krakow Kyoto Lagos Lausanne Leeds Leiden Leipzig Liege Lille Lima "
+    "Limerick Linz Lisbon Liverpool Ljubljana London Luanda Lusaka Lyon Macau Madrid Malaga Malmo Manaus "
+    "Manchester Manila Maputo Marrakesh Marseille Melbourne Memphis Merida Miami Milan Minsk Montreal "
+    "Mumbai Munich Muscat Nagoya Nairobi Nantes Naples Nice Nicosia Odense Oporto Oran Osaka Oslo Ottawa "
+    "Oxford Padua Palermo Panama Paris Parma Perth Phoenix Pisa Plovdiv Porto Potsdam Prague Pretoria "
+    "Quebec Quito Rabat Recife Reims Rennes Reykjavik Riga Rome Rotterdam Rouen Salvador Salzburg "
+    "Santiago Sapporo Seattle Seoul Seville Shanghai Siena Singapore Skopje Sofia Split Stavanger "
+    "Stockholm Stuttgart Sydney Taipei Tallinn Tampa Tampere Tangier Tirana Tokyo Toledo Toronto Toulouse "
+    "Trieste Tripoli Tromso Tunis Turin Turku Utrecht Valencia Valletta Vancouver Venice Verona Vienna "
+    "Vilnius Warsaw Wellington Windhoek York Zagreb Zaragoza Zurich"
+).split()
+_SYLLABLES = (  # of made-up towns
+    "Al Bar Cas Dor El Fal Gran Hol Is Jor Kel Lor Mar Nor Ost Pel Ros Sal Tor Ul Val Wes Yar Zel".split(),
+    "a an ar e el en er i il in ir o ol on or u ul um un".split(),
+    "bach bridge burg by dale field ford ham ia land mar mont na nes port ria stad ton ville wick".split(),
+)
+
+SHARD_TOKENS = 2_000_000
+BANK_TOKENS = 200_000  # of haystack, from which the documents of a shard take their spans
+NEEDLE_ROOM = 100  # tokens of document for each needle at most
+MAX_NEEDLES = 32
+FORMAT = 1
+
+_NUMBER = re.compile(r"\d(?:[\d,  ]*\d)?")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A town and its magic number, five digits."""
+
+    town: str
+    number: str
+
+    @property
+    def sentence(self) -> str:
+        return f"The magic number of {self.town} is {self.number}."
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a town or a number belongs to the evaluation: a fifth of them do, by hash."""
+    return int.from_bytes(hashlib.sha256(f"needle:{text}".encode()).digest()[:4], "big") % 5 == 0
+
+
+HELD_OUT_CITIES = [city for city in CITIES if is_held_out(city)]
+
+
+def draw_facts(rng: random.Random, split: str, count: int) -> list[Fact]:
+    """`count` facts of different towns. Held-out ones are of real cities alone.
+
+    Raises ValueError on an unknown split, or more facts than there are held-out cities."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
+    if split == "held-out":
+        if not 0 <= count <= len(HELD_OUT_CITIES):
+            raise ValueError(f"{count} facts: there are {len(HELD_OUT_CITIES)} held-out cities")
+        towns = rng.sample(HELD_OUT_CITIES, count)
+    else:
+        chosen: dict[str, None] = {}
+        while len(chosen) < count:
+            chosen[_training_town(rng)] = None
+        towns = list(chosen)
+    return [Fact(town, _number(rng, split)) for town in towns]
+
+
+def _training_town(rng: random.Random) -> str:
+    """A real city or a made-up town, as often."""
+    while True:
+        if rng.random() < 0.5:
+            name = rng.choice(CITIES)
+        else:
+            name = "".join(map(rng.choice, _SYLLABLES))
+        if not is_held_out(name):
+            return name
+
+
+def _number(rng: random.Random, split: str) -> str:
+    while True:
+        number = str(rng.randrange(10_000, 100_000))
+        if is_held_out(number) == (split == "held-out"):
+            return number
+
+
+def question(facts: Sequence[Fact]) -> str:
+    """The question for one number or several."""
+    towns = ", ".join(fact.town for fact in facts)
+    what = "What is the magic number" if len(facts) == 1 else "What are the magic numbers"
+    return f"{what} of {towns}?"
+
+
+def answer(facts: Sequence[Fact]) -> str:
+    """The answer that training documents give: the needles' sentences, in the question's order."""
+    return "\n".join(fact.sentence for fact in facts)
+
+
+def is_right(completion: str, fact: Fact) -> bool:
+    """Whether the first number after the reasoning is the fact's (`48,213` and `48 213` are 48213)."""
+    said = _NUMBER.search(completion.rpartition("</think>")[2])
+    return said is not None and re.sub(r"\D", "", said[0]) == fact.number
+
+
+# --- haystacks ---
+def puzzle_lines(seed: int, split: str) -> Iterator[str]:
+    """Lines of puzzles and their solutions, for ever; none is empty, each ends with a line break."""
+    number = 0
+    while True:
+        for turn in conversation(number, seed, split).turns:
+            text = f"{turn.prompt}\n{turn.completion.replace('</think>', '')}"
+            yield from (line.strip() + "\n" for line in text.splitlines() if line.strip())
+        number += 1
+
+
+_SENTENCE = re.compile(r"(?<=[.!?。！？])\s+")
+
+
+def text_lines(paths: Sequence[Path]) -> Iterator[str]:
+    """Lines of text files, round and round; lines beyond 300 characters are cut where sentences end.
+
+    Raises OSError, and ValueError where the files hold no text."""
+    lines = []
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            parts = _SENTENCE.split(line) if len(line) > 300 else [line]
+            lines += [part.strip() + "\n" for part in parts if part.strip()]
+    if not lines:
+        raise ValueError(f"no text in {', '.join(map(str, paths)) or 'no files'}: give text as haystack")
+    while True:
+        yield from lines
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Encoded haystack: tokens, and where lines begin."""
+
+    tokens: Ids
+    starts: NDArray[np.int64]
+
+
+def fill_bank(lines: Iterator[str], encoder: Encoder, tokens: int) -> Bank:
+    """The first lines that hold `tokens` tokens."""
+    flat: list[int] = []
+    starts = []
+    while len(flat) < tokens:
+        starts.append(len(flat))
+        flat += encoder.encode(next(lines))
+    return Bank(np.array(flat, dtype=np.uint16), np.array(starts, dtype=np.int64))
+
+
+# --- training documents ---
+def document(rng: random.Random, bank: Bank, encoder: Encoder, length: int, split: str) -> Ids:
+    """One training document of exactly `length` tokens. Raises ValueError where no needle fits."""
+    planted = draw_facts(rng, split, rng.randint(1, max(1, min(MAX_NEEDLES, length // NEEDLE_ROOM))))
+    asked = rng.sample(planted, len(planted) if rng.random() < 0.5 else rng.randint(1, len(planted)))
+    head = encoder.encode("<｜begin▁of▁sentence｜><｜User｜>")
+    tail = encoder.encode(
+        f"{question(asked)}<｜Assistant｜><think>\n</think>\n\n{answer(asked)}<｜end▁of▁sentence｜>"
+    )
+    needles = [encoder.encode(fact.sentence + "\n") for fact in planted]
+    room = length - len(head) - len(tail) - sum(map(len, needles))
+    if room < 0:
+        raise ValueError(f"a document of {length} tokens is too short for {len(planted)} needles")
+    last = int(np.searchsorted(bank.starts, len(bank.tokens) - room, side="right"))
+    if len(bank.tokens) < room or last < 1:
+        raise ValueError(f"a bank of {len(bank.tokens)} tokens is too short for a haystack of {room}")
+    end = int(bank.starts[rng.randrange(last)]) + room  # the span ends where a line does
+    end = min(len(bank.tokens), int(next(iter(bank.starts[bank.starts >= end]), len(bank.tokens))))
+    first = end - room
+    places = sorted(_place(rng, bank, first, end) for _ in needles)
+    parts: list[Sequence[int] | Ids] = [head]
+    for place, needle in zip(places, needles, strict=True):
+        parts += [bank.tokens[first:place], needle]
+        first = place
+    parts += [bank.tokens[first:end], tail]
+    return np.concatenate([np.asarray(part, dtype=np.uint16) for part in parts])
+
+
+def _place(rng: random.Random, bank: Bank, first: int, end: int) -> int:
+    """Where a needle goes: the line start nearest to a depth drawn evenly."""
+    wanted = first + rng.random() * (end - first)
+    at = int(np.searchsorted(bank.starts, wanted))
+    near = [int(start) for start in bank.starts[max(0, at - 1) : at + 1]] + [end]
+    return min((place for place in near if first <= place <= end), key=lambda place: abs(place - wanted))
+
+
+def row(rng: random.Random, bank: Bank, encoder: Encoder, context: int, split: str) -> list[Ids]:
+    """Documents that fill a row: 2^k of C/2^k tokens (64 at least), k drawn from 0 to 3."""
+    halvings = rng.randint(0, 3)
+    while halvings and context >> halvings < 128:
+        halvings -= 1
+    count = 2**halvings
+    sizes = [context * (i + 1) // count - context * i // count for i in range(count)]
+    return [document(rng, bank, encoder, size, split) for size in sizes]
+
+
+def puzzle_row(rng: random.Random, encoder: Encoder, context: int, seed: int, split: str) -> list[Ids]:
+    """Ordinary puzzles that fill a row, the last one cut."""
+    documents: list[Ids] = []
+    left = context
+    while left > 0:
+        text = render(conversation(rng.randrange(2**40), seed, split))
+        documents.append(np.array(encoder.encode(text)[:left], dtype=np.uint16))
+        left -= len(documents[-1])
+    return documents
+
+
+def write_needles(
+    folder: Path | str,
+    tokenizer: Path | str,
+    *,
+    tokens: int,
+    context: int,
+    seed: int = 0,
+    split: str = "train",
+    share: float = 0.5,
+    haystack: Sequence[Path] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """`tokens` tokens, filled up to whole rows of `context`, as shards in `folder`: `share` of the rows hold
+    needles, the others puzzles. `haystack`: text files; none: puzzles.
+
+    A folder that already holds just these is left as it is. Raises ShardError if it holds something else.
+    """
+    folder, tokenizer = Path(folder), Path(tokenizer)
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
+    if context < 96 or tokens < 1 or not 0 <= share <= 1:
+        raise ValueError(f"context {context}, tokens {tokens}, share {share}: at least 96 and 1, and in 0..1")
+    rows = -(-tokens // context)
+    made_by = {
+        "generator": "hadal.data.needles",
+        "generator_sha256": hashlib.sha256(
+            generator_digest().encode() + Path(__file__).read_bytes()
+        ).hexdigest(),
+        "context": context,
+        "rows": rows,
+        "seed": seed,
+        "split": split,
+        "share": share,
+        "haystack": [hashlib.sha256(path.read_bytes()).hexdigest() for path in haystack],
+        "tokenizer_sha256": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
+    }
+    if (folder / "manifest.json").is_file():
+        found = read_manifest(folder)
+        if dict(found.made_by) == made_by:
+            return found
+        differs = sorted(k for k in made_by if found.made_by.get(k) != made_by[k])
+        raise ShardError(f"{folder} holds other shards (they differ in {', '.join(differs)}); choose another")
+    encoder = Encoder(tokenizer)
+    per_shard = max(1, SHARD_TOKENS // context)
+    shards: list[ShardFile] = []
+    count = -(-rows // per_shard)
+    for number in range(count):
+        wanted = min(rows, (number + 1) * per_shard) - number * per_shard
+        documents = _shard(number, wanted, context, seed, split, share, haystack, encoder)
+        lengths = np.array([len(one) for one in documents], dtype=np.uint32)
+        name = f"needles-{split}-{number:05d}"
+        shards.append(write_shard(folder, name, (np.concatenate(documents), lengths)))
+        if progress is not None:
+            progress(number + 1, count)
+    manifest = Manifest(tuple(shards), made_by)
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _shard(
+    number: int, rows: int, context: int, seed: int, split: str, share: float, haystack: Sequence[Path],
+    encoder: Encoder,
+) -> list[Ids]:  # fmt: skip
+    """The documents of shard `number`: a pure function of its arguments."""
+    rng = random.Random(f"needles:{seed}:{split}:{context}:{number}")
+    lines = text_lines(haystack) if haystack else puzzle_lines(rng.randrange(2**31), split)
+    for _ in range(rng.randrange(10_000) if haystack else 0):  # every shard begins elsewhere in the texts
+        next(lines)
+    bank = fill_bank(lines, encoder, max(BANK_TOKENS, 4 * context))
+    documents: list[Ids] = []
+    for _ in range(rows):
+        if rng.random() < share:
+            documents += row(rng, bank, encoder, context, split)
+        else:
+            documents += puzzle_row(rng, encoder, context, seed, split)
+    return documents
