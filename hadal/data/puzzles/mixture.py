@@ -129,8 +129,8 @@ def _one(
 ) -> Sample:
     """Draw until the problem belongs to the split, then word it and solve it.
 
-    `name`: a task, or one kind of its problems, `countdown/4`. With a `language`, until the wording gives that
-    language away; without one, a wording in no language of its own is answered in the language `otherwise`.
+    `name`: a task, or one kind of its problems, `countdown/4`. With a `language`, until the wording gives
+    that language away; without one, a wording in no language of its own is answered in `otherwise`.
     """
     name, _, kind = name.partition("/")
     chosen = TASKS[name]
