@@ -1,7 +1,8 @@
 """Which path an operation takes: Triton on CUDA, the C kernels on CPU, or the torch reference.
 
-`HADAL_OPS=reference` forces the references everywhere (slow, for comparison). Fast paths are for inference:
-they have no backward, so any tensor that needs a gradient goes through the differentiable path.
+`HADAL_OPS=reference` forces the references everywhere (slow, for comparison). Fast paths are for inference,
+where they have no backward: a tensor that needs a gradient goes through the differentiable path, which on
+CUDA has kernels of its own (`hadal/ops/triton/train_*.py`), both directions.
 """
 
 from __future__ import annotations
@@ -46,6 +47,13 @@ def use_triton(first: Tensor, *others: Tensor | Packed) -> bool:
         return False
     tensors = [first, *(t for t in others if isinstance(t, Tensor))]
     return len(tensors) == 1 + len(others) and not needs_grad(*tensors)
+
+
+def train_triton(first: Tensor, *others: Tensor | None) -> bool:
+    """Training on CUDA with Triton present: something needs a gradient, and no mode forbids the kernels."""
+    if is_exact() or not first.is_cuda or first.dtype == torch.float64:
+        return False
+    return has_triton() and not forced_reference() and needs_grad(first, *others)
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)

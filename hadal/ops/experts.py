@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from hadal.ops import cpu, cpu_prompt, invariant, packed
-from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
+from hadal.ops.dispatch import needs_grad, train_triton, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.fp8_training import is_fp8_training
 from hadal.ops.linear import FEW_ROWS, SMALL_M, linear, native_bf16
@@ -35,7 +35,12 @@ def swiglu(gate_up_T2I: Tensor) -> Tensor:
         return fast(gate_up_T2I)
     if use_cpu_kernels(gate_up_T2I) and gate_up_T2I.numel() <= 1 << 16:
         return cpu.swiglu(gate_up_T2I)
-    out_TI: Tensor = recomputed("swiglu", swiglu_reference, gate_up_T2I)
+    differentiable = swiglu_reference
+    if train_triton(gate_up_T2I):
+        from hadal.ops.triton import train_experts
+
+        differentiable = train_experts.swiglu
+    out_TI: Tensor = recomputed("swiglu", differentiable, gate_up_T2I)
     return out_TI
 
 
@@ -91,6 +96,11 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, n_experts: int) -> tuple[Tensor, T
 
         place, end_E = route.places(expert_TK, n_experts)
         return route.spread(x_TD, place, expert_TK.shape[1]), place, end_E
+    if train_triton(x_TD):
+        from hadal.ops.triton import route, train_experts
+
+        place, end_E = route.places(expert_TK, n_experts)
+        return recomputed("rows", train_experts.spread, x_TD, place, expert_TK.shape[1]), place, end_E
     flat = expert_TK.flatten()
     order = flat.argsort(stable=True)
     place = torch.empty_like(order)
@@ -113,6 +123,10 @@ def combine(
         from hadal.ops.triton.experts import combine as fast
 
         return fast(row_ND, place, weight_TK, shared_TD, residual_TD)
+    if train_triton(row_ND, weight_TK, shared_TD, residual_TD):
+        from hadal.ops.triton.train_experts import combine as differentiable
+
+        return differentiable(row_ND, place, weight_TK, shared_TD, residual_TD)
     wide = torch.promote_types(row_ND.dtype, weight_TK.dtype)
     row_TKD = recomputed("rows", _by_token, row_ND, place, weight_TK.shape[1], wide)
     out_TD = torch.einsum("tkd,tk->td", row_TKD, weight_TK.to(wide)).to(row_ND.dtype)

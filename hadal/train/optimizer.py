@@ -7,8 +7,9 @@
 
 Masters, moments and gradients live in flat buffers, one of each for the whole model, so that a step is a
 dozen kernels however many parameters there are, and so that a slice of a buffer can one day belong to
-another rank. Gradients accumulate in FP32. Weight decay acts on matrices (embedding, head and gate included)
-and not on vectors: norm weights and biases.
+another rank. On a GPU the model's parameters are views of such a buffer too, and one kernel makes the whole
+step. Gradients accumulate in FP32. Weight decay acts on matrices (embedding, head and gate included) and not
+on vectors: norm weights and biases.
 
 `alive` is a device scalar, 1.0 or 0.0: at 0.0 a step changes nothing, bit for bit. The trainer lowers it
 when a loss or a gradient is not finite, and need not wait for the device to know.
@@ -18,13 +19,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from hadal.ops.dispatch import forced_reference, has_triton
+
 SLAB = 2**26
-"""Elements updated at a time: bounds the FP32 temporaries of a step (256 MiB each)."""
+"""Elements updated at a time without the kernel: bounds the FP32 temporaries of a step (256 MiB each)."""
+LARGE = 2**18
+"""Elements from which on a parameter's gradient is taken as soon as it is made (`collecting`)."""
+ALIGNED = 64
+"""Elements at whose multiples all parameters must start to be views of one buffer: 128 bytes in BF16, which
+matrix products want."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +81,32 @@ class AdamW:
         self.exp_avg_sq_N = torch.zeros(size, dtype=moment_dtype, device=device)
         self.steps = 0
         self._has_grad = False
+        self._taken: set[int] = set()  # parameters whose gradient of this backward pass is summed already
         self._masters, self._grads = self._views(self.master_N), self._views(self.grad_N)
+        self._parameter_N = self._lay_flat()
         self.from_model()
 
     def _views(self, flat_N: Tensor) -> list[Tensor]:
         return [flat_N[slot.start : slot.end].view(slot.shape) for slot in self.slots]
+
+    @torch.no_grad()
+    def _lay_flat(self) -> Tensor | None:
+        """On a GPU: the parameters moved, as views, into one buffer laid out like the masters."""
+        dtypes = {p.dtype for p in self.parameters}
+        if not self.master_N.is_cuda or len(dtypes) > 1 or any(slot.start % ALIGNED for slot in self.slots):
+            return None
+        parameter_N = torch.empty_like(self.master_N, dtype=dtypes.pop())
+        for parameter, view in zip(self.parameters, self._views(parameter_N), strict=True):
+            parameter.data = view.copy_(parameter.data)
+        return parameter_N
+
+    def _lies_flat(self) -> bool:
+        """Whether the parameters are still where `_lay_flat` put them: nobody moved or cast the model."""
+        if self._parameter_N is None:
+            return False
+        first, size = self._parameter_N.data_ptr(), self._parameter_N.element_size()
+        pairs = zip(self.parameters, self.slots, strict=True)
+        return all(p.data_ptr() == first + slot.start * size for p, slot in pairs)
 
     @torch.no_grad()
     def from_model(self) -> None:
@@ -87,18 +118,47 @@ class AdamW:
         """Parameters ← masters, rounded to the model's dtype."""
         torch._foreach_copy_(self.parameters, self._masters)
 
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """For a backward pass: large gradients go into the FP32 buffer one by one as they are made, and are
+        freed, so that they never exist all at once. `accumulate` must follow."""
+        hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._take, number))
+            for number, p in enumerate(self.parameters)
+            if p.numel() >= LARGE
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _take(self, number: int, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if self._has_grad:
+            self._grads[number].add_(parameter.grad)
+        else:
+            self._grads[number].copy_(parameter.grad)
+        self._taken.add(number)
+        parameter.grad = None
+
     @torch.no_grad()
     def accumulate(self) -> None:
         """Take the parameters' `.grad` into the FP32 buffer (adding from the second call of a step on)."""
         pairs = [(g, p.grad) for g, p in zip(self._grads, self.parameters, strict=True) if p.grad is not None]
         targets, grads = [g for g, _ in pairs], [grad for _, grad in pairs]
         if self._has_grad:
-            torch._foreach_add_(targets, grads)
+            if pairs:
+                torch._foreach_add_(targets, grads)
         else:
-            if len(pairs) < len(self.parameters):
-                self.grad_N.zero_()
-            torch._foreach_copy_(targets, grads)
+            for number, (g, p) in enumerate(zip(self._grads, self.parameters, strict=True)):
+                if p.grad is None and number not in self._taken:
+                    g.zero_()
+            if pairs:
+                torch._foreach_copy_(targets, grads)
         self._has_grad = True
+        self._taken.clear()
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -117,11 +177,30 @@ class AdamW:
         if not self._has_grad:
             raise RuntimeError("optimizer.step() without a gradient: call accumulate() after backward()")
         self.steps += 1
+        self._has_grad = False
+        if self.master_N.is_cuda and has_triton() and not forced_reference():
+            self._update_whole(rate, norm, alive)
+            return
         scale = (self.clip / (norm + 1e-6)).clamp(max=1.0) if self.clip else torch.ones_like(norm)
         for part, decayed in self._slabs():
             self._update(part, rate, self.weight_decay if decayed else 0.0, scale, alive)
-        self._has_grad = False
         self.to_model()
+
+    def _update_whole(self, rate: float, norm: Tensor, alive: Tensor) -> None:
+        """`_update` for all slabs, and `to_model`, in one kernel."""
+        from hadal.ops.triton import train_adamw
+
+        (beta1, beta2), flat = self.betas, self._lies_flat()
+        numbers = train_adamw.Numbers(
+            beta1, beta2, self.eps, rate / (1.0 - beta1**self.steps), math.sqrt(1.0 - beta2**self.steps),
+            rate * self.weight_decay, self.clip,
+        )  # fmt: skip
+        train_adamw.update(
+            self.grad_N, self.master_N, self.exp_avg_N, self.exp_avg_sq_N,
+            self._parameter_N if flat else None, norm, alive, self.decayed, numbers,
+        )  # fmt: skip
+        if not flat:
+            self.to_model()
 
     def _slabs(self) -> Iterator[tuple[slice, bool]]:
         for low, high, decayed in ((0, self.decayed, True), (self.decayed, self.master_N.numel(), False)):

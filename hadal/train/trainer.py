@@ -101,7 +101,8 @@ class Trainer:
         parts, count_GE = torch.zeros(3, device=self.model.device), None
         for micro in batch.micros:
             out = losses(self.model, micro, weight_K, batch.rows, self.objective)  # forward
-            out.total(knobs.mtp_weight, self.objective.sequence_alpha).backward()  # backward
+            with self.optimizer.collecting():
+                out.total(knobs.mtp_weight, self.objective.sequence_alpha).backward()  # backward
             self.optimizer.accumulate()
             parts, count_GE = (
                 parts + out.parts(),

@@ -232,6 +232,31 @@ def ends(heads: int, tokens: int, page_bytes: int) -> None:
     mla.values(latent.attend(q, cache, table, context, 512, 0.1, shares=32), up[:, 128:])
 
 
+def backward(*outs: torch.Tensor) -> None:
+    torch.autograd.backward(outs, [torch.empty_like(out) for out in outs])
+
+
+def train_experts(hidden: int, width: int, K: int) -> None:
+    from hadal.ops.triton import train_experts as op
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=BF16, requires_grad=True)
+
+    backward(op.swiglu(draw(4 * K, 2 * width)))
+    place = torch.arange(4 * K)
+    backward(op.spread(draw(4, hidden), place, K))
+    weight = torch.empty(4, K, requires_grad=True)
+    backward(op.combine(draw(4 * K, hidden), place, weight, draw(4, hidden), draw(4, hidden)))
+
+
+def adamw() -> None:
+    from hadal.ops.triton.train_adamw import Numbers, update
+
+    flat, half, one = torch.empty(1 << 14), torch.empty(1 << 14, dtype=BF16), torch.ones(())
+    update(flat, flat, half, half, half, one, one, 1 << 13, Numbers(0.9, 0.95, 1e-8, 0.1, 0.1, 0.1, 1.0))
+    update(flat, flat, flat, flat, None, one, one, 1 << 13, Numbers(0.9, 0.95, 1e-8, 0.1, 0.1, 0.1, 0.0))
+
+
 CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "MLA, 16 heads": (mla, (16, 1, False), 2),
     "MLA, 128 heads": (mla, (128, 1, False), 2),
@@ -269,6 +294,9 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "FP8 latent entries": (write, (), 1),
     "around MLA, 16 heads": (ends, (16, 1, 576), 3),
     "around MLA, 128 heads, FP8": (ends, (128, 16, 656), 3),
+    "training: experts, V2-Lite": (train_experts, (2048, 1408, 6), 6),
+    "training: experts, mini": (train_experts, (256, 96, 4), 6),
+    "training: AdamW": (adamw, (), 2),
 }
 
 

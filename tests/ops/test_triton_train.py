@@ -1,0 +1,138 @@
+"""Triton kernels of training, both directions, against torch in FP64: on CUDA in BF16 and FP32, else in the
+interpreter (FP32)."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from hadal.ops import experts as expert_op
+
+pytest.importorskip("triton")
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
+needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
+def test_training_kernels_in_the_interpreter():
+    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
+    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    return float((got - want).norm() / want.norm().clamp_min(1e-9))
+
+
+def agree(
+    kernel: Callable[..., Tensor | Sequence[Tensor]], reference: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor], dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Outputs and all gradients, for random gradients of the outputs, as the reference has them in FP64."""
+    ours = [x.detach().requires_grad_() for x in inputs]
+    theirs = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    got, want = kernel(*ours), reference(*theirs)
+    got, want = ([x] if isinstance(x, Tensor) else list(x) for x in (got, want))
+    grads = [draw(*x.shape, dtype=x.dtype) for x in got]
+    torch.autograd.backward(got, grads)
+    torch.autograd.backward(want, [g.double().cpu() for g in grads])
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert error(a, b) < TOLERANCE[dtype]
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.grad is not None and b.grad is not None
+        assert a.grad.dtype == a.dtype
+        assert error(a.grad, b.grad) < TOLERANCE[dtype], number
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,width", [(1, 8), (37, 24), (5, 1408)])
+def test_swiglu(rows, width, dtype):
+    from hadal.ops.triton.train_experts import swiglu
+
+    agree(swiglu, expert_op.swiglu_reference, [draw(rows, 2 * width, dtype=dtype)], dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,width,experts,K", [(1, 24, 3, 2), (53, 40, 8, 3), (9, 2304, 16, 6)])
+@pytest.mark.parametrize("others", [True, False])
+def test_rows_to_experts_and_back(tokens, width, experts, K, others, dtype):
+    from hadal.ops.triton import route, train_experts
+
+    chosen = torch.rand(tokens, experts).topk(K, -1).indices
+    place, end = route.places(chosen.to(DEVICE), experts)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)
+    assert torch.equal(place.cpu(), order.argsort())
+    assert end.tolist() == flat.bincount(minlength=experts).cumsum(0).tolist()
+    host = place.cpu()
+    x = draw(tokens, width, dtype=dtype)
+    agree(
+        lambda x: train_experts.spread(x, place, K),
+        lambda x: x.index_select(0, order // K),
+        [x],
+        dtype,
+    )
+
+    def combined(row: Tensor, weight: Tensor, *more: Tensor) -> Tensor:
+        out = (row[host].unflatten(0, (-1, K)) * weight.unsqueeze(-1)).sum(1)
+        return sum(more, start=out)
+
+    inputs = [draw(tokens * K, width, dtype=dtype), draw(tokens, K)]
+    if others:
+        inputs += [draw(tokens, width, dtype=dtype), draw(tokens, width, dtype=dtype)]
+        kernel = lambda row, weight, a, b: train_experts.combine(row, place, weight, a, b)  # noqa: E731
+    else:
+        kernel = lambda row, weight: train_experts.combine(row, place, weight, None, None)  # noqa: E731
+    agree(kernel, combined, inputs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size,decayed", [(5000, 4100), (2048, 2048), (7, 0)])
+def test_adamw(size, decayed, moments, clip):
+    """Against the formula in FP64, and a dead step that holds NaN changes no bit."""
+    from hadal.ops.triton.train_adamw import Numbers, update
+
+    grad, master, parameter = draw(size), draw(size), torch.zeros(size, dtype=torch.bfloat16, device=DEVICE)
+    m, v = draw(size, dtype=moments, scale=0.1), draw(size, dtype=moments, scale=0.1).square()
+    numbers = Numbers(0.9, 0.95, 1e-8, 0.01 / (1 - 0.9**3), math.sqrt(1 - 0.95**3), 0.01 * 0.1, clip)
+    norm, alive = grad.norm(), torch.ones((), device=DEVICE)
+    g = grad.double() * (min(1.0, clip / (norm.item() + 1e-6)) if clip else 1.0)
+    want_m, want_v = 0.9 * m.double() + 0.1 * g, 0.95 * v.double() + 0.05 * g * g
+    shrink = torch.where(torch.arange(size, device=DEVICE) < decayed, 1 - numbers.shrink, 1.0)
+    want = master.double() * shrink - numbers.rate * want_m / (want_v.sqrt() / numbers.root + 1e-8)
+    update(grad, master, m, v, parameter, norm, alive, decayed, numbers)
+    assert error(master, want) < 1e-6
+    assert error(m, want_m) < (1e-6 if moments == torch.float32 else 6e-3)
+    assert error(v, want_v) < (1e-6 if moments == torch.float32 else 6e-3)
+    assert error(parameter, master) < (3e-3 if CUDA else 6e-3)  # the interpreter truncates
+    before = [x.clone() for x in (master, m, v, parameter)]
+    grad[0] = float("nan")
+    update(grad, master, m, v, parameter, grad.norm(), 0 * alive, decayed, numbers)
+    assert all(torch.equal(a, b) for a, b in zip(before, (master, m, v, parameter), strict=True))
+    update(grad, master, m, v, None, norm, alive, decayed, numbers)
+    assert torch.equal(parameter, before[3])
