@@ -175,6 +175,29 @@ def test_dequantised_in_one_pass(kind: Kind):
     assert error(dequantise(weight, DTYPE), exact(weight)) < TOLERANCE[DTYPE] / 2
     x = draw(257, 77)
     assert error(linear(x, weight), x.double() @ exact(weight).T) < TOLERANCE[DTYPE]
+    stack = pack(draw(3, 40, 77), kind, rows=8)
+    assert error(dequantise(stack, DTYPE), exact(stack)) < TOLERANCE[DTYPE] / 2
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_experts_dequantised_for_many_rows(kind: Kind, monkeypatch):
+    from hadal.ops.triton import packed
+
+    used = []
+    whole = packed.dequantise
+    monkeypatch.setattr(packed, "dequantise", lambda w, dtype: used.append(w) or whole(w, dtype))
+    monkeypatch.setattr(packed, "FEW_TOKENS", 8)
+    monkeypatch.setattr(packed, "DEQUANTISED_ROWS", 16)
+    tokens, hidden, width, n_experts, K = 48, 64, 32, 3, 2
+    x, residual = draw(tokens, hidden).bfloat16(), draw(tokens, hidden).bfloat16()
+    gate_up = pack(draw(n_experts, 2 * width, hidden, scale=hidden**-0.5), kind)
+    down = pack(draw(n_experts, hidden, width, scale=width**-0.5), kind)
+    expert = torch.stack([torch.randperm(n_experts)[:K] for _ in range(tokens)]).to(DEVICE)
+    weight = torch.rand(tokens, K).to(DEVICE)
+    want = experts_reference(x.double(), expert, weight.double(), gate_up, down) + residual.double()
+    out = packed.experts(x, expert, weight, gate_up, down, None, residual)
+    assert len(used) == 2 and error(out, want) < TOLERANCE[torch.bfloat16]
 
 
 @needs_triton

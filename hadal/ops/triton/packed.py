@@ -2,8 +2,9 @@
 
     one or two  no tensor cores: codes wait in registers for their input (packed_gemv.py)
     few rows    codes become BF16 in registers, the weights are streamed once (packed_tiles.py)
-    many rows   INT8, INT4: a linear layer is dequantised once and multiplied by cuBLAS; experts go through
+    more rows   INT8, INT4: a linear layer is dequantised once and multiplied by cuBLAS; experts go through
                 the same tiles, rows sorted by expert. FP8: activations are quantised too (fp8.py)
+    many rows   INT8, INT4 experts, too, are dequantised once and multiplied in groups
 
 The shared expert runs in the launches of up to FEW_TOKENS tokens, as so many parts of the routed width.
 
@@ -32,6 +33,7 @@ from hadal.ops.triton.sizes import ceil_div, power_of_2
 STREAMED_ROWS = 64  # beyond, dequantising a matrix once costs less than doing it for every tile of rows
 FEW_TOKENS = 256  # experts: up to here a program takes an expert, and the shared one's parts; beyond, a tile
 FOUND_PAIRS = 512  # experts: beyond, rows are listed first; finding its own takes a program's registers
+DEQUANTISED_ROWS = 128  # of an expert, on average: beyond, unpacking once beats unpacking for every tile
 PAIRED_TOKENS = 2  # experts: up to here every (token, k) pair has programs of its own
 TARGET_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
@@ -201,8 +203,8 @@ def _dequantise_kernel(
     codes, scale, out, K, code_stride, groups, INT4: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(1).to(tl.int64)
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    n = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if INT4:
         code = tl.load(codes + n * code_stride + k // 2, mask=k < K, other=0).to(tl.int32)
         value = ((code >> (4 * (k % 2))) & 15).to(tl.float32) - 8.0
@@ -212,13 +214,15 @@ def _dequantise_kernel(
     tl.store(out + n * K + k, value.to(out.dtype.element_ty), mask=k < K)
 
 
-def dequantise(weight_NK: Packed, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] in one pass; equal to `Packed.dequantise`."""
-    N, K = weight_NK.shape
-    out = torch.empty((N, K), dtype=dtype, device=weight_NK.device)
-    _dequantise_kernel[(ceil_div(K, 1024), N)](
-        weight_NK.codes, weight_NK.scale, out, K, weight_NK.codes.shape[-1], weight_NK.scale.shape[-1],
-        INT4=weight_NK.kind == "int4", GROUP=weight_NK.group, ROWS=weight_NK.rows, BLOCK=1024, num_warps=4,
+def dequantise(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K], or a stack of such whose blocks do not cross their borders, in one pass; equal to
+    `Packed.dequantise`."""
+    *lead, N, K = weight.shape
+    assert not lead or N % weight.rows == 0, "a block of rows crosses the border of a matrix"
+    out = torch.empty((*lead, N, K), dtype=dtype, device=weight.device)
+    _dequantise_kernel[(out.numel() // K, ceil_div(K, 1024))](
+        weight.codes, weight.scale, out, K, weight.codes.shape[-1], weight.scale.shape[-1],
+        INT4=weight.kind == "int4", GROUP=weight.group, ROWS=weight.rows, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -337,6 +341,11 @@ def experts(
     many = x_TD.shape[0] > FEW_TOKENS
     if many and gate_up_E2ID.kind == "fp8" and fp8.wants(x_TD, gate_up_E2ID) and fp8.wants_width(down_EDI):
         return fp8.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
+    if many and expert_TK.numel() > DEQUANTISED_ROWS * down_EDI.shape[0] and gate_up_E2ID.kind != "fp8":
+        from hadal.ops.experts import experts_grouped
+
+        stacks = dequantise(gate_up_E2ID, x_TD.dtype), dequantise(down_EDI, x_TD.dtype)
+        return experts_grouped(x_TD, expert_TK, weight_TK, *stacks, shared_TD, residual_TD)
     parts = 0 if shared is None else shared[1].shape[1] // down_EDI.shape[2]
     paired = x_TD.shape[0] <= PAIRED_TOKENS and packed_gemv.wants_experts(gate_up_E2ID, down_EDI)
     if paired:
