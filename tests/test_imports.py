@@ -41,7 +41,10 @@ BANNED_WORDS = {"trust_remote_code", "allow_pickle"}
 
 
 def room_of(path: Path) -> str:
-    """`hadal/ops/rope.py` -> `ops`; `hadal/config.py` -> `config`."""
+    """`hadal/ops/rope.py` -> `ops`; `hadal/config.py` -> `config`; a room's program stands above the
+    floors."""
+    if path.name == "__main__.py":
+        return "__main__"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

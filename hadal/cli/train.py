@@ -36,9 +36,10 @@ def train(
         hadal train recipes/mini.toml --set train.max_minutes=5 --out /tmp/try
         hadal train recipes/mini.toml --resume
     """
+    from hadal.evals.in_training import examine
     from hadal.train.main import train as run
 
-    outcome = run(recipe, resume=resume, overrides=override or [], out=out, device=device)
+    outcome = run(recipe, resume=resume, overrides=override or [], out=out, device=device, examine=examine)
     if json:
         print_json(
             {

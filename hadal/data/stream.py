@@ -117,6 +117,16 @@ class PackedRows:
         kept = sum(int(np.minimum(lengths, self.context).sum()) for lengths in self._lengths)
         return kept / (self.rows_per_epoch * self.context)
 
+    def rows_of_shards(self) -> list[range]:
+        """The rows of each shard, in file order: those of an epoch that is not shuffled."""
+        ends = np.cumsum(np.bincount(self._shard, minlength=len(self._lengths))).tolist()
+        return [range(a, b) for a, b in itertools.pairwise([0, *ends])]
+
+    def first_document(self, row: int) -> int:
+        """The number of the first document of a row, both counted in file order."""
+        before = sum(len(lengths) for lengths in self._lengths[: int(self._shard[row])])
+        return before + int(self._first[row])
+
     def rows(self, start: int, count: int) -> Rows:
         """Rows number `start` and on."""
         if start < 0 or count < 1:

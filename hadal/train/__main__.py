@@ -1,4 +1,7 @@
-"""`python -m hadal.train RECIPE …`: the trainer by itself, without the rest of the command line."""
+"""`python -m hadal.train RECIPE …`: the trainer by itself, without the rest of the command line.
+
+A program: like `hadal.cli` it stands above the rooms that it puts together.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 
 from hadal.config import ConfigError
 from hadal.data.shards import ShardError
+from hadal.evals.in_training import examine
 from hadal.text.tokenizer import TokenizerError
 from hadal.train.main import train
 from hadal.train.nonfinite import NonFiniteError
@@ -27,7 +31,14 @@ def main() -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     args = parser.parse_args()
     try:
-        train(args.recipe, resume=args.resume, overrides=args.overrides, out=args.out, device=args.device)
+        train(
+            args.recipe,
+            resume=args.resume,
+            overrides=args.overrides,
+            out=args.out,
+            device=args.device,
+            examine=examine,
+        )
     except (
         RecipeError,
         CheckpointError,

@@ -15,10 +15,11 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,15 +33,18 @@ from hadal.model.moe import Experts
 from hadal.model.transformer import Transformer
 from hadal.train import recipe as recipes
 from hadal.train import state
-from hadal.train.batches import Prefetcher, batches
+from hadal.train.accuracy import Examine
+from hadal.train.batches import Batch, Prefetcher, batches
 from hadal.train.ema import Ema
 from hadal.train.flops import Peak, peak, step_flops
+from hadal.train.initial import start_from, start_table
 from hadal.train.losses import Objective
 from hadal.train.metrics import Metrics
 from hadal.train.occasions import Occasions
 from hadal.train.optimizer import AdamW
+from hadal.train.phases import Stage, begun, config_at, recipe_at, stage_at, stages
 from hadal.train.recipe import Recipe, RecipeError
-from hadal.train.sources import Sources, open_sources
+from hadal.train.sources import Sources, open_stages
 from hadal.train.spikes import Spikes
 from hadal.train.trainer import Progress, Trainer
 
@@ -71,19 +75,26 @@ def train(
     out: Path | str | None = None,
     device: str = "auto",
     console: Console | None = None,
+    examine: Examine | None = None,
 ) -> Outcome:
     """Train by a recipe. `overrides`: "section.key=value"; `out`: the run's folder (default: runs/NAME).
+    `examine`: what measures accuracy, where the recipe asks for it (hadal.evals.in_training.examine).
 
     Raises RecipeError, CheckpointError, NonFiniteError, and what the data and the tokenizer raise.
     """
     recipe = recipes.load(Path(recipe_path), overrides)
+    if recipe.log.accuracy_every_steps and examine is None:
+        raise RecipeError(
+            f"log.accuracy_every_steps is {recipe.log.accuracy_every_steps}, and nothing measures accuracy: "
+            "call train(…, examine=hadal.evals.in_training.examine), or set it to 0"
+        )
     folder = Path(out) if out is not None else Path("runs") / recipe.run.name
     checkpoint = _open_folder(folder, recipe, resume)
     console = console or Console(stderr=True)
     started = time.perf_counter()
     chosen = _device(device)
-    sources = open_sources(recipe, folder / "data", partial(_say, console))
-    run = Run(recipe, folder, sources, chosen, console, started)
+    sources = open_stages(recipe, folder / "data", partial(_say, console))
+    run = Run(recipe, folder, sources, chosen, console, started, examine)
     try:
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -108,7 +119,7 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> state.Checkpoint
         before = recipes.from_dict(
             json.loads(saved.read_text(encoding="utf-8"))
         )  # keys added since: defaults
-        changed = recipes.differences(before.to_dict(), recipe.to_dict())
+        changed = _changed(before, recipe, checkpoint.step)
         if changed:
             raise RecipeError(
                 f"the recipe differs from that of the run in {folder} in {', '.join(changed)}; resume "
@@ -119,6 +130,13 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> state.Checkpoint
     temporary.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, saved)
     return checkpoint
+
+
+def _changed(before: Recipe, now: Recipe, step: int) -> list[str]:
+    """Keys that a run at `step` depends on and that have changed; phases that have not begun may change."""
+    count = begun(stages(before), step)
+    one, other = (recipes.comparable(recipe.to_dict(), count) for recipe in (before, now))
+    return recipes.differences(one, other)
 
 
 def _device(name: str) -> torch.device:
@@ -136,6 +154,8 @@ def model_config(recipe: Recipe, sources: Sources) -> ModelConfig:
     table: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     table |= {"vocab_size": -(-tokenizer.vocab_size // 64) * 64, "initializer_range": recipe.train.init_std}
     try:
+        if recipe.init.weights:
+            table |= start_table(Path(recipe.init.weights))
         config = ModelConfig.from_hf(table | dict(recipe.model))
     except ConfigError as error:
         raise RecipeError(f"[model]: {error}") from None
@@ -174,15 +194,18 @@ class Run:
         self,
         recipe: Recipe,
         folder: Path,
-        sources: Sources,
+        sources: Mapping[int, Sources],
         device: torch.device,
         console: Console,
         started: float,
+        examine: Examine | None = None,
     ) -> None:
-        self.recipe, self.folder, self.sources, self.device = recipe, folder, sources, device
-        self.console, self.started = console, started
+        self.recipe, self.folder, self.staged, self.device = recipe, folder, sources, device
+        self.sources = next(iter(sources.values()))
+        self.stage: Stage | None = None
+        self.console, self.started, self.examine = console, started, examine
         self.seconds_before = 0.0  # of earlier calls, when resumed
-        self.steps = recipe.train.steps
+        self.steps, self.stages = recipe.steps, stages(recipe)
         self.model = self._build()
         self.peak = peak(device, self.model.dtype)
         self.trainer = self._trainer()
@@ -195,8 +218,12 @@ class Run:
     def _build(self) -> Transformer:
         """The model with its first weights, drawn on the CPU so that every machine starts from the same."""
         config, train = model_config(self.recipe, self.sources), self.recipe.train
+        self.config = config_at(config, self.stages, 0)
+        config_at(config, self.stages, len(self.stages) - 1)  # a phase that cannot be is refused at once
         torch.manual_seed(self.recipe.run.seed)
         model = Transformer(config, dtype=torch.float32).init_weights(self.recipe.run.seed, train.init_std)
+        if self.recipe.init.weights:
+            start_from(model, Path(self.recipe.init.weights))
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         model = model.to(self.device, _DTYPES[dtype if train.dtype == "auto" else train.dtype])
         if train.compile:
@@ -236,33 +263,75 @@ class Run:
         self.metrics = Metrics(
             self.folder,
             total_steps=self.steps,
-            total_tokens=self.recipe.train.tokens_read,
+            total_tokens=self.recipe.tokens_read,
             peak_flops=self.peak.flops,
             tensorboard=self.recipe.log.tensorboard,
             after_step=progress.step,
             console=self.console,
         )
         self.occasions = Occasions(
-            self.recipe, self.folder, self.sources, self.trainer, self.metrics, self.spikes, self._seconds
+            self.recipe,
+            self.folder,
+            self.sources,
+            self.trainer,
+            self.metrics,
+            self.spikes,
+            self._seconds,
+            self.examine,
         )
         self._introduce(self.occasions, self.peak)
-        train = self.recipe.train
-        stream = batches(
-            self.sources.train,
-            position=progress.position,
-            rows=lambda position: train.ramp.rows(position * train.context),
-            micro_rows=train.micro_batch_tokens // train.context,
-            depths=len(self.model.mtp),
-            mask_documents=self.recipe.data.mask_documents,
-        )
-        self.prefetcher = Prefetcher(stream, self.device)
+        self.prefetcher = Prefetcher(self._stream(progress.step, progress.tokens), self.device)
         self.trainer.batches = self._counted(self.prefetcher, self.metrics)
+        self._begin(self.occasions, progress.step)
         with self._signals():
             while self.trainer.progress.step < self.steps and not self._stopping():
+                self._enter(self.occasions, stage_at(self.stages, self.trainer.progress.step))
                 self.occasions.log(self.trainer.step())
                 if self.trainer.progress.step < self.steps:
                     self.occasions.after(self.trainer.progress.step)
         return self._finish(self.occasions)
+
+    def _stream(self, step: int, tokens: int) -> Iterator[Batch]:
+        """The batches after `step` steps and `tokens` tokens, stage by stage, to the end of the run."""
+        for stage in self.stages[stage_at(self.stages, step).index :]:
+            if step >= stage.end_step:
+                continue
+            one = batches(
+                self.staged[stage.index].train,
+                position=max(0, tokens - stage.first_token) // stage.context,
+                rows=stage.rows,
+                micro_rows=recipe_at(self.recipe, stage).train.micro_batch_tokens // stage.context,
+                depths=len(self.model.mtp),
+                mask_documents=self.recipe.data.mask_documents,
+            )
+            yield from islice(one, stage.end_step - max(step, stage.first_step))
+
+    def _begin(self, occasions: Occasions, step: int) -> None:
+        """Be in the stage at `step`. At its very border the stage before may not have been seen off: a run
+        that was stopped there, or to which phases were added."""
+        stage = stage_at(self.stages, step)
+        if stage.index and 0 < step == stage.first_step and self.recipe.export.phases:
+            before = self.stages[stage.index - 1]
+            if not (self.folder / f"export-{before.name}").exists():
+                self._enter(occasions, before)
+        self._enter(occasions, stage)
+
+    def _enter(self, occasions: Occasions, stage: Stage) -> None:
+        """Be in `stage`: its rotary embedding, its held-out rows. The stage that ends here is seen off first;
+        one that a call begins in the middle of says nothing."""
+        if stage is self.stage:
+            return
+        if self.stage is not None:
+            occasions.leave(self.stage.name)
+        self.stage = stage
+        config = config_at(self.config, self.stages, stage.index)
+        self.model.set_rope(config)
+        event = None
+        if stage.index and self.trainer.progress.step == stage.first_step:
+            scaling = dict(stage.rope_scaling)
+            event = {"name": stage.name, "context": stage.context, "steps": stage.steps,
+                     "tokens": stage.tokens, "rope_scaling": scaling}  # fmt: skip
+        occasions.enter(recipe_at(self.recipe, stage), self.staged[stage.index], event)
 
     def _counted(self, source: Prefetcher, metrics: Metrics) -> Iterator[Any]:
         for batch in source:
@@ -299,8 +368,9 @@ class Run:
         memory = occasions.memory().get("predicted_peak_bytes")
         first = f"{train.batch_tokens_start:,} to " if train.batch_tokens_start else ""
         metrics.say(
-            f"{self.steps:,} steps of {first}{train.batch_tokens:,} tokens in rows of {train.context:,}; "
-            f"peak: {found.source}"
+            f"{self.stages[0].steps:,} steps of {first}{train.batch_tokens:,} tokens in rows of "
+            f"{train.context:,}; peak: {found.source}"
+            + "".join(f"; {s.name}: {s.steps:,} steps in rows of {s.context:,}" for s in self.stages[1:])
             + (f"; memory: {memory / 1e9:.2f} GB predicted" if memory else "")
             + (f"; resumed at step {step}" if step else "")
         )

@@ -1,15 +1,15 @@
 """What a run tells: metrics.jsonl, TensorBoard, and a live line.
 
 One JSON object a line, with `kind`: "step" (losses, rates, balance), "load" (tokens per gate and expert
-since the last one, for heat maps), "heldout", "heldout_ema", "spike", "checkpoint", "export", "stop". Rates
-and times are wall-clock.
+since the last one, for heat maps), "heldout", "heldout_ema", "accuracy", "spike", "checkpoint", "export",
+"stop". Rates and times are wall-clock.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Metrics:
         if self.console.is_terminal:
             self._live.start()
         self.heldout_loss: float | None = None
+        self.accuracy: float | None = None
         self.rates: list[float] = []  # tokens/s of every logged stretch
         self._since, self._tokens, self._flops = time.perf_counter(), 0, 0.0
 
@@ -121,11 +122,16 @@ class Metrics:
     def event(self, kind: str, step: int, **values: Any) -> None:
         """Log something that happened: a held-out loss, a checkpoint, an export, a stop."""
         self._jsonl.write({"kind": kind, "step": step, **values})
-        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-        self._curves(step, numbers, kind)
+        self._curves(step, dict(_numbers(values)), kind)
         if kind == "heldout":
             self.heldout_loss = values["loss"]
-        self.say(f"step {step}: {kind} " + " ".join(f"{k}={_short(v)}" for k, v in values.items()))
+        if kind == "accuracy":
+            self.accuracy = values["accuracy"]
+        plain = {k: v for k, v in values.items() if not isinstance(v, Mapping)}
+        self.say(f"step {step}: {kind} " + " ".join(f"{k}={_short(v)}" for k, v in plain.items()))
+        for name, table in values.items():
+            if isinstance(table, Mapping) and table:
+                self.say(f"  {name}: " + ", ".join(f"{k} {_of_table(v)}" for k, v in table.items()))
 
     def say(self, text: str) -> None:
         """A line that stays above the live one."""
@@ -140,6 +146,7 @@ class Metrics:
     def _describe(self, stats: StepStats, rate: float, mfu: float) -> str:
         left = max(0, self._total_tokens - stats.tokens) / rate if rate else 0.0
         held = f" heldout {self.heldout_loss:.4f}" if self.heldout_loss is not None else ""
+        held += f" accuracy {self.accuracy:.1%}" if self.accuracy is not None else ""
         return (
             f"step {stats.step}/{self._total_steps} loss {stats.loss:.4f} mtp {stats.mtp_loss:.4f}{held} "
             f"| {rate:,.0f} tok/s MFU {mfu:.1%} | MaxVio {stats.max_violation:.2f} "
@@ -174,5 +181,22 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def _numbers(values: Json, path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record, those of its tables as "table/key"."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{path}{key}/")
+        elif isinstance(value, int | float):
+            yield path + key, value
+
+
 def _short(value: object) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _of_table(value: object) -> str:
+    """A share, or the loss and bits per byte of a domain."""
+    if not isinstance(value, Mapping):
+        return f"{value:.0%}" if isinstance(value, float) else str(value)
+    bits = value.get("bits_per_byte")
+    return f"{value['loss']:.3f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else "")

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from hadal.data.stream import PackedRows
 from hadal.train import state
+from hadal.train.accuracy import Examine
+from hadal.train.batches import Ints
+from hadal.train.domains import Domains, find_domains, token_bytes
 from hadal.train.export import Facts, export
 from hadal.train.heldout import Heldout, evaluate
 from hadal.train.memory import peak_memory
@@ -38,9 +43,15 @@ class Occasions:
         metrics: Metrics,
         spikes: Spikes,
         seconds: Callable[[], float],
+        examine: Examine | None = None,
     ) -> None:
         self.recipe, self.folder, self.sources = recipe, folder, sources
         self.trainer, self.metrics, self.spikes, self.seconds = trainer, metrics, spikes, seconds
+        self.examine = examine
+        self._domains: tuple[PackedRows, Domains] | None = None  # of held-out rows, once they were asked for
+        self._bytes_V: Ints = np.empty(0, dtype=np.int64)
+        self._training_peak = 0
+        self.now = recipe  # as the stage at hand sees it
         limits = recipe.checkpoint
         self.saver = Saver(folder / "checkpoints", shard_mib=limits.shard_mib, keep=limits.keep)
         self.last: StepStats | None = None
@@ -66,11 +77,13 @@ class Occasions:
         self.log(self.trainer.arrived(wait=True))
 
     def after(self, step: int) -> None:
-        """Do what is due after `step`, which is not the last: held-out loss, checkpoint, export."""
+        """Do what is due after `step`, which is not the last: held-out loss, accuracy, checkpoint, export."""
         recipe = self.recipe
         self._tell(self.saver.poll())
         if recipe.log.heldout_every_steps and step % recipe.log.heldout_every_steps == 0:
             self.heldout()
+        if recipe.log.accuracy_every_steps and step % recipe.log.accuracy_every_steps == 0:
+            self.accuracy()
         due = recipe.checkpoint.every_steps and step % recipe.checkpoint.every_steps == 0
         minutes = (time.perf_counter() - self._saved) / 60
         if due or (recipe.checkpoint.every_minutes and minutes >= recipe.checkpoint.every_minutes):
@@ -84,6 +97,8 @@ class Occasions:
         self.catch_up()
         if reason != "signal":
             self.heldout()
+            if self.recipe.log.accuracy_every_steps:
+                self.accuracy()
         self.save()
         self._tell(self.saver.wait())
         exported = self.export()
@@ -105,15 +120,53 @@ class Occasions:
         self.metrics.restart_clock()
 
     def _evaluate(self, source: PackedRows) -> Heldout:
-        train = self.recipe.train
+        train, model = self.now.train, self.trainer.model
+        rows = max(1, self.recipe.log.heldout_tokens // train.context)
+        if self._domains is None or self._domains[0] is not source:
+            self._domains = source, find_domains(source, rows)
+            self._bytes_V = token_bytes(self.sources.tokenizer, model.config.vocab_size)
         return evaluate(
-            self.trainer.model,
+            model,
             source,
-            rows=max(1, self.recipe.log.heldout_tokens // train.context),
+            rows=rows,
             micro_rows=train.micro_tokens // train.context,
             mask_documents=self.recipe.data.mask_documents,
             recomputed=train.recompute,
+            domains=self._domains[1],
+            bytes_V=self._bytes_V,
         )
+
+    def accuracy(self) -> None:
+        """Let the model answer held-out problems. On a GPU the peak of memory stays that of training."""
+        assert self.examine is not None, "checked by `train`"
+        self.catch_up()
+        log, model = self.recipe.log, self.trainer.model
+        self._training_peak = self._peak()
+        found = self.examine(model, self.sources, log.accuracy_problems, log.accuracy_max_tokens)
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
+        self.metrics.event("accuracy", self.trainer.progress.step, **dataclasses.asdict(found))
+        self.metrics.restart_clock()
+
+    def _peak(self) -> int:
+        """The most bytes on a GPU so far, but for what `accuracy` took; 0 on a CPU."""
+        device = self.trainer.model.device
+        now = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return max(self._training_peak, now)
+
+    def enter(self, now: Recipe, sources: Sources, event: Mapping[str, Any] | None) -> None:
+        """Go on in another stage; `event` tells of a phase whose first step comes next."""
+        self.now, self.sources = now, sources
+        if event is not None:
+            self.metrics.event("phase", self.trainer.progress.step + 1, **event)
+
+    def leave(self, name: str) -> None:
+        """What a stage leaves that another follows: held-out loss, `export-NAME`, checkpoint."""
+        self.heldout()
+        if self.recipe.export.phases:
+            self.catch_up()
+            self._write_export(f"export-{name}", self._facts(self.held))
+        self.save()
 
     def save(self) -> None:
         """Write a checkpoint, beside the next steps where the recipe says so."""
@@ -163,7 +216,8 @@ class Occasions:
         cuda = self.trainer.model.device.type == "cuda"
         return Facts(
             step=self.trainer.progress.step,
-            steps=self.recipe.train.steps,
+            steps=self.recipe.steps,
+            context=self.now.train.context,
             tokens=self.trainer.progress.tokens,
             seconds=self.seconds(),
             device=torch.cuda.get_device_name(self.trainer.model.device)
@@ -185,7 +239,7 @@ class Occasions:
                 self.recipe, self.trainer.model.config, cuda=cuda
             ).peak
         if cuda:
-            found["peak_bytes"] = torch.cuda.max_memory_allocated(self.trainer.model.device)
+            found["peak_bytes"] = self._peak()
         return found
 
     def close(self) -> None:

@@ -213,6 +213,9 @@ class LogRecipe:
     every_steps: int = 10
     heldout_every_steps: int = 200  # 0: never
     heldout_tokens: int = 65536
+    accuracy_every_steps: int = 0  # greedy answers to held-out puzzles, by task; 0: never
+    accuracy_problems: int = 12  # of each task
+    accuracy_max_tokens: int = 768  # an answer that is longer is wrong
     tensorboard: bool = True
     spike_sigmas: float = 6.0  # a loss so far above the recent ones is logged with its batch; 0: none is
 
@@ -223,6 +226,10 @@ class LogRecipe:
         )
         require(self.spike_sigmas >= 0, "log.spike_sigmas", self.spike_sigmas, "0 (off) or more")
         require(self.heldout_tokens >= 1, "log.heldout_tokens", self.heldout_tokens, "at least 1")
+        every, problems, most = self.accuracy_every_steps, self.accuracy_problems, self.accuracy_max_tokens
+        require(every >= 0, "log.accuracy_every_steps", every, "0 (never) or more")
+        require(problems >= 1, "log.accuracy_problems", problems, "at least 1, of each task")
+        require(most >= 1, "log.accuracy_max_tokens", most, "at least 1")
 
 
 @dataclass(frozen=True)
