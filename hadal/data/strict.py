@@ -52,6 +52,19 @@ def _override(table: dict[str, Any], text: str, depths: tuple[int, ...]) -> None
     inner[parts[-1]] = parsed
 
 
+def override_phase(phases: object, text: str) -> None:
+    """Apply "phases.NAME.key=value" to a list of named tables. Raises RecipeError."""
+    left, _, value = text.partition("=")
+    parts = left.strip().split(".")
+    found = [p for p in phases if isinstance(p, dict)] if isinstance(phases, list) else []
+    table = next((p for p in found if len(parts) == 3 and p.get("name") == parts[1]), None)
+    if table is None:
+        names = ", ".join(str(p.get("name")) for p in found) or "none"
+        raise RecipeError(f"--set {text!r} is not of the form phases.NAME.key=value; phases here: {names}")
+    inner = {"phase": table}
+    _override(inner, f"phase.{parts[2]}={value}", (2,))
+
+
 def build(kind: type, table: object, path: str = "") -> Any:
     """An instance of the dataclass `kind` from plain tables. Raises RecipeError."""
     if not isinstance(table, Mapping):

@@ -7,6 +7,7 @@ says where sequences begin and which cache pages they own. Legend: T tokens, D h
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,7 +17,9 @@ from torch.nn.functional import embedding
 from hadal.config import ConfigError, Mla, ModelConfig
 from hadal.model.block import Block
 from hadal.model.context import Context
+from hadal.model.gqa import GqaAttention
 from hadal.model.layers import Like, Linear, RMSNorm
+from hadal.model.mla import MlaAttention
 from hadal.model.mtp import Mtp
 from hadal.ops import invariant
 from hadal.ops.exact import is_exact
@@ -118,6 +121,20 @@ class Transformer(nn.Module):
             dim = a.qk_rope_head_dim if isinstance(a, Mla) else a.head_dim
             self._rotation = rotation_table(self.config.rope, dim, self.max_positions, self.device)
         return self._rotation
+
+    def set_rope(self, config: ModelConfig) -> None:
+        """Go on under `config`, which may differ in rotary embedding and positions alone: tables and softmax
+        scales become those of it, weights stay. Raises ConfigError."""
+        old = replace(self.config, rope=config.rope, max_position_embeddings=config.max_position_embeddings)
+        if old != config:
+            raise ConfigError(
+                "set_rope changes rope and max_position_embeddings; build another model instead"
+            )
+        self.config, self._rotation = config, None
+        self.max_positions = config.max_position_embeddings
+        for module in self.modules():
+            if isinstance(module, MlaAttention | GqaAttention):
+                module.scale = config.softmax_scale
 
     # --- weights --------------------------------------------------------------------------------------------
     @torch.no_grad()

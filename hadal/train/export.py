@@ -46,6 +46,7 @@ class Facts:
     heldout_exact: float | None = None
     heldout_documents: int = 0
     tokens_per_second: float | None = None
+    context: int | None = None  # tokens in a row of the stage at hand
     average: float | None = None  # the rate, where the weights are a moving average
 
 
@@ -117,7 +118,8 @@ def model_card(config: ModelConfig, recipe: Recipe, facts: Facts, *, accuracy: s
     rows = {
         "Architecture": _architecture(config),
         "Parameters": f"{n.main + n.mtp_unique:,} ({n.active:,} active per token; MTP {n.mtp_unique:,})",
-        "Context": f"{recipe.train.context:,} tokens in training, {config.max_position_embeddings:,} at most",
+        "Context": f"{facts.context or recipe.train.context:,} tokens in training, "
+        f"{config.max_position_embeddings:,} at most",
         "Vocabulary": f"{config.vocab_size:,}",
         "Training data": _data(recipe),
         "Training tokens": f"{facts.tokens:,} in {facts.step:,} steps of {_batch(recipe)}",
@@ -192,6 +194,8 @@ def _batch(recipe: Recipe) -> str:
 def _data(recipe: Recipe) -> str:
     if recipe.data.source == "puzzles":
         return "puzzles with worked solutions, written by the seeded generators in `hadal/data/puzzles`"
+    if recipe.data.source == "needles":
+        return "long documents with planted facts, and puzzles, written by `hadal/data/needles.py`"
     return f"packed shards in `{recipe.data.path}`"
 
 

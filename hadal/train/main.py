@@ -328,9 +328,9 @@ class Run:
         self.model.set_rope(config)
         event = None
         if stage.index and self.trainer.progress.step == stage.first_step:
-            scaling = dict(stage.rope_scaling)
+            rope = config.rope
             event = {"name": stage.name, "context": stage.context, "steps": stage.steps,
-                     "tokens": stage.tokens, "rope_scaling": scaling}  # fmt: skip
+                     "tokens": stage.tokens, "rope": f"{rope.type} {rope.factor:g}"}  # fmt: skip
         occasions.enter(recipe_at(self.recipe, stage), self.staged[stage.index], event)
 
     def _counted(self, source: Prefetcher, metrics: Metrics) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hadal.config import ModelConfig
 from hadal.plan.training import TrainingMemory, TrainingShape, training_memory
+from hadal.train.phases import stages
 from hadal.train.recipe import Recipe, RecipeError
 
 
@@ -19,7 +20,7 @@ def peak_memory(recipe: Recipe, config: ModelConfig, *, cuda: bool = True) -> Tr
     return training_memory(
         config,
         TrainingShape(
-            tokens=train.micro_tokens,
+            tokens=max(stage.micro_tokens for stage in stages(recipe) if stage.steps),
             element=2 if dtype == "bfloat16" else 4,
             moment=2 if recipe.optimizer.moments == "bfloat16" else 4,
             recompute=train.recompute,

@@ -9,15 +9,17 @@ defaults: 10T, 14.3T and 14.3T + 333B of 14.8T tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hadal.data.strict import RecipeError as RecipeError
-from hadal.data.strict import build, join, read_toml, require
+from hadal.data.strict import build, join, override_phase, read_toml, require
 from hadal.ops.recompute import KINDS
-from hadal.train.schedules import BatchRamp, LearningRate, Schedule
+from hadal.train.phases import PhaseRecipe, phase_knobs, stages
+from hadal.train.schedules import BatchRamp, LearningRate, Schedule, learning_rate
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,23 @@ class RunRecipe:
 class DataRecipe:
     """Where tokens come from."""
 
-    source: str  # "puzzles": this package's seeded generators; "shards": a folder of packed shards
+    source: str  # "puzzles", "needles": this package's generators; "shards": a folder of packed shards
     tokenizer: str = "hadal-mini"  # a folder with tokenizer.json; "hadal-mini": the one in the package
     path: str = ""  # the folder of shards; for puzzles where they are written (default: OUT/data)
     heldout_path: str = ""  # shards of text that is never trained on
     mask_documents: bool = True  # False: attention crosses documents, as in V3's pre-training
     prompt_weight: float = 0.0  # how much the tokens of questions count, against 1 for those of solutions
     workers: int = 0  # processes that write puzzles; 0: as many as there are cores
+    examined: int = 300  # of puzzles: no question of `hadal eval --samples N` is trained on; 0: not compared
 
     def __post_init__(self) -> None:
-        require(self.source in ("puzzles", "shards"), "data.source", self.source, '"puzzles" or "shards"')
+        known = ("puzzles", "needles", "shards")
+        require(self.source in known, "data.source", self.source, '"puzzles" or "shards", or "needles"')
         require(
             self.source != "shards" or bool(self.path), "data.path", self.path, "the folder of packed shards"
         )
         require(0 <= self.prompt_weight <= 1, "data.prompt_weight", self.prompt_weight, "in 0..1")
+        require(self.examined >= 0, "data.examined", self.examined, "0 (none) or more")
         require(self.workers >= 0, "data.workers", self.workers, "0 (all cores) or more")
 
 
@@ -81,7 +86,8 @@ class TrainRecipe:
         want = f"0, or a multiple of {unit} (a micro-batch, or else a row) up to train.batch_tokens {batch}"
         require(0 <= start <= batch and start % unit == 0, "train.batch_tokens_start", start, want)
         require(0 <= self.batch_ramp <= 1, "train.batch_ramp", self.batch_ramp, "a share of the run")
-        require(self.tokens >= self.batch_tokens, "train.tokens", self.tokens, "at least one batch")
+        enough = self.tokens == 0 or self.tokens >= self.batch_tokens
+        require(enough, "train.tokens", self.tokens, "at least one batch (or 0, with [[phases]] alone)")
         require(
             self.dtype in ("auto", "float32", "bfloat16"),
             "train.dtype",
@@ -253,6 +259,7 @@ class CheckpointRecipe:
 class ExportRecipe:
     every_steps: int = 0  # 0: only at the end
     fp8: bool = True
+    phases: bool = True  # export-NAME at the end of every stage but the last, where there are phases
     max_shard_mib: int = 5120
     temperature: float = 0.6  # that generation_config.json asks for; 0: greedy
 
@@ -260,6 +267,24 @@ class ExportRecipe:
         require(self.every_steps >= 0, "export.every_steps", self.every_steps, "0 or more")
         require(0 <= self.temperature <= 2, "export.temperature", self.temperature, "from 0 to 2")
         require(self.max_shard_mib >= 1, "export.max_shard_mib", self.max_shard_mib, "at least 1")
+
+
+@dataclass(frozen=True)
+class InitRecipe:
+    """What a run starts from: random weights, or those of a finished model (moments then start at zero)."""
+
+    weights: str = ""  # a folder in the published layout; [model] then holds what is to differ from it
+
+
+@dataclass(frozen=True)
+class NeedlesRecipe:
+    """Long documents with planted facts (hadal/data/needles.py), for data.source = "needles"."""
+
+    share: float = 0.5  # of the rows; the others hold puzzles
+    haystack: tuple[str, ...] = ()  # text files; none: puzzles
+
+    def __post_init__(self) -> None:
+        require(0 <= self.share <= 1, "needles.share", self.share, "a share of the rows")
 
 
 @dataclass(frozen=True)
@@ -271,7 +296,10 @@ class Recipe:
     data: DataRecipe
     train: TrainRecipe
     learning_rate: LearningRateRecipe
-    model: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    init: InitRecipe = field(default_factory=InitRecipe)
+    needles: NeedlesRecipe = field(default_factory=NeedlesRecipe)
+    phases: tuple[PhaseRecipe, ...] = ()
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     balance: BalanceRecipe = field(default_factory=BalanceRecipe)
     mtp: MtpRecipe = field(default_factory=MtpRecipe)
@@ -279,6 +307,25 @@ class Recipe:
     log: LogRecipe = field(default_factory=LogRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
+
+    def __post_init__(self) -> None:
+        if not self.model and not self.init.weights:
+            raise RecipeError("the recipe lacks 'model' (it may be left out with init.weights)")
+        names = [phase.name for phase in self.phases]
+        require(len(set(names)) == len(names), "phases", names, "of different names")
+        want = "at least one batch, or 0 with [[phases]] of which the first has a learning_rate"
+        first = self.phases[0].learning_rate if self.phases else -1
+        require(self.train.tokens > 0 or first >= 0, "train.tokens", self.train.tokens, want)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, phases included."""
+        return stages(self)[-1].end_step
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of all steps, phases included."""
+        return stages(self)[-1].end_token
 
     def schedule(self) -> Schedule:
         """The run's schedules in absolute tokens."""
@@ -293,6 +340,7 @@ class Recipe:
                 (v * rate.peak, u * total) for v, u in zip(rate.finals, rate.finals_until, strict=True)
             ),
         )
+        last = shape.peak if rate.constant_until >= 1 else learning_rate(math.inf, shape)
         return Schedule(
             learning_rate=shape,
             bias_speed=self.balance.bias_speed,
@@ -300,6 +348,7 @@ class Recipe:
             mtp_weight=self.mtp.weight,
             mtp_weight_late=self.mtp.weight_late,
             mtp_switch=self.mtp.switch * total,
+            phases=phase_knobs(self, last),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -309,8 +358,14 @@ class Recipe:
 
 # --- reading ---
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a TOML recipe and apply overrides of the form "train.tokens=1e6". Raises RecipeError."""
-    return from_dict(read_toml(path, overrides, "mini", sections_only=True))
+    """Read a TOML recipe and apply overrides of the form "train.tokens=1e6", or "phases.NAME.tokens=1e6" of a
+    phase. Raises RecipeError."""
+    of_phases = [text for text in overrides if text.split("=")[0].strip().startswith("phases.")]
+    others = [text for text in overrides if text not in of_phases]
+    table = read_toml(path, others, "mini", sections_only=True)
+    for text in of_phases:
+        override_phase(table.get("phases", []), text)
+    return from_dict(table)
 
 
 def from_dict(table: Mapping[str, Any]) -> Recipe:
@@ -333,6 +388,17 @@ FREE_ON_RESUME = (
 )
 """Sections and keys that may change between a run and its continuation: no trained number depends on them
 (but `train.compile`, which rounds differently: the run goes on soundly, not bit for bit)."""
+
+
+def comparable(resolved: Mapping[str, Any], begun: int) -> dict[str, Any]:
+    """A resolved recipe for `differences`, with the first `begun` phases by name: those that have not begun
+    may change, and where the shards of a phase lie may too."""
+    free = ("path", "heldout_path")
+    phases = {
+        phase["name"]: {"number": number} | {k: v for k, v in phase.items() if k not in free}
+        for number, phase in enumerate(resolved["phases"][:begun])
+    }
+    return {**resolved, "phases": phases}
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:

@@ -99,6 +99,22 @@ class BatchRamp:
 
 
 @dataclass(frozen=True)
+class PhaseKnobs:
+    """A phase after the main pre-training (hadal/train/phases.py): constant values beyond `begin` tokens; the
+    learning rate first comes up from 0 over `warmup` tokens."""
+
+    begin: float
+    warmup: float
+    learning_rate: float
+    bias_speed: float
+    mtp_weight: float
+
+    def at(self, tokens: float) -> Knobs:
+        share = min(1.0, (tokens - self.begin) / self.warmup) if self.warmup else 1.0
+        return Knobs(self.learning_rate * share, self.bias_speed, self.mtp_weight)
+
+
+@dataclass(frozen=True)
 class Schedule:
     """All of a run's schedules; `at(tokens)` gives the values of one step."""
 
@@ -108,8 +124,12 @@ class Schedule:
     mtp_weight: float
     mtp_weight_late: float
     mtp_switch: float
+    phases: tuple[PhaseKnobs, ...] = ()  # in order
 
     def at(self, tokens: float) -> Knobs:
+        for phase in reversed(self.phases):
+            if tokens > phase.begin:
+                return phase.at(tokens)
         return Knobs(
             learning_rate=learning_rate(tokens, self.learning_rate),
             bias_speed=stepwise(tokens, self.bias_speed, 0.0, self.bias_until),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hadal.data.documents import write_puzzles
 from hadal.data.shards import ShardError
 from hadal.data.stream import PackedRows, StreamRows, packed_rows
 from hadal.text.tokenizer import Tokenizer
+from hadal.train.needle_set import write_needle_sets
+from hadal.train.phases import recipe_at, stages
 from hadal.train.recipe import Recipe, RecipeError
 
 ON_BOARD = Path(__file__).resolve().parents[1] / "assets" / "hadal-mini"
@@ -25,12 +27,37 @@ class Sources:
     tokenizer_folder: Path
 
 
-def open_sources(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Sources:
-    """The sources of a recipe. Puzzles are written below `data.path` (default: `folder`) unless they lie
-    there.
+def open_stages(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[int, Sources]:
+    """The sources of every stage that has steps, by its number. A phase without a `path` reads what the main
+    part reads; of needles it gets documents of its own length, below the folder of the main set.
+
+    Raises as `open_sources`.
+    """
+    found: dict[int, Sources] = {}
+    for stage in stages(recipe):
+        if not stage.steps:
+            continue
+        view, data = recipe_at(recipe, stage), recipe.data
+        if stage.index and (path := recipe.phases[stage.index - 1].path):
+            held = recipe.phases[stage.index - 1].heldout_path
+            data = replace(data, source="shards", path=path, heldout_path=held)
+        elif stage.index and data.source == "needles":
+            data = replace(data, path=str((Path(data.path) if data.path else folder) / stage.name))
+        if recipe.phases:
+            say(f"{stage.name}, rows of {stage.context:,}:")
+        found[stage.index] = open_sources(recipe, folder, say, replace(view, data=data))
+    return found
+
+
+def open_sources(
+    recipe: Recipe, folder: Path, say: Callable[[str], None], view: Recipe | None = None
+) -> Sources:
+    """The sources of a recipe. Puzzles and needles are written below `data.path` (default: `folder`) unless
+    they lie there. `view`: the recipe as one of its stages sees it.
 
     Raises RecipeError, TokenizerError, ShardError.
     """
+    whole, recipe = recipe, view or recipe
     data = recipe.data
     tokenizer_folder = ON_BOARD if data.tokenizer == "hadal-mini" else Path(data.tokenizer)
     if not (tokenizer_folder / "tokenizer.json").is_file():
@@ -38,7 +65,11 @@ def open_sources(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> So
     tokenizer = Tokenizer.load(tokenizer_folder)
     heldout: Path | None
     if data.source == "puzzles":
-        train, heldout = _puzzles(recipe, Path(data.path) if data.path else folder, tokenizer_folder, say)
+        train, heldout = _puzzles(whole, Path(data.path) if data.path else folder, tokenizer_folder, say)
+    elif data.source == "needles":
+        train, heldout = write_needle_sets(
+            recipe, Path(data.path) if data.path else folder, tokenizer_folder, say
+        )
     else:
         train = Path(data.path)
         heldout = Path(data.heldout_path) if data.heldout_path else None
@@ -84,7 +115,7 @@ def _check_ids(rows: PackedRows | StreamRows, tokenizer: Tokenizer) -> None:
 def _puzzles(recipe: Recipe, folder: Path, tokenizer: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
     """Write the training and held-out shards of a puzzle recipe (what is there already is kept)."""
     wanted = {
-        "train": recipe.train.tokens_read,
+        "train": recipe.train.tokens_read or recipe.tokens_read,
         "held-out": recipe.log.heldout_tokens,
     }
     for split, tokens in wanted.items():
