@@ -5,10 +5,13 @@
 ζ is the z-loss of PaLM (arXiv 2204.02311 §5), 0 by default; DeepSeek-V3 uses none.
 
 The T×V logits of a long stream are the largest tensor of a training step: at V = 129,280 a stream of 32,768
-tokens needs 17 GB of them in FP32. Here they exist a chunk of tokens at a time, in FP32, both in the forward
-and in the backward pass, which computes them again (one matrix product more, no memory kept but `lse_T`).
-The loss stays *per token*, so that a caller may weigh tokens as it likes: packed rows with masks, MTP, or
-log-probabilities for reinforcement learning, all with exact gradients.
+tokens needs 17 GB of them in FP32. Here they exist a chunk of tokens at a time, in FP32.
+
+    linear_cross_entropy     loss_t of every token, for a caller that weighs them later; the backward pass
+                             computes the logits again: 4 matrix products, no memory kept but lse_t
+    weighted_cross_entropy   Σ_t share_t·loss_t with shares known beforehand, as pre-training has them: the
+                             gradient is made with the loss (3 products) and kept until the backward pass,
+                             which only scales it
 
 Shapes: T tokens, D hidden, V vocabulary.
 """
@@ -21,10 +24,13 @@ import torch
 from torch import Tensor
 
 from hadal.ops import invariant
+from hadal.ops.dispatch import forced_reference, has_triton
 from hadal.ops.exact import is_exact
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 512 * 2**20
 """Most memory that one chunk of FP32 logits may take."""
+CHUNK_STEP = 256
+"""Chunks are multiples of so many tokens, for whole tiles of products (128 tokens where that is too much)."""
 
 
 def cross_entropy_reference(
@@ -51,6 +57,31 @@ def linear_cross_entropy(
     `chunk_tokens` defaults to what keeps a chunk's logits within `CHUNK_BYTES`. Raises ValueError on shapes
     that do not fit together.
     """
+    chunk = _checked_chunk(hidden_TD, weight_VD, target_T, chunk_tokens)
+    loss_T: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_T, z_loss, chunk)
+    return loss_T
+
+
+def weighted_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    share_T: Tensor,
+    *,
+    z_loss: float = 0.0,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Σ_t share_t·loss_t, a scalar in FP32, differentiable once in hidden and weight (not in the shares).
+
+    Arguments and errors as in `linear_cross_entropy`; `share_T` in FP32."""
+    chunk = _checked_chunk(hidden_TD, weight_VD, target_T, chunk_tokens)
+    if is_exact():
+        return (linear_cross_entropy(hidden_TD, weight_VD, target_T, z_loss=z_loss) * share_T).sum()
+    loss: Tensor = _WeightedCrossEntropy.apply(hidden_TD, weight_VD, target_T, share_T, z_loss, chunk)
+    return loss
+
+
+def _checked_chunk(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, chunk_tokens: int | None) -> int:
     if hidden_TD.ndim != 2 or weight_VD.ndim != 2 or hidden_TD.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"hidden [T, D] and weight [V, D] are wanted, got {tuple(hidden_TD.shape)} and "
                          f"{tuple(weight_VD.shape)}")  # fmt: skip
@@ -58,11 +89,61 @@ def linear_cross_entropy(
         raise ValueError(f"one target per token is wanted: {hidden_TD.shape[0]} tokens, "
                          f"targets of shape {tuple(target_T.shape)}")  # fmt: skip
     if chunk_tokens is None:
-        chunk_tokens = max(128, CHUNK_BYTES // (4 * weight_VD.shape[0]))
+        return max(128, CHUNK_BYTES // (4 * weight_VD.shape[0]) // CHUNK_STEP * CHUNK_STEP)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    loss_T: Tensor = _LinearCrossEntropy.apply(hidden_TD, weight_VD, target_T, z_loss, chunk_tokens)
-    return loss_T
+    return chunk_tokens
+
+
+def loss_and_gradient(
+    logits_TV: Tensor, target_T: Tensor, share_T: Tensor, z_loss: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """(share·loss of each token, and the gradient of their sum [T, V] in `dtype` where one is given). The
+    logits may be overwritten."""
+    if logits_TV.is_cuda and logits_TV.dtype == torch.float32 and has_triton() and not forced_reference():
+        from hadal.ops.triton.train_loss import loss_and_gradient as fast
+
+        return fast(logits_TV, target_T, share_T, z_loss, dtype)
+    lse_T = logits_TV.logsumexp(-1)
+    loss_T = share_T * (lse_T - logits_TV.gather(1, target_T[:, None])[:, 0] + z_loss * lse_T.square())
+    if dtype is None:
+        return loss_T, None
+    # d loss / d logit_v = p_v·(1 + 2ζ·lse) − [v = target]
+    grad_TV = logits_TV.sub_(lse_T[:, None]).exp_().mul_((share_T * (1.0 + 2.0 * z_loss * lse_T))[:, None])
+    grad_TV.scatter_add_(1, target_T[:, None], -share_T[:, None])
+    return loss_T, grad_TV.to(dtype)
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, share_T: Tensor, z_loss: float,
+        chunk: int,
+    ) -> Tensor:  # fmt: skip
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        share_T, losses = share_T.to(_wide(hidden_TD)), []
+        grad_hidden_TD = torch.empty_like(hidden_TD) if wants_hidden else None
+        grad_weight_VD: Tensor | None = None
+        dtype = hidden_TD.dtype if wants_hidden or wants_weight else None
+        for part in _chunks(hidden_TD.shape[0], chunk):
+            logits_TV = _matmul_wide(hidden_TD[part], weight_VD.T)
+            loss_T, grad_TV = loss_and_gradient(logits_TV, target_T[part], share_T[part], z_loss, dtype)
+            del logits_TV
+            losses.append(loss_T)
+            if grad_TV is not None and grad_hidden_TD is not None:
+                torch.mm(grad_TV, weight_VD, out=grad_hidden_TD[part])
+            if grad_TV is not None and wants_weight:
+                grad_weight_VD = _add_product(grad_weight_VD, grad_TV.T, hidden_TD[part])
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """In place: torch refuses a second backward pass by itself."""
+        hidden, weight = (None if g is None else g.mul_(grads[0]) for g in ctx.saved_tensors)
+        return hidden, weight, None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -115,6 +196,15 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a @ b, summed as `_matmul_wide` does; in place, and in the product itself where torch can."""
+    if total is None:
+        return _matmul_wide(a, b)
+    if a.is_cuda and a.dtype not in (torch.float32, torch.float64):
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return total.add_(_matmul_wide(a, b))
 
 
 def _matmul_wide(a: Tensor, b: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from hadal.config import Gqa, Mla, ModelConfig
 
 SLAB = 2**26  # elements that the optimizer updates at a time
 SLAB_TEMPORARIES = 5  # FP32 tensors of a slab
-CHUNK_BYTES = 256 * 2**20  # of FP32 logits at a time
+CHUNK_BYTES, CHUNK_STEP = 512 * 2**20, 256  # of FP32 logits at a time, and tokens that they are cut to
 FP32 = 4
 
 
@@ -93,12 +93,12 @@ def activations(config: ModelConfig, shape: TrainingShape) -> int:
     rope = (
         config.attention.qk_rope_head_dim if isinstance(config.attention, Mla) else config.attention.head_dim
     )
-    per_token = 16 * (depths + 1) + FP32 * rope  # ids and targets; rotations
-    constant = 0
+    per_token = 8 * (depths + 1) + FP32 * rope  # ids; rotations
+    constant = (depths + 1) * config.vocab_size * D * b  # the head's gradients, made with the losses
     for layer in range(config.num_hidden_layers + depths):
         per_token += keep.attention(config) + keep.mlp(config, layer) + 2 * keep.norm(D)
         constant += keep.gate_weight(config, layer)
-    per_token += (depths + 1) * (keep.norm(D) + FP32)  # before each head, and lse
+    per_token += (depths + 1) * (keep.norm(D, output=False) + D * b)  # before each head, and its gradient
     for depth in range(depths):
         per_token += keep.mtp_input(D, config.mtp_after_norm and depth == 0) + 2 * D * b
     return round(shape.tokens * per_token) + constant
@@ -164,9 +164,12 @@ class _Keep:
             return self.swiglu(config.intermediate_size)
         K = m.num_experts_per_tok
         gate = FP32 * m.n_routed_experts + (FP32 * D if b != FP32 and not self.again("norm") else 0)
-        gate += 28 * K + (FP32 * (K + 1) if m.norm_topk_prob and K > 1 else 0)  # ids, places, weights
+        gate += (20 if self.shape.fused else 28) * K + (
+            FP32 * (K + 1) if m.norm_topk_prob and K > 1 else 0
+        )  # ids, places, weights
         shared = self.swiglu(m.n_shared_experts * m.moe_intermediate_size) if m.n_shared_experts else 0
-        rows = K * D * b if self.again("rows") else K * D * (b + FP32)  # sorted, and back in FP32
+        back = b if self.shape.fused else 0 if self.again("rows") else FP32  # what the weighted sum keeps
+        rows = K * D * ((0 if self.again("rows") and self.shape.fused else b) + back)  # sorted, and back
         return gate + shared + K * self.swiglu(m.moe_intermediate_size) + rows
 
     def gate_weight(self, config: ModelConfig, layer: int) -> int:
@@ -186,13 +189,14 @@ class _Keep:
 
 
 def _forward_workspace(config: ModelConfig, shape: TrainingShape) -> int:
-    """The largest of what exists beside all activations: the head's backward (a chunk of logits, the gradient
-    of the head in FP32 and in the model's dtype, that of its input), or a layer made again and its
-    gradients."""
+    """The largest of what exists beside all activations: the last head's loss (a chunk of logits, their
+    gradient, the gradient of the head's weight in FP32), or a layer made again and its gradients."""
     b, D, V = shape.element, config.hidden_size, config.vocab_size
-    chunk = min(shape.tokens, max(128, CHUNK_BYTES // (FP32 * V)))
-    cast = 0 if b == FP32 else b
-    head = chunk * V * (FP32 + cast) + V * D * (FP32 + cast) + shape.tokens * D * b
+    chunk = min(shape.tokens, max(128, CHUNK_BYTES // (FP32 * V) // CHUNK_STEP * CHUNK_STEP))
+    if b == FP32:  # the head's gradient is counted among the activations
+        head = chunk * V * FP32
+    else:
+        head = max(chunk * V * (FP32 + b), FP32 * V * D)
     plain = _Keep(replace(shape, recompute=()))
     layer = max(plain.mlp(config, number) for number in range(config.num_hidden_layers))
     return max(head, shape.tokens * layer)

@@ -12,6 +12,7 @@ Shapes: T tokens, D hidden, K = 1 + MTP depths, G gates, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from hadal.model.context import Context
+from hadal.model.layers import Linear
 from hadal.model.mtp import Mtp
 from hadal.model.transformer import Transformer
-from hadal.ops.cross_entropy import linear_cross_entropy
+from hadal.ops.cross_entropy import linear_cross_entropy, weighted_cross_entropy
 from hadal.ops.fp8_training import fp8_training
 from hadal.ops.recompute import recompute
 from hadal.train.balance import expert_counts, sequence_loss
@@ -67,12 +69,9 @@ def losses(
     """Forward pass of a micro-batch of a step whose weights sum to `weight_K` and which has `step_rows`
     rows."""
     context = micro.context(record_routing=True)
+    share_KT = micro.weight_KT / weight_K.clamp(min=1e-6)[:, None]
     with recompute(objective.recompute), fp8_training(objective.fp8):
-        nll_K = cross_entropies(model, micro, context, objective.z_loss)
-    mean_K = [
-        (nll_T * weight_T).sum() / total.clamp(min=1e-6)
-        for nll_T, weight_T, total in zip(nll_K, micro.weight_KT, weight_K, strict=True)
-    ]
+        mean_K = weighted_losses(model, micro, context, share_KT, objective.z_loss)
     main, zero = mean_K[0], torch.zeros_like(mean_K[0])
     balance, count_GE = _balance(context, micro, model, step_rows, objective.sequence_alpha > 0)
     return Losses(
@@ -83,18 +82,42 @@ def losses(
     )
 
 
+def weighted_losses(
+    model: Transformer, micro: MicroBatch, context: Context, share_KT: Tensor, z_loss: float = 0.0
+) -> list[Tensor]:
+    """Σ_t share_t·nll_t of the main model and of each MTP depth: scalars. Of `share_KT` nothing is
+    differentiated."""
+    head_VD = _head(model).matrix
+    return [
+        weighted_cross_entropy(normed_TD, head_VD, target_T, share_T, z_loss=z_loss)
+        for normed_TD, target_T, share_T in zip(
+            _normed(model, micro, context), micro.target_KT, share_KT, strict=True
+        )
+    ]
+
+
 def cross_entropies(
     model: Transformer, micro: MicroBatch, context: Context, z_loss: float = 0.0
 ) -> list[Tensor]:
     """nll_T of the main model and of each MTP depth, in nats."""
-    head_VD = (model.embed_tokens if model.lm_head is None else model.lm_head).matrix
+    head_VD = _head(model).matrix
+    pairs = zip(_normed(model, micro, context), micro.target_KT, strict=True)
+    return [
+        linear_cross_entropy(normed_TD, head_VD, target_T, z_loss=z_loss) for normed_TD, target_T in pairs
+    ]
+
+
+def _head(model: Transformer) -> Linear:
+    return model.embed_tokens if model.lm_head is None else model.lm_head
+
+
+def _normed(model: Transformer, micro: MicroBatch, context: Context) -> Iterator[Tensor]:
+    """What the head takes [T, D], of the main model and of each MTP depth in turn."""
     hidden_TD = model(micro.token_KT[0], context)
-    out = [linear_cross_entropy(model.norm(hidden_TD), head_VD, micro.target_KT[0], z_loss=z_loss)]
+    yield model.norm(hidden_TD)
     for depth, module in enumerate(model.mtp):
         hidden_TD = model.mtp_forward(hidden_TD, micro.token_KT[depth + 1], context, depth)
-        normed_TD = cast(Mtp, module).norm(hidden_TD)
-        out.append(linear_cross_entropy(normed_TD, head_VD, micro.target_KT[depth + 1], z_loss=z_loss))
-    return out
+        yield cast(Mtp, module).norm(hidden_TD)
 
 
 def _balance(

@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from hadal.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy
+from hadal.ops.cross_entropy import (
+    cross_entropy_reference,
+    linear_cross_entropy,
+    weighted_cross_entropy,
+)
 
 
 def _inputs(tokens, hidden, vocab, dtype=torch.float64, seed=0):
@@ -28,6 +32,44 @@ def test_loss_and_gradients_equal_the_reference(chunk_tokens, z_loss):
     torch.testing.assert_close(got_T, want_T, rtol=1e-12, atol=1e-12)
     for got, want in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 37, None])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_the_weighted_sum_equals_the_reference(chunk_tokens, z_loss, factor):
+    hidden_TD, weight_VD, target_T, share_T = _inputs(37, 12, 50)
+    want = factor * (cross_entropy_reference(hidden_TD, weight_VD, target_T, z_loss) * share_T).sum()
+    want_grads = torch.autograd.grad(want, (hidden_TD, weight_VD))
+    got = factor * weighted_cross_entropy(
+        hidden_TD, weight_VD, target_T, share_T, z_loss=z_loss, chunk_tokens=chunk_tokens
+    )
+    got_grads = torch.autograd.grad(got, (hidden_TD, weight_VD))
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_the_weighted_sum_in_bf16_and_what_it_refuses():
+    hidden_TD, weight_VD, target_T, share_T = _inputs(64, 32, 100, torch.bfloat16)
+    loss = weighted_cross_entropy(hidden_TD, weight_VD, target_T, share_T, chunk_tokens=10)
+    exact = (cross_entropy_reference(hidden_TD.double(), weight_VD.double(), target_T) * share_T).sum()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    want = torch.autograd.grad(exact, (hidden_TD, weight_VD))
+    got = torch.autograd.grad(loss, (hidden_TD, weight_VD), retain_graph=True)
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.double() - theirs.double()).norm() / theirs.double().norm() < 6e-3
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # the gradients were scaled in place
+    with torch.no_grad():
+        torch.testing.assert_close(
+            weighted_cross_entropy(hidden_TD, weight_VD, target_T, share_T), loss.detach()
+        )
+    hidden_TD.grad = None
+    weighted_cross_entropy(hidden_TD, weight_VD.detach(), target_T, share_T).backward()
+    assert hidden_TD.grad is not None
 
 
 def test_the_reference_equals_torch():

@@ -169,6 +169,45 @@ def grouped_gluon(outs: int, width: int) -> None:
     op.grouped_matmul(q, torch.empty(8, 256), Packed("fp8", (2, outs, width)), one, one)
 
 
+def fp8_training(width: int, power: bool) -> None:
+    """V2-Lite's experts, and a dense network of a width that tiles do not divide."""
+    from hadal.ops import fp8_tiles
+    from hadal.ops.triton import fp8_train as op
+
+    x, rows = (
+        torch.empty(256, 2048, dtype=BF16),
+        fp8_tiles.sort_rows(torch.zeros(256, 1, dtype=torch.int64), 4),
+    )
+    codes = op.quantise(x, power)
+    op.quantise_both(x, power)
+    op.columns(codes, rows)
+    op.columns(codes, None)
+    op.gather(codes, rows)
+    R, weight_R = rows.token_R.numel(), torch.empty(rows.token_R.numel())
+    for where, w in ((rows, weight_R), (None, None)):
+        _, kept = op.swiglu(torch.empty(R, 2 * width, dtype=BF16), w, power, where)
+        op.swiglu_backward(kept, torch.empty(R, width, dtype=BF16), w, power, where)
+    op.transposed(op.quantise_weight(torch.empty(4, 2 * width, 2048, dtype=BF16), power))
+
+
+def fp8_training_products() -> None:
+    from hadal.ops import fp8_tiles
+    from hadal.ops.triton import fp8_train as op
+    from hadal.ops.triton import fp8_train_products as products
+
+    rows = fp8_tiles.sort_rows(torch.zeros(256, 1, dtype=torch.int64), 4)
+    R = rows.token_R.numel()
+    codes, weight = op._empty(R, 2048, True, rows.used.device), op.Weight(
+        torch.empty(4, 1408, 2048, dtype=FP8), torch.empty(4, 11, 16), True
+    )  # fmt: skip
+    for path in ("gluon", "triton"):
+        products._by_tiles(codes, weight, BF16, rows, path)
+    products.dequantise(codes, BF16, rows.used)
+    products.dequantise_weight(weight, BF16)
+    a, b = (op._empty(n, R, True, rows.used.device) for n in (2816, 2048))
+    products.outer_by_tiles(a, b, BF16, rows)
+
+
 def gate() -> None:
     from hadal.ops.triton import gate as apart
 
@@ -249,6 +288,13 @@ def train_experts(hidden: int, width: int, K: int) -> None:
     backward(op.combine(draw(4 * K, hidden), place, weight, draw(4, hidden), draw(4, hidden)))
 
 
+def loss(vocabulary: int) -> None:
+    from hadal.ops.triton.train_loss import loss_and_gradient
+
+    logits = torch.empty(2, vocabulary)
+    loss_and_gradient(logits, torch.zeros(2, dtype=torch.int64), logits[:, 0].clone(), 0.0, BF16)
+
+
 def adamw() -> None:
     from hadal.ops.triton.train_adamw import Numbers, update
 
@@ -284,6 +330,10 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "products in FP8": (fp8, (), 6),
     "products in FP8, in Gluon": (grouped_gluon, (4096, 2048), 1),
     "products in FP8, in Gluon, one group": (grouped_gluon, (256, 128), 1),
+    "FP8 training, experts": (fp8_training, (1408, True), 11),
+    "FP8 training, V3's scales": (fp8_training, (1408, False), 11),
+    "FP8 training, odd widths": (fp8_training, (10944, True), 13),
+    "FP8 training, products": (fp8_training_products, (), 5),
     "gate": (gate, (), 4),
     "linear, 1 row": (few_rows, (1,), 5),
     "linear, 32 rows": (few_rows, (32,), 5),
@@ -297,6 +347,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "training: experts, V2-Lite": (train_experts, (2048, 1408, 6), 6),
     "training: experts, mini": (train_experts, (256, 96, 4), 6),
     "training: AdamW": (adamw, (), 2),
+    "training: loss": (loss, (102400,), 1),
+    "training: loss, mini": (loss, (1088,), 1),
 }
 
 

@@ -110,6 +110,25 @@ def test_rows_to_experts_and_back(tokens, width, experts, K, others, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("tokens,vocabulary", [(3, 50), (5, 9001), (2, 4096)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_loss_and_gradient(tokens, vocabulary, z_loss):
+    from hadal.ops.triton.train_loss import loss_and_gradient
+
+    logits, share = draw(tokens, vocabulary, scale=5.0), draw(tokens)
+    target = torch.randint(vocabulary, (tokens,)).to(DEVICE)
+    wide = logits.double().requires_grad_()
+    lse = wide.logsumexp(-1)
+    want = share.double() * (lse - wide.gather(1, target[:, None])[:, 0] + z_loss * lse.square())
+    want.sum().backward()
+    for dtype in (torch.float32, torch.bfloat16):
+        loss, grad = loss_and_gradient(logits, target, share, z_loss, dtype)
+        assert error(loss, want) < 1e-6
+        assert error(grad, wide.grad) < (1e-5 if dtype == torch.float32 else 6e-3)
+    assert torch.equal(loss_and_gradient(logits, target, share, z_loss, None)[0], loss)
+
+
+@needs_triton
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size,decayed", [(5000, 4100), (2048, 2048), (7, 0)])

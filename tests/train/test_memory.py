@@ -100,6 +100,7 @@ def test_the_state_is_that_of_the_optimizer():
 def test_the_arithmetic_uses_the_trainers_own_sizes():
     assert plan.SLAB == optimizer.SLAB
     assert plan.CHUNK_BYTES == cross_entropy.CHUNK_BYTES
+    assert plan.CHUNK_STEP == cross_entropy.CHUNK_STEP
 
 
 def test_recipes_have_a_peak():

@@ -11,7 +11,7 @@ from hadal.ops.exact import exact, is_exact
 from hadal.ops.fp8_training import fp8_training, is_fp8_training
 from hadal.ops.recompute import KINDS, recompute, recomputed
 from hadal.train.batches import build
-from hadal.train.losses import Objective, cross_entropies, losses
+from hadal.train.losses import Objective, losses, weighted_losses
 from tests.train import tiny
 
 V3 = ("norm", "up", "swiglu")
@@ -40,8 +40,8 @@ def kept_bytes(network, micro, kinds):
             kept[storage.data_ptr()] = storage.nbytes()
 
     with recompute(kinds, hear):
-        nll_K = cross_entropies(network, micro, micro.context())
-    del nll_K
+        mean_K = weighted_losses(network, micro, micro.context(), micro.weight_KT / micro.tokens)
+    del mean_K
     return sum(kept.values())
 
 

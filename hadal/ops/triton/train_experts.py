@@ -73,9 +73,9 @@ class _Swiglu(torch.autograd.Function):
         return dx
 
 
-def swiglu(x_T2I: Tensor) -> Tensor:
+def swiglu(gate_up_T2I: Tensor) -> Tensor:
     """silu(gate) ⊙ up of [.., 2I]; keeps its input for the backward pass."""
-    return cast(Tensor, _Swiglu.apply(x_T2I))
+    return cast(Tensor, _Swiglu.apply(gate_up_T2I))
 
 
 # --- rows of tokens, sorted by expert -----------------------------------------------------------------------
