@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from hadal.ops import cpu, cpu_prompt, invariant, packed
+from hadal.ops import cpu, cpu_prompt, fp8_training, invariant, packed
 from hadal.ops.dispatch import needs_grad, train_triton, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.fp8_training import is_fp8_training
@@ -54,6 +54,9 @@ def ffn(
     x_TD: Tensor, gate_up_2ID: Tensor | Packed, down_DI: Tensor | Packed, residual_TD: Tensor | None = None
 ) -> Tensor:
     """Dense SwiGLU feed-forward network, plus the residual stream where it is given."""
+    matrices = isinstance(gate_up_2ID, Tensor) and isinstance(down_DI, Tensor)
+    if is_fp8_training() and matrices and needs_grad(x_TD, gate_up_2ID, down_DI):  # type: ignore[arg-type]
+        return _plus(fp8_training.ffn(x_TD, gate_up_2ID, down_DI), None, residual_TD)  # type: ignore[arg-type]
     if use_triton(x_TD, gate_up_2ID, down_DI) and isinstance(gate_up_2ID, Tensor):
         from hadal.ops.triton import linear as fast
 
@@ -215,8 +218,10 @@ def _routed(
         return packed.experts(x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     frozen = not needs_grad(*args)
+    if is_fp8_training() and not frozen:
+        return _plus(fp8_training.experts(*args[:5]), shared_TD, residual_TD)
     few = x_TD.shape[0] <= SMALL_M or not _many(expert_TK, gate_up_E2ID)
-    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and (frozen or not is_fp8_training()):
+    if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)
     if frozen and few and use_cpu_kernels(x_TD, gate_up_E2ID):
         return _plus(cpu.experts(*args[:5]), shared_TD, residual_TD)

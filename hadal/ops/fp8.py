@@ -99,15 +99,17 @@ def _has_nan_code(q: Tensor) -> bool:
     return bool((q.contiguous().view(torch.int8) & 0x7F).max() == 0x7F)
 
 
-def quantise_activations(x_TK: Tensor, group: int = 128, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+def quantise_activations(
+    x_TK: Tensor, group: int = 128, power_of_two: bool = False, floor: float = ACTIVATION_AMAX_MIN
+) -> tuple[Tensor, Tensor]:
     """Quantise activations per token and `group` channels (the last group may be partial).
 
-    Returns (q [..., K] float8_e4m3fn, scale [..., ceil(K/group)] float32), s = max(max|x|, 1e-4) / 448.
+    Returns (q [..., K] float8_e4m3fn, scale [..., ceil(K/group)] float32), s = max(max|x|, floor) / 448.
     """
     k = x_TK.shape[-1]
     groups = _pad(x_TK.float().unsqueeze(-2), (1, group)).squeeze(-2).unflatten(-1, (-1, group))
     amax = groups.abs().amax(-1)
-    scale = _scale(torch.clamp(amax, min=ACTIVATION_AMAX_MIN), power_of_two)
+    scale = _scale(torch.clamp(amax, min=floor), power_of_two)
     return _to_e4m3(groups / scale.unsqueeze(-1)).flatten(-2, -1)[..., :k].contiguous(), scale
 
 

@@ -4,15 +4,24 @@
     Dgrad  dx = dy·W     dy in tiles of 1 token × 128 outputs, W's blocks as they are
     Wgrad  dW = dyᵀ·x    dy and x in tiles of 128 tokens × 1 channel
 
-Scales are found online, from the largest value of each tile. The input is kept for the backward pass as codes
-(one byte an element) with scales that are powers of two: cut anew along tokens there, a value keeps its bits
-but for those that a larger neighbour pushes out at the small end. Sums are FP32, each 128 products scaled
-apart, as if both sides were dequantised; they are here (a reference, for any device).
+Scales are found online, from the largest value of each tile; sums are FP32, each 128 products scaled apart,
+as if both sides were dequantised. By default all scales are powers of two ("power_of_two"); with "float32"
+only those of tensors that are cut anew are, as in V3. What is kept for the backward pass are codes, one byte
+an element:
+
+    linear    x, cut anew along tokens in the backward pass
+    network   x, and gate and up, from which SwiGLU's product is made again; experts' rows are sorted as codes
+              (x and dy are quantised once a token, before they are dispatched)
+
+The gate's weight of a (token, expert) pair is put on the hidden values, not on the output: the sum is the
+same, but the gradient of every pair's row is the token's own, and the weight's needs no output to be kept.
 Embedding, head, gates, norms, attention, and MTP's joining projection stay in the model's dtype.
 
     with fp8_training():
-        loss = …
-Legend: T tokens, I inputs, O outputs.
+        with constant_weights():      # quantised once, for as many micro-batches as there are
+            …
+Numerics, and the path of any device: hadal/ops/fp8_tiles.py; kernels: hadal/ops/triton/fp8_train.py.
+Legend: T tokens, R sorted rows, D hidden, I inputs or width, O outputs, E experts, K experts a token.
 """
 
 from __future__ import annotations
@@ -20,36 +29,113 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, cast
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from hadal.ops.fp8 import (
-    dequantise_activations,
-    dequantise_blocks,
-    quantise_activations,
-    quantise_blocks,
-)
+from hadal.ops import fp8_tiles
+from hadal.ops.dispatch import forced_reference, has_triton
+from hadal.ops.fp8_tiles import Codes, Rows, Weight
 
-_FP8: ContextVar[bool] = ContextVar("hadal_fp8_training", default=False)
+Scales = Literal["power_of_two", "float32"]
+SCALES: tuple[Scales, ...] = ("power_of_two", "float32")
+
+
+class _Recipe(NamedTuple):
+    """What is on, here and now: whether scales are powers of two."""
+
+    power: bool
+
+
+_RECIPE: ContextVar[_Recipe | None] = ContextVar("hadal_fp8_training", default=None)
+_CONSTANT: ContextVar[dict[tuple[Any, ...], _Quantised] | None] = ContextVar(
+    "hadal_fp8_weights", default=None
+)
 
 
 def is_fp8_training() -> bool:
     """Whether linear layers called here and now multiply in FP8."""
-    return _FP8.get()
+    return _RECIPE.get() is not None
 
 
 @contextmanager
-def fp8_training(on: bool = True) -> Iterator[None]:
+def fp8_training(on: bool = True, scales: Scales = "power_of_two") -> Iterator[None]:
     """FP8 products of linear layers inside the block; `fp8_training(False)` is ordinary ones inside that."""
-    token = _FP8.set(on)
+    if scales not in SCALES:
+        raise ValueError(f"scales {scales!r} are unknown; use one of {', '.join(SCALES)}")
+    token = _RECIPE.set(_Recipe(scales == "power_of_two") if on else None)
     try:
         yield
     finally:
-        _FP8.reset(token)
+        _RECIPE.reset(token)
 
 
+def _power() -> bool:
+    recipe = _RECIPE.get()
+    return recipe is None or recipe.power
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+class _Quantised:
+    """A weight's codes, and those of its transpose once a backward pass has asked for them."""
+
+    def __init__(self, weight: Tensor, power: bool) -> None:
+        self.source, self.version = weight.detach(), weight._version
+        self.fprop: Weight = _kernels(weight).quantise_weight(self.source, power)
+        self._dgrad: Weight | None = None
+        self.keep = False
+
+    @property
+    def dgrad(self) -> Weight:
+        if self._dgrad is not None:
+            return self._dgrad
+        made: Weight = _kernels(self.source).transposed(self.fprop)
+        if self.keep:
+            self._dgrad = made
+        return made
+
+
+@contextmanager
+def constant_weights(on: bool = True) -> Iterator[None]:
+    """Weights do not change inside the block: each is quantised once, and both its forms are kept till the
+    end. Raises RuntimeError where a weight is seen to have changed."""
+    token = _CONSTANT.set({} if on else None)
+    try:
+        yield
+    finally:
+        _CONSTANT.reset(token)
+
+
+def _quantised(weight: Tensor) -> _Quantised:
+    """The codes of a weight; a storage that is known keeps its address, so that it means one weight."""
+    known, power = _CONSTANT.get(), _power()
+    if known is None:
+        return _Quantised(weight, power)
+    key = weight.data_ptr(), tuple(weight.shape), tuple(weight.stride()), weight.dtype, power
+    found = known.get(key)
+    if found is None:
+        found = known[key] = _Quantised(weight, power)
+        found.keep = True
+    elif found.source._version != found.version:
+        raise RuntimeError(
+            f"a weight of shape {list(weight.shape)} changed inside constant_weights(); "
+            "end the block before the optimizer's update"
+        )
+    return found
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    """Who quantises and multiplies: Triton for BF16 on CUDA, else the reference."""
+    if x.is_cuda and x.dtype == torch.bfloat16 and has_triton() and not forced_reference():
+        from hadal.ops.triton import fp8_train
+
+        return fp8_train
+    return fp8_tiles
+
+
+# --- a linear layer -----------------------------------------------------------------------------------------
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b with all three products in FP8; the last dimension of x is multiplied. Gradients have the
     dtypes of what they belong to."""
@@ -61,26 +147,88 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        code_TI, scale = quantise_activations(x_TI, power_of_two=True)
-        blocks = quantise_blocks(weight_OI)
-        ctx.save_for_backward(code_TI, scale, *blocks)
+        ops, ctx.weight, ctx.power = _kernels(x_TI), _quantised(weight_OI), _power()
+        x: Codes = ops.quantise(x_TI, True)
+        ctx.save_for_backward(x.q, x.scale)
         ctx.dtypes = x_TI.dtype, weight_OI.dtype
-        return (dequantise_activations(code_TI, scale) @ dequantise_blocks(*blocks).T).to(x_TI.dtype)
+        return cast(Tensor, ops.matmul(x, ctx.weight.fprop, x_TI.dtype, None))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (dy_TO,) = grads
-        code_TI, scale, *blocks = ctx.saved_tensors
-        x_dtype, weight_dtype = ctx.dtypes
+        ops, (q, scale) = _kernels(grads[0]), ctx.saved_tensors
+        dy, dy_columns = ops.quantise_both(grads[0], ctx.power)
         dx_TI = dw_OI = None
         if ctx.needs_input_grad[0]:
-            dx_TI = (_rounded(dy_TO) @ dequantise_blocks(*blocks)).to(x_dtype)
+            dx_TI = ops.matmul(dy, ctx.weight.dgrad, ctx.dtypes[0], None)
         if ctx.needs_input_grad[1]:
-            x_TI = dequantise_activations(code_TI, scale)
-            dw_OI = (_rounded(dy_TO.T) @ _rounded(x_TI.T, power_of_two=True).T).to(weight_dtype)
+            dw_OI = ops.outer(dy_columns, ops.columns(Codes(q, scale, True), None), ctx.dtypes[1], None)
         return dx_TI, dw_OI
 
 
-def _rounded(x: Tensor, power_of_two: bool = False) -> Tensor:
-    """x through FP8, in tiles of 128 along its last dimension; FP32."""
-    return dequantise_activations(*quantise_activations(x, power_of_two=power_of_two))
+# --- feed-forward networks ----------------------------------------------------------------------------------
+def ffn(x_TD: Tensor, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
+    """down(silu(gate·x) ⊙ up·x), its products in FP8."""
+    y_TD = _Network.apply(x_TD.reshape(-1, x_TD.shape[-1]), None, gate_up_2ID, down_DI, None)
+    return cast(Tensor, y_TD).view(x_TD.shape)
+
+
+def experts(
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
+) -> Tensor:
+    """Σ_k w_k · ffn_{e_k}(x) [T, D], products in FP8, grouped by expert. Reference of the sum, in the model's
+    dtype: `hadal.ops.experts.experts_reference`."""
+    if not x_TD.shape[0]:
+        return x_TD.clone()
+    rows: Rows = _kernels(x_TD).sort_rows(expert_TK, gate_up_E2ID.shape[0])
+    return cast(Tensor, _Network.apply(x_TD, weight_TK, gate_up_E2ID, down_EDI, rows))
+
+
+class _Network(torch.autograd.Function):
+    """A SwiGLU network, or many of them with a token's rows gathered, weighted and summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_TK: Tensor | None, gate_up: Tensor, down: Tensor, rows: Rows | None
+    ) -> Tensor:
+        ops, dtype = _kernels(x_TD), x_TD.dtype
+        ctx.weights, ctx.power = (_quantised(gate_up), _quantised(down)), _power()
+        x: Codes = ops.quantise(x_TD, True)
+        inputs = x if rows is None else ops.gather(x, rows)
+        gate_up_R2I = ops.matmul(inputs, ctx.weights[0].fprop, dtype, rows)
+        weight_R = None if rows is None else _by_row(cast(Tensor, weight_TK), rows)
+        hidden, kept = ops.swiglu(gate_up_R2I, weight_R, ctx.power, rows)
+        del inputs, gate_up_R2I
+        y = ops.matmul(hidden, ctx.weights[1].fprop, dtype, rows)
+        ctx.save_for_backward(x.q, x.scale, kept.q, kept.scale, weight_R, *(rows or ()))
+        ctx.dtypes = dtype, gate_up.dtype, down.dtype, None if weight_TK is None else weight_TK.dtype
+        return cast(Tensor, y if rows is None else ops.sum_rows(y, rows))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, scale, kept_q, kept_scale, weight_R, *where = ctx.saved_tensors
+        rows = Rows(*where) if where else None
+        ops, dtype, (gate_up, down) = _kernels(grads[0]), grads[0].dtype, ctx.weights
+        if rows is None:
+            dy, dy_columns = ops.quantise_both(grads[0], ctx.power)
+        else:
+            token = ops.quantise(grads[0], True)
+            dy, dy_columns = ops.gather(token, rows), ops.columns(token, rows)
+        dh_RI = ops.matmul(dy, down.dgrad, dtype, rows)
+        kept = Codes(kept_q, kept_scale, True)
+        d, d_columns, hidden_columns, dweight_R = ops.swiglu_backward(kept, dh_RI, weight_R, ctx.power, rows)
+        del dy, dh_RI
+        ddown = ops.outer(dy_columns, hidden_columns, ctx.dtypes[2], rows)
+        del dy_columns, hidden_columns
+        dx = ops.matmul(d, gate_up.dgrad, dtype, rows)
+        del d
+        dgate_up = ops.outer(d_columns, ops.columns(Codes(q, scale, True), rows), ctx.dtypes[1], rows)
+        if rows is None:
+            return dx, None, dgate_up, ddown, None
+        dweight_TK = dweight_R[rows.place_TK].to(ctx.dtypes[3])
+        return ops.sum_rows(dx, rows), dweight_TK, dgate_up, ddown, None
+
+
+def _by_row(weight_TK: Tensor, rows: Rows) -> Tensor:
+    """The weight of each row, FP32; 0 in gaps."""
+    weight_R = torch.zeros(rows.token_R.shape[0], device=weight_TK.device)
+    return weight_R.scatter_(0, rows.place_TK.flatten(), weight_TK.detach().flatten().float())

@@ -1,0 +1,390 @@
+"""Quantising for FP8 training: each kernel reads a tensor once and leaves all the codes that are wanted.
+
+The definitions are in hadal/ops/fp8_tiles.py, whose functions these stand for under the same names. Tiles of
+128 × 128 are held in registers, so that codes along channels and along tokens (transposed, as the tensor
+cores want both sides of a product) come from one reading. SwiGLU is joined with quantising in both
+directions; rows are gathered by expert as codes. Nothing waits for the device: kernels themselves read how
+many tiles of sorted rows are in use.
+Legend: as there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hadal.ops import fp8_tiles
+from hadal.ops.fp8_tiles import Codes, Rows, Weight
+from hadal.ops.triton.fp8_train_products import matmul as matmul
+from hadal.ops.triton.fp8_train_products import outer as outer
+from hadal.ops.triton.sizes import ceil_div, power_of_2
+
+GROUP = tl.constexpr(128)
+AMAX_MIN = tl.constexpr(fp8_tiles.AMAX_MIN)
+TILE = fp8_tiles.TILE
+E4M3 = torch.float8_e4m3fn
+
+
+# --- parts --------------------------------------------------------------------------------------------------
+@triton.jit
+def _scale(amax, POWER: tl.constexpr):
+    """amax / 448 with a floor, as a power of two rounded up."""
+    s = tl.div_rn(tl.maximum(amax, AMAX_MIN), 448.0)
+    if POWER:
+        s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return s
+
+
+@triton.jit
+def _e4m3(x, s, POWER: tl.constexpr):
+    """Codes of x / s; s has x's shape but for 1 along the tile. NaN stays NaN."""
+    if POWER:  # the reciprocal of a power of two is exact
+        scaled = x * (0x7F000000 - s.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    else:
+        scaled = tl.div_rn(x, tl.broadcast_to(s, x.shape))
+    return tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+
+
+@triton.jit
+def _store_rows(x_RC, q, scale, row, k, g, K, stride, R, POWER: tl.constexpr):
+    """Codes and scales of a tile's rows: channels k < K of matrix rows that are `stride` apart."""
+    s = _scale(tl.max(tl.abs(x_RC), 1), POWER)
+    inside = (row < R)[:, None] & (k < K)[None, :]
+    tl.store(q + row[:, None] * stride + k[None, :], _e4m3(x_RC, s[:, None], POWER), mask=inside)
+    tl.store(scale + g * R + row, s, mask=row < R)
+
+
+@triton.jit
+def _store_columns(x_RC, q, scale, row, k, tile, K, width, padded, POWER: tl.constexpr):
+    """Codes [k, row] and scales [tile, k] of a tile's columns, of `width` in all; whole tiles are written."""
+    s = _scale(tl.max(tl.abs(x_RC), 0), POWER)
+    code = tl.trans(_e4m3(x_RC, s[None, :], POWER))
+    at = k.to(tl.int64)[:, None] * padded + row[None, :]
+    tl.store(q + at, code, mask=(k < K)[:, None])
+    tl.store(scale + tile.to(tl.int64) * width + k, s, mask=k < K)
+
+
+# --- activations --------------------------------------------------------------------------------------------
+@triton.jit
+def _rows_kernel(x, q, scale, K, R, x_stride, POWER: tl.constexpr, BLOCK_R: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    g = tl.program_id(1).to(tl.int64)
+    k = g * GROUP + tl.arange(0, GROUP)
+    inside = (row < R)[:, None] & (k < K)[None, :]
+    value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+    _store_rows(value, q, scale, row, k, g, K, K, R, POWER)
+
+
+def quantise(x_RK: Tensor, power: bool) -> Codes:
+    """In tiles of 1 × 128."""
+    x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
+    R, K = x_RK.shape
+    q = torch.empty((R, K), dtype=E4M3, device=x_RK.device)
+    scale = torch.empty((ceil_div(K, TILE), R), dtype=torch.float32, device=x_RK.device)
+    if R:
+        _rows_kernel[(ceil_div(R, 32), ceil_div(K, TILE))](
+            x_RK, q, scale, K, R, x_RK.stride(0), POWER=power, BLOCK_R=32, num_warps=4
+        )
+    return Codes(q, scale, power)
+
+
+@triton.jit
+def _both_kernel(
+    x, used, q, scale, q_columns, scale_columns, K, R, padded, x_stride,
+    POWER: tl.constexpr, USED: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    real = tile >= 0
+    if USED:
+        real = tile < tl.load(used)
+    if real:
+        row = tile.to(tl.int64) * GROUP + tl.arange(0, GROUP)
+        g = tl.program_id(1).to(tl.int64)
+        k = g * GROUP + tl.arange(0, GROUP)
+        inside = (row < R)[:, None] & (k < K)[None, :]
+        value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
+        _store_rows(value, q, scale, row, k, g, K, K, R, POWER)
+        _store_columns(value, q_columns, scale_columns, row, k, tile, K, K, padded, POWER)
+
+
+def quantise_both(x_RK: Tensor, power: bool, rows: Rows | None = None) -> tuple[Codes, Codes]:
+    """In tiles of 1 × 128, and the transpose in tiles of 1 × 128 rows; one reading."""
+    x_RK = x_RK if x_RK.stride(1) == 1 else x_RK.contiguous()
+    (R, K), padded = x_RK.shape, ceil_div(x_RK.shape[0], TILE) * TILE
+    along, across = _empty(R, K, power, x_RK.device), _empty(K, padded, power, x_RK.device)
+    if R:
+        _both_kernel[(padded // TILE, ceil_div(K, TILE))](
+            x_RK, along.scale if rows is None else rows.used, *along[:2], *across[:2], K, R, padded,
+            x_RK.stride(0), POWER=power, USED=rows is not None, num_warps=8,
+        )  # fmt: skip
+    return along, across
+
+
+def _empty(R: int, K: int, power: bool, device: torch.device) -> Codes:
+    q = torch.empty((R, K), dtype=E4M3, device=device)
+    return Codes(q, torch.empty((ceil_div(K, TILE), R), dtype=torch.float32, device=device), power)
+
+
+@triton.jit
+def _columns_kernel(
+    q, scale, token_R, used, q_columns, scale_columns, K, R, T, padded, ROWS: tl.constexpr
+):  # fmt: skip
+    tile = tl.program_id(0)
+    real = tile >= 0
+    if ROWS:
+        real = tile < tl.load(used)
+    if real:
+        row = tile.to(tl.int64) * GROUP + tl.arange(0, GROUP)
+        g = tl.program_id(1).to(tl.int64)
+        k = g * GROUP + tl.arange(0, GROUP)
+        source = row
+        if ROWS:
+            source = tl.load(token_R + row).to(tl.int64)
+        own = (source >= 0) & (source < T)
+        inside = own[:, None] & (k < K)[None, :]
+        code = tl.load(q + source[:, None] * K + k[None, :], mask=inside, other=0.0)
+        each = tl.load(scale + g * T + source, mask=own, other=0.0)
+        value = code.to(tl.float32) * each[:, None]
+        _store_columns(value, q_columns, scale_columns, row, k, tile, K, K, padded, True)
+
+
+def columns(codes: Codes, rows: Rows | None) -> Codes:
+    """The transpose of codes, gathered by row where `rows` is given, cut anew along rows."""
+    T, K = codes.q.shape
+    R = T if rows is None else rows.token_R.shape[0]
+    padded = ceil_div(R, TILE) * TILE
+    out = _empty(K, padded, True, codes.q.device)
+    if R:
+        token_R, used = (codes.scale, codes.scale) if rows is None else (rows.token_R, rows.used)
+        _columns_kernel[(padded // TILE, ceil_div(K, TILE))](
+            codes.q, codes.scale, token_R, used, *out[:2], K, R, T, padded, ROWS=rows is not None, num_warps=8
+        )
+    return out
+
+
+# --- rows by expert -----------------------------------------------------------------------------------------
+def sort_rows(expert_TK: Tensor, n_experts: int) -> Rows:
+    from hadal.ops.triton.route import places
+
+    rank, end_E = places(expert_TK, n_experts)
+    return fp8_tiles.rows_of(rank, end_E.long(), expert_TK.flatten(), expert_TK.shape[1])
+
+
+@triton.jit
+def _gather_kernel(
+    word, scale, token_R, used, out, out_scale, words, T, R, groups,
+    BLOCK_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_R
+    if first < tl.load(used) * GROUP:
+        row = first.to(tl.int64) + tl.arange(0, BLOCK_R)
+        token = tl.load(token_R + row).to(tl.int64)
+        real = (token >= 0)[:, None]
+        w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = (w < words)[None, :]
+        value = tl.load(word + token[:, None] * words + w[None, :], mask=inside & real, other=0)
+        tl.store(out + row[:, None] * words + w[None, :], value, mask=inside)
+        if tl.program_id(1) == 0:
+            g = tl.arange(0, BLOCK_G).to(tl.int64)
+            there = (g < groups)[None, :]
+            each = tl.load(scale + g[None, :] * T + token[:, None], mask=there & real, other=1.0)
+            tl.store(out_scale + g[None, :] * R + row[:, None], each, mask=there)
+
+
+def gather(codes: Codes, rows: Rows) -> Codes:
+    """The codes of each row's token; zero, with scale 1, in gaps. Tiles not in use are left unwritten."""
+    (T, K), R = codes.q.shape, rows.token_R.shape[0]
+    out = _empty(R, K, codes.power, codes.q.device)
+    word = torch.int64 if K % 8 == 0 else torch.uint8
+    source, target = codes.q.view(word), out.q.view(word)
+    words, groups = source.shape[1], codes.scale.shape[0]
+    block = min(128, power_of_2(words))
+    _gather_kernel[(R // 32, ceil_div(words, block))](
+        source, codes.scale, rows.token_R, rows.used, target, out.scale, words, T, R, groups,
+        BLOCK_R=32, BLOCK=block, BLOCK_G=power_of_2(groups), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def sum_rows(row_RD: Tensor, rows: Rows) -> Tensor:
+    """[T, D]: the sum of each token's rows, in FP32."""
+    from hadal.ops.triton.experts import combine
+
+    one_TK = torch.ones(rows.place_TK.shape, dtype=torch.float32, device=row_RD.device)
+    return combine(row_RD, rows.place_TK, one_TK)
+
+
+# --- SwiGLU -------------------------------------------------------------------------------------------------
+@triton.jit
+def _swiglu_kernel(
+    x, weight, used, q, scale, kept, kept_scale, width, R, POWER: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_R
+    real = first >= 0
+    if ROWS:
+        real = first < tl.load(used) * GROUP
+    if real:
+        row = first.to(tl.int64) + tl.arange(0, BLOCK_R)
+        g = tl.program_id(1).to(tl.int64)
+        k = g * GROUP + tl.arange(0, GROUP)
+        inside = (row < R)[:, None] & (k < width)[None, :]
+        at = row[:, None] * (2 * width) + k[None, :]
+        gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+        hidden = gate * tl.sigmoid(gate) * up
+        if ROWS:
+            hidden = hidden * tl.load(weight + row)[:, None]
+        hidden = hidden.to(x.dtype.element_ty).to(tl.float32)
+        _store_rows(hidden, q, scale, row, k, g, width, width, R, POWER)
+        _store_rows(gate, kept, kept_scale, row, k, g, width, 2 * width, R, True)
+        _store_rows(up, kept + width, kept_scale, row, k, g + tl.num_programs(1), width, 2 * width, R, True)
+
+
+def swiglu(
+    gate_up_R2I: Tensor, weight_R: Tensor | None, power: bool, rows: Rows | None
+) -> tuple[Codes, Codes]:
+    """(codes of w · silu(gate) ⊙ up, codes of gate and up)."""
+    R, width = gate_up_R2I.shape[0], gate_up_R2I.shape[1] // 2
+    device, groups = gate_up_R2I.device, ceil_div(width, TILE)
+    hidden = _empty(R, width, power, device)
+    scale = torch.empty((2 * groups, R), dtype=torch.float32, device=device)
+    kept = Codes(torch.empty((R, 2 * width), dtype=E4M3, device=device), scale, True)
+    if R:
+        _swiglu_kernel[(ceil_div(R, 32), groups)](
+            gate_up_R2I, scale if weight_R is None else weight_R, scale if rows is None else rows.used,
+            *hidden[:2], *kept[:2], width, R, POWER=power, ROWS=rows is not None, BLOCK_R=32, num_warps=4,
+        )  # fmt: skip
+    return hidden, kept
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    kept, kept_scale, dh, weight, used, d, d_scale, d_columns, d_columns_scale, h_columns, h_columns_scale,
+    dweight, width, R, padded, POWER: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    real = tile >= 0
+    if ROWS:
+        real = tile < tl.load(used)
+    if real:
+        row = tile.to(tl.int64) * GROUP + tl.arange(0, GROUP)
+        g = tl.program_id(1).to(tl.int64)
+        groups = tl.num_programs(1)
+        k = g * GROUP + tl.arange(0, GROUP)
+        inside = (row < R)[:, None] & (k < width)[None, :]
+        at = row[:, None] * (2 * width) + k[None, :]
+        gate_s = tl.load(kept_scale + g * R + row, mask=row < R, other=0.0)
+        gate = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) * gate_s[:, None]
+        up_s = tl.load(kept_scale + (g + groups) * R + row, mask=row < R, other=0.0)
+        up = tl.load(kept + at + width, mask=inside, other=0.0).to(tl.float32) * up_s[:, None]
+        grad = tl.load(dh + row[:, None] * width + k[None, :], mask=inside, other=0.0)
+        kind = dh.dtype.element_ty
+        grad = grad.to(tl.float32)
+        share = tl.sigmoid(gate)
+        silu = gate * share
+        hidden = silu * up
+        if ROWS:
+            tl.store(dweight + g * R + row, tl.sum(grad * hidden, 1))
+            w = tl.load(weight + row)[:, None]
+            grad = grad * w
+            hidden = hidden * w
+        hidden = hidden.to(kind).to(tl.float32)
+        _store_columns(hidden, h_columns, h_columns_scale, row, k, tile, width, width, padded, POWER)
+        dup = (grad * silu).to(kind)
+        dgate = (grad * up * share * (1.0 + gate * (1.0 - share))).to(kind)
+        if WHOLE:
+            wide = dgate.to(tl.float32)
+            _store_rows(wide, d, d_scale, row, k, g, width, 2 * width, R, POWER)
+            _store_columns(wide, d_columns, d_columns_scale, row, k, tile, width, 2 * width, padded, POWER)
+            wide = dup.to(tl.float32)
+            _store_rows(wide, d + width, d_scale, row, k, g + groups, width, 2 * width, R, POWER)
+            d_columns += width.to(tl.int64) * padded
+            _store_columns(
+                wide, d_columns, d_columns_scale + width, row, k, tile, width, 2 * width, padded, POWER
+            )
+        else:
+            tl.store(d + at, dgate, mask=inside)
+            tl.store(d + at + width, dup, mask=inside)
+
+
+def swiglu_backward(
+    kept: Codes, dh_RI: Tensor, weight_R: Tensor | None, power: bool, rows: Rows | None
+) -> tuple[Codes, Codes, Codes, Tensor | None]:
+    """Codes of the gradient of [gate, up], of its transpose, of the hidden values' transpose; that of w.
+
+    Where the width is no multiple of 128, a tile of [gate, up] can hold some of both: then the gradient is
+    written in the model's dtype, and quantised by another kernel.
+    """
+    R, width = dh_RI.shape
+    device, padded, groups = dh_RI.device, ceil_div(R, TILE) * TILE, ceil_div(width, TILE)
+    whole = width % TILE == 0
+    hidden = _empty(width, padded, power, device)
+    dweight = torch.empty((groups if rows is not None else 0, R), dtype=torch.float32, device=device)
+    if whole:
+        d, across = _empty(R, 2 * width, power, device), _empty(2 * width, padded, power, device)
+        out: tuple[Tensor, ...] = (*d[:2], *across[:2])
+    else:
+        plain = torch.empty((R, 2 * width), dtype=dh_RI.dtype, device=device)
+        out = (plain,) * 4
+    if R:
+        _swiglu_backward_kernel[(padded // TILE, groups)](
+            *kept[:2], dh_RI, dweight if weight_R is None else weight_R,
+            dweight if rows is None else rows.used, *out, *hidden[:2], dweight, width, R, padded,
+            POWER=power, ROWS=rows is not None, WHOLE=whole, num_warps=16,
+        )  # fmt: skip
+    if not whole:
+        d, across = quantise_both(plain, power, rows)
+    return d, across, hidden, None if rows is None else dweight.sum(0)
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+@triton.jit
+def _weight_kernel(w, q, scale, N, K, groups, POWER: tl.constexpr):
+    e = tl.program_id(2).to(tl.int64)
+    n = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    k = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    at = (e * N + n)[:, None] * K + k[None, :]
+    value = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    amax = tl.max(tl.max(tl.abs(value), 1), 0)
+    s = tl.div_rn(amax, 448.0)
+    s = tl.maximum(s, 1.1754943508222875e-38)
+    if POWER:
+        s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    s = tl.where(amax == 0.0, 1.0, s)
+    tl.store(q + at, _e4m3(value, tl.full([1, 1], 1.0, tl.float32) * s, POWER), mask=inside)
+    tl.store(scale + (e * tl.num_programs(0) + tl.program_id(0)) * groups + tl.program_id(1), s)
+
+
+def quantise_weight(w: Tensor, power: bool) -> Weight:
+    """In blocks of 128 × 128."""
+    w = w.contiguous()
+    *lead, N, K = w.shape
+    blocks = ceil_div(N, TILE), ceil_div(K, TILE)
+    q = torch.empty(w.shape, dtype=E4M3, device=w.device)
+    scale = torch.empty((*lead, *blocks), dtype=torch.float32, device=w.device)
+    stack = lead[0] if lead else 1
+    _weight_kernel[(*blocks, stack)](w, q, scale, N, K, blocks[1], POWER=power, num_warps=8)
+    return Weight(q, scale, power)
+
+
+@triton.jit
+def _transpose_kernel(q, out, N, K):
+    e = tl.program_id(2).to(tl.int64) * N * K
+    n = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    k = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
+    inside = (n < N)[:, None] & (k < K)[None, :]
+    value = tl.load(q + e + n.to(tl.int64)[:, None] * K + k[None, :], mask=inside, other=0)
+    tl.store(out + e + k.to(tl.int64)[:, None] * N + n[None, :], tl.trans(value), mask=tl.trans(inside))
+
+
+def transposed(weight: Weight) -> Weight:
+    """The same blocks for the product with the matrix's transpose: codes [.., K, N]."""
+    *lead, N, K = weight.q.shape
+    out = torch.empty((*lead, K, N), dtype=E4M3, device=weight.q.device)
+    grid = ceil_div(N, TILE), ceil_div(K, TILE), lead[0] if lead else 1
+    _transpose_kernel[grid](weight.q.view(torch.uint8), out.view(torch.uint8), N, K, num_warps=8)
+    return Weight(out, weight.scale.transpose(-1, -2).contiguous(), weight.power)
