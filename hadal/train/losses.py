@@ -24,7 +24,7 @@ from hadal.model.layers import Linear
 from hadal.model.mtp import Mtp
 from hadal.model.transformer import Transformer
 from hadal.ops.cross_entropy import linear_cross_entropy, weighted_cross_entropy
-from hadal.ops.fp8_training import fp8_training
+from hadal.ops.fp8_training import Scales, fp8_training
 from hadal.ops.recompute import recompute
 from hadal.train.balance import expert_counts, sequence_loss
 from hadal.train.batches import MicroBatch
@@ -38,6 +38,7 @@ class Objective:
     z_loss: float = 0.0
     recompute: tuple[str, ...] = ()  # what the backward pass makes again (hadal/ops/recompute.py)
     fp8: bool = False  # linear layers multiply in FP8, forward and backward (hadal/ops/fp8_training.py)
+    fp8_scales: Scales = "power_of_two"
 
 
 @dataclass
@@ -70,7 +71,7 @@ def losses(
     rows."""
     context = micro.context(record_routing=True)
     share_KT = micro.weight_KT / weight_K.clamp(min=1e-6)[:, None]
-    with recompute(objective.recompute), fp8_training(objective.fp8):
+    with recompute(objective.recompute), fp8_training(objective.fp8, objective.fp8_scales):
         mean_K = weighted_losses(model, micro, context, share_KT, objective.z_loss)
     main, zero = mean_K[0], torch.zeros_like(mean_K[0])
     balance, count_GE = _balance(context, micro, model, step_rows, objective.sequence_alpha > 0)

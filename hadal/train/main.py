@@ -22,7 +22,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -31,6 +31,7 @@ from hadal.config import ConfigError, ModelConfig
 from hadal.model.layers import Ffn
 from hadal.model.moe import Experts
 from hadal.model.transformer import Transformer
+from hadal.ops.fp8_training import Scales
 from hadal.train import recipe as recipes
 from hadal.train import state
 from hadal.train.accuracy import Examine
@@ -241,7 +242,8 @@ class Run:
             moment_dtype=_DTYPES[adamw.moments],
         )
         alpha, train = recipe.balance.sequence_alpha, recipe.train
-        objective = Objective(alpha, train.z_loss, train.recompute, train.fp8)
+        scales = cast(Scales, train.fp8_scales)
+        objective = Objective(alpha, train.z_loss, train.recompute, train.fp8, scales)
         ema = Ema(optimizer, recipe.ema.rate, recipe.ema.every_steps) if recipe.ema.rate else None
         return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from hadal.data.strict import RecipeError as RecipeError
 from hadal.data.strict import build, join, override_phase, read_toml, require
+from hadal.ops.fp8_training import SCALES
 from hadal.ops.recompute import KINDS
 from hadal.train.phases import PhaseRecipe, phase_knobs, stages
 from hadal.train.schedules import BatchRamp, LearningRate, Schedule, learning_rate
@@ -67,6 +68,7 @@ class TrainRecipe:
     micro_batch_tokens: int = 0  # in one forward pass; 0: the whole batch at once
     dtype: str = "auto"  # "auto": bfloat16 on a GPU, float32 on a CPU
     fp8: bool = False  # products of linear layers in FP8, V3's recipe (§3.3); else all in dtype
+    fp8_scales: str = "power_of_two"  # of all FP8 tiles; "float32": V3's, but where they are cut anew
     init_std: float = 0.006
     compile: bool = False  # fuse experts and feed-forward networks with torch.compile (GPU)
     recompute: tuple[str, ...] = ()  # of "norm", "up", "swiglu", "rows": made again in the backward pass
@@ -102,6 +104,8 @@ class TrainRecipe:
         require(
             alone, "train.fp8", self.fp8, "false with train.compile (which would compile the rounding away)"
         )
+        known = " or ".join(f'"{name}"' for name in SCALES)
+        require(self.fp8_scales in SCALES, "train.fp8_scales", self.fp8_scales, known)
         require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
         require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
         require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 (no limit) or more")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hadal.model.transformer import Transformer
+from hadal.ops.fp8_training import constant_weights
 from hadal.train.balance import max_violation, update_biases
 from hadal.train.batches import Batch
 from hadal.train.ema import Ema
@@ -99,15 +100,16 @@ class Trainer:
         knobs = self.schedule.at(self.progress.tokens + batch.tokens)
         weight_K = self.reduce(batch.weight_K)
         parts, count_GE = torch.zeros(3, device=self.model.device), None
-        for micro in batch.micros:
-            out = losses(self.model, micro, weight_K, batch.rows, self.objective)  # forward
-            with self.optimizer.collecting():
-                out.total(knobs.mtp_weight, self.objective.sequence_alpha).backward()  # backward
-            self.optimizer.accumulate()
-            parts, count_GE = (
-                parts + out.parts(),
-                out.count_GE if count_GE is None else count_GE + out.count_GE,
-            )
+        with constant_weights(self.objective.fp8 and len(batch.micros) > 1):
+            for micro in batch.micros:
+                out = losses(self.model, micro, weight_K, batch.rows, self.objective)  # forward
+                with self.optimizer.collecting():
+                    out.total(knobs.mtp_weight, self.objective.sequence_alpha).backward()  # backward
+                self.optimizer.accumulate()
+                parts, count_GE = (
+                    parts + out.parts(),
+                    out.count_GE if count_GE is None else count_GE + out.count_GE,
+                )
         assert count_GE is not None
         parts, count_GE = self.reduce(parts), self.reduce(count_GE)  # reduce
         self.reduce(self.optimizer.grad_N)

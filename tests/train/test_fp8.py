@@ -1,8 +1,11 @@
 """Training with FP8 products: near the run without, and the same run with recomputation."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from hadal.ops import fp8_tiles
 from hadal.ops.fp8_training import is_fp8_training
 from hadal.train.batches import build
 from hadal.train.losses import Objective, losses
@@ -48,3 +51,22 @@ def test_recomputed_products_are_in_fp8_too(dtype):
     assert torch.equal(plain[0], again[0])
     for name, gradient in plain[1].items():
         assert torch.equal(again[1][name], gradient), name
+
+
+@pytest.mark.parametrize("scales", ["power_of_two", "float32"])
+def test_micro_batches_share_a_steps_weights(scales, monkeypatch):
+    """Quantised once a step, anew after the update; and the sum of their gradients is as without sharing."""
+    seen, ends = [], []
+    quantise = fp8_tiles.quantise_weight
+    monkeypatch.setattr(fp8_tiles, "quantise_weight", lambda w, p: seen.append(p) or quantise(w, p))
+    for share in (True, False):
+        trainer = tiny.trainer(tiny.model(), rows=8, micro_rows=2)
+        trainer.objective = Objective(fp8=True, fp8_scales=scales, recompute=("up",))
+        if not share:
+            monkeypatch.setattr("hadal.train.trainer.constant_weights", lambda on: nullcontext())
+        seen.clear()
+        for _ in range(2):
+            trainer.step()
+        ends.append((trainer.optimizer.master_N.clone(), len(seen)))
+    assert torch.equal(ends[0][0], ends[1][0]) and set(seen) == {scales == "power_of_two"}
+    assert ends[1][1] > 4 * ends[0][1] > 0
