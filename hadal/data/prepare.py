@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from hadal.data.encoding import DocumentEncoder
-from hadal.data.reading import InputFile, Piece, input_files, pieces_of, sha256_of, size_of
+from hadal.data.puzzle_source import generator_digest
+from hadal.data.reading import InputFile, Piece, digest_of, input_files, pieces_of, sha256_of, size_of
 from hadal.data.recipe import DataRecipe, Source
 from hadal.data.report import funnel, markdown, merge
 from hadal.data.shards import Manifest, ShardError, ShardFile, read_manifest, write_manifest
@@ -142,7 +143,9 @@ def prepare(
     tokenised, token_results = _tokenise(run, parts, read, judged)
     planned, plan = _mix(run, parts, tokenised)
     dtype = "uint16" if tokenizer.padded_vocab_size <= 1 << 16 else "uint32"
-    shards = _pack(run, tokenised, planned, plan, dtype)
+    shards = _pack(run, tokenised, planned, plan, dtype, index)
+    if run.recipe.decontaminate.puzzles:
+        index_result = {**index_result, "remaining": sum(r["leaks"] for r in results(shards))}
     dropped = merge([e for r in read for e in r["dropped"]] + judgement["dropped"])
     report = {
         "name": recipe.name,
@@ -170,7 +173,7 @@ def _inputs(run: _Run) -> tuple[dict[str, list[InputFile]], list[InputFile]]:
     done = 0
 
     def hashed(files: list[InputFile]) -> list[InputFile]:
-        return [replace(f, sha256=sha256_of(Path(f.path), tick)) for f in files]
+        return [replace(f, sha256=digest_of(f, tick)) for f in files]
 
     def tick(amount: int) -> None:
         nonlocal done
@@ -219,14 +222,15 @@ def _told(files: Sequence[InputFile]) -> list[tuple[str, str]]:
 
 def _index(run: _Run, evaluations: list[InputFile]) -> tuple[str, dict[str, Any]]:
     """(folder of the index of the evaluation sets, what is in it); "" where there are none."""
-    if not evaluations:
-        return "", {"texts": 0, "ngrams": 0}
     settings = asdict(run.recipe.decontaminate)
+    if not evaluations and not settings["puzzles"]:
+        return "", {"texts": 0, "ngrams": 0}
     settings["paths"] = []
     pieces = [piece for file in evaluations for piece in pieces_of(file)]
-    folder = run.folder("index", digest(_told(evaluations), settings, code_digest()))
+    generators = generator_digest() if settings["puzzles"] else ""
+    folder = run.folder("index", digest(_told(evaluations), settings, code_digest(), generators))
     spec = {"pieces": [_spec(piece) for piece in pieces], "settings": settings}
-    task = Task("hadal.data.steps:index_evaluations", folder, spec, sum(f.bytes for f in evaluations))
+    task = Task("hadal.data.steps:index_evaluations", folder, spec, max(1, sum(f.bytes for f in evaluations)))
     return folder, run.stage("reading evaluation sets", [task])[0]
 
 
@@ -238,13 +242,17 @@ def _read(run: _Run, inputs: dict[str, list[InputFile]], index: str) -> list[_Pa
     code = code_digest()
     for source in recipe.source:
         for file in inputs[source.name]:
-            shape = {**shared, "source": source.name, "text": source.text, "id": source.id}
+            shape: dict[str, Any] = {**shared, "source": source.name, "text": source.text, "id": source.id}
+            made = "read_piece"
+            if source.puzzles:
+                shape |= {"seed": recipe.seed, "split": source.split, "documents": source.documents}
+                made = "read_puzzles"
             key = digest(_told([file]), file.kind, shape, code)
             for number, piece in enumerate(pieces_of(file)):
                 spec = {**shape, "piece": _spec(piece)}
                 folder = run.folder("read", key, number)
                 parts.append(
-                    _Part(source, piece, Task("hadal.data.steps:read_piece", folder, spec, size_of(piece)))
+                    _Part(source, piece, Task(f"hadal.data.steps:{made}", folder, spec, size_of(piece)))
                 )
     run.stage("reading and filtering", [p.task for p in parts])
     return parts
@@ -268,7 +276,7 @@ def _tokenise(run: _Run, parts: list[_Part], read: list[Any], judged: str) -> tu
     tasks, first = [], 0
     for number, (part, result) in enumerate(zip(parts, read, strict=True)):
         spec = {**shared, "part": part.folder, "judged": judged, "first": first, "source": part.source.name,
-                "tokenizer": str(tokenizer)}  # fmt: skip
+                "tokenizer": str(tokenizer), "puzzles": bool(part.source.puzzles)}  # fmt: skip
         tasks.append(
             Task("hadal.data.steps:tokenise", run.folder("tokens", key, number), spec, result["bytes"])
         )
@@ -288,9 +296,12 @@ def _mix(run: _Run, parts: list[_Part], tokenised: list[Task]) -> tuple[str, dic
     return folder, run.stage("mixing", [Task("hadal.data.steps:mix", folder, spec)])[0]
 
 
-def _pack(run: _Run, tokenised: list[Task], planned: str, plan: dict[str, Any], dtype: str) -> list[Task]:
+def _pack(
+    run: _Run, tokenised: list[Task], planned: str, plan: dict[str, Any], dtype: str, index: str
+) -> list[Task]:
     key = digest(Path(planned).name, dtype)
-    shared = {"parts": [task.folder for task in tokenised], "plan": planned, "dtype": dtype}
+    shared = {"parts": [task.folder for task in tokenised], "plan": planned, "dtype": dtype, "exam": index,
+              "tokenizer": str(tokenizer_folder(run.recipe, run.base))}  # fmt: skip
     tasks = [
         Task("hadal.data.steps:pack", run.folder("shards", key, number),
              {**shared, "name": s["name"], "begin": s["begin"], "end": s["end"]}, s["tokens"])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hadal.data.puzzle_source import BYTES, PIECE_DOCUMENTS, generator_digest
 from hadal.data.recipe import Source
 from hadal.data.strict import RecipeError
 
@@ -34,18 +35,22 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of a source. label: its path as it is told, free of where the machine keeps it."""
+    """A file of a source. label: its path as it is told, free of where the machine keeps it.
+
+    Puzzles are in no file: the path is their task, bytes are about what they will be, the hash is of their
+    generators.
+    """
 
     path: str
     label: str
-    kind: str  # text, jsonl, parquet
+    kind: str  # text, jsonl, parquet, puzzles
     bytes: int
     sha256: str = ""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file: bytes of a plain JSONL file, or one row group, from `begin` to `end`; −1: all."""
+    """Part of a file, from `begin` to `end`: bytes of a plain JSONL file, one row group, puzzles; −1: all."""
 
     file: InputFile
     begin: int = 0
@@ -54,6 +59,9 @@ class Piece:
 
 def input_files(source: Source, base: Path) -> list[InputFile]:
     """The files of a source, in order. Raises RecipeError where a path leads to none."""
+    if source.puzzles:
+        label = f"puzzles:{source.split}:{source.puzzles}:{source.documents}"
+        return [InputFile(source.puzzles, label, "puzzles", BYTES * source.documents)]
     if source.hub:
         folder, labels = _hub_folder(source.hub), f"hub:{source.hub}/"
     else:
@@ -127,8 +135,22 @@ def sha256_of(path: Path, tick: Callable[[int], None] = lambda done: None) -> st
     return digest.hexdigest()
 
 
+def digest_of(file: InputFile, tick: Callable[[int], None] = lambda done: None) -> str:
+    """SHA-256 of what a file's documents are made from."""
+    if file.kind != "puzzles":
+        return sha256_of(Path(file.path), tick)
+    tick(file.bytes)
+    return generator_digest()
+
+
 def pieces_of(file: InputFile) -> list[Piece]:
     """A file's pieces, in order."""
+    if file.kind == "puzzles":
+        count = file.bytes // BYTES
+        return [
+            Piece(file, first, min(first + PIECE_DOCUMENTS, count))
+            for first in range(0, count, PIECE_DOCUMENTS)
+        ]
     if file.kind == "parquet":
         return [Piece(file, g, g + 1) for g in range(_parquet(file.path).num_row_groups)]
     if file.kind == "jsonl" and not file.path.endswith(".gz"):
@@ -232,6 +254,8 @@ def _parquet_rows(piece: Piece) -> Iterator[tuple[str, int, Any]]:
 
 def size_of(piece: Piece) -> int:
     """About how many bytes of its file a piece is."""
+    if piece.file.kind == "puzzles":
+        return BYTES * (piece.end - piece.begin)
     if piece.file.kind == "parquet":
         return piece.file.bytes // max(1, _parquet(piece.file.path).num_row_groups)
     return piece.end - piece.begin if piece.end > 0 else piece.file.bytes

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hadal.data.strict import build, read_toml, require
+from hadal.data.puzzles.mixture import SPLITS, check_name
+from hadal.data.strict import RecipeError, build, read_toml, require
 
 FORMATS = ("auto", "text", "jsonl", "parquet")
 DROP_RULES = ("language", "quality", "duplicate", "near-duplicate", "contaminated")
@@ -16,7 +17,8 @@ DROP_RULES = ("language", "quality", "duplicate", "near-duplicate", "contaminate
 
 @dataclass(frozen=True)
 class Source:
-    """One source: files of one kind, and its share of the mixture."""
+    """One source: files of one kind, or puzzles that are written as they are read, and its share of the
+    mixture."""
 
     name: str
     paths: tuple[str, ...] = ()  # files, folders, globs; relative to the recipe
@@ -25,13 +27,25 @@ class Source:
     text: str = "text"  # field of a record, or a template: "{question}\n{answer}"
     id: str = "id"  # field; a record without one is known by its file and place
     weight: float = 0.0  # share of the mixture's tokens, relative to the others; 0 in all: as they are
+    puzzles: str = (
+        ""  # instead of files: a task of hadal.data.puzzles ("countdown"), or a kind ("countdown/4")
+    )
+    documents: int = 0  # how many puzzles
+    split: str = "train"  # of the puzzles
 
     def __post_init__(self) -> None:
         plain = bool(self.name) and self.name.replace("-", "").replace("_", "").isalnum()
         require(plain, "source.name", self.name, "letters, digits, - and _")
-        require(
-            bool(self.paths) != bool(self.hub), f"paths of source {self.name!r}", self.paths, "given, or hub"
-        )
+        given = [bool(self.paths), bool(self.hub), bool(self.puzzles)]
+        require(sum(given) == 1, f"paths of source {self.name!r}", self.paths, "given, or hub, or puzzles")
+        both = bool(self.puzzles) == (self.documents > 0)
+        require(both, f"documents of source {self.name!r}", self.documents, "above 0 for puzzles, else 0")
+        require(self.split in SPLITS, "source.split", self.split, f"one of {', '.join(SPLITS)}")
+        if self.puzzles:
+            try:
+                check_name(self.puzzles)
+            except ValueError as error:
+                raise RecipeError(f"source {self.name!r}: {error}") from None
         require(self.format in FORMATS, "source.format", self.format, f"one of {', '.join(FORMATS)}")
         require(self.weight >= 0, "source.weight", self.weight, "0 or more")
 
@@ -100,9 +114,11 @@ class Decontaminate:
     fields: tuple[str, ...] = ("question", "prompt", "problem", "text", "input")
     ngram: int = 10
     shortest: int = 3
+    puzzles: int = 0  # and the problems that `hadal eval --samples N` asks
 
     def __post_init__(self) -> None:
         require(1 <= self.shortest <= self.ngram <= 64, "decontaminate.ngram", self.ngram, "shortest..64")
+        require(self.puzzles >= 0, "decontaminate.puzzles", self.puzzles, "0 (none) or more")
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,9 @@ class DataRecipe:
         require(bool(self.source), "source", self.source, "at least one [[source]]")
         names = [s.name for s in self.source]
         require(len(set(names)) == len(names), "source names", names, "different from one another")
+        plain = not (self.duplicates.near and any(s.puzzles for s in self.source))
+        want = "false with puzzles: of one template, all are near copies of one another"
+        require(plain, "duplicates.near", self.duplicates.near, want)
         weighted = [s.weight > 0 for s in self.source]
         require(
             all(weighted) or not any(weighted), "source weights", [s.weight for s in self.source],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from array import array
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,19 @@ import numpy as np
 
 from hadal.data import contamination
 from hadal.data.cleaning import language_of, normalise, quality_fault
+from hadal.data.documents import Encoder
 from hadal.data.duplicates import EXACT, NEAR, MinHash, exact_key, find_copies
-from hadal.data.encoding import DocumentEncoder, draws
+from hadal.data.encoding import DocumentEncoder, Ids, draws
 from hadal.data.mixing import Table, hash_order, make_plan
+from hadal.data.puzzle_source import (
+    BYTES,
+    HELD_OUT,
+    examination,
+    leaks,
+    load_exam,
+    puzzle_texts,
+    save_exam,
+)
 from hadal.data.reading import InputFile, Piece, records
 from hadal.data.recipe import Decontaminate, Duplicates, Mixture, Quality
 from hadal.data.report import Dropped
@@ -58,9 +69,42 @@ def index_evaluations(folder: Path, spec: dict[str, Any], tick: Tick) -> dict[st
             found = (r for r in records(piece, field, "id") if r.text)
             texts += [(f"{r.id} ({field})" if field else r.id, r.text or "") for r in found]
         tick(piece.file.bytes)
+    if settings.puzzles:
+        exam = examination(settings.puzzles)
+        first = len(texts)
+        texts += [(name, one.prompt) for name, one in exam]
+        texts.append((HELD_OUT, ""))
+        save_exam(folder, [one for _, one in exam], first, len(texts) - 1)
     index = contamination.build_index(texts, settings)
     contamination.save_index(index, folder)
-    return {"texts": len(texts), "ngrams": sum(len(grams) for grams, _ in index.tables.values())}
+    held = 1 if settings.puzzles else 0
+    return {"texts": len(texts) - held, "ngrams": sum(len(grams) for grams, _ in index.tables.values())}
+
+
+def read_puzzles(folder: Path, spec: dict[str, Any], tick: Tick) -> dict[str, Any]:
+    """Puzzles to a part, compared with the examination. They are read as they are: nothing is filtered."""
+    piece, exam = _piece(spec["piece"]), load_exam(spec["index"])
+    offsets, keys, marks = array("q", [0]), array("Q"), array("i")
+    languages: dict[str, int] = {}
+    talks = puzzle_texts(piece.file.path, spec["seed"], spec["split"], piece.begin, piece.end)
+    with (folder / "texts.bin").open("wb") as texts:
+        for number, (talk, text) in enumerate(talks):
+            data = text.encode()
+            texts.write(data)
+            offsets.append(offsets[-1] + len(data))
+            keys.extend(exact_key(text))
+            marks.append(-1 if exam is None else exam.find(talk))
+            language = talk.last.language
+            languages[language] = languages.get(language, 0) + 1
+            if number % 1000 == 999:
+                tick(1000 * BYTES)
+    for name, values in (("offsets", offsets), ("keys", keys), ("marks", marks), ("signatures", [])):
+        _save(folder, name, values)
+    names = [str(index) for index in range(piece.begin, piece.end)]
+    (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
+    count, size = len(names), offsets[-1]
+    return {"read": count, "read_bytes": size, "documents": count, "bytes": size, "languages": languages,
+            "dropped": []}  # fmt: skip
 
 
 def read_piece(folder: Path, spec: dict[str, Any], tick: Tick) -> dict[str, Any]:
@@ -163,7 +207,8 @@ def judge(folder: Path, spec: dict[str, Any], tick: Tick) -> dict[str, Any]:
             shown[source, code] += 1
             place, text = texts.name(document), texts.text(document)
             if code == CONTAMINATED and index is not None:
-                why = f"{index.names[marks[document]]} has “{index.shared(text)}”"
+                name, shared = index.names[marks[document]], index.shared(text)
+                why = f"{name} has “{shared}”" if shared and name != HELD_OUT else f"asks {name}"
             else:
                 original = int(found.original[document])
                 stays = f"{sources[source_of[original]]}/{texts.name(original)}"
@@ -172,32 +217,51 @@ def judge(folder: Path, spec: dict[str, Any], tick: Tick) -> dict[str, Any]:
     return {"dropped": [entry for d in dropped.values() for entry in d.to_list()]}
 
 
+Encode = Callable[[str, str, bool], tuple[Ids, bool]]
+"""(text, name, whether it is held out) to its ids, and whether it was rearranged."""
+
+
+def _text_encoder(spec: dict[str, Any]) -> Encode:
+    tokenizer = Tokenizer.load(spec["tokenizer"])
+    options = {"seed": spec["seed"], "bos": spec["bos"], "split_rate": spec["split_rate"]}
+    train = DocumentEncoder(tokenizer, fim_rate=spec["fim_rate"], **options)
+    heldout = DocumentEncoder(tokenizer, **options)
+    return lambda text, name, aside: (heldout if aside else train).encode(text, name)
+
+
+def _puzzle_encoder(spec: dict[str, Any]) -> Encode:
+    """Their control tokens are their own; they are never rearranged: a middle without its steps teaches
+    nothing."""
+    encoder = Encoder(Path(spec["tokenizer"]))
+    return lambda text, name, aside: (np.array(encoder.encode(text), dtype=np.uint32), False)
+
+
 def tokenise(folder: Path, spec: dict[str, Any], tick: Tick) -> dict[str, Any]:
     """The documents of a part that stay, as tokens: ids.bin, and length, size, order and side of each."""
     part, seed, source = Path(spec["part"]), spec["seed"], spec["source"]
-    tokenizer = Tokenizer.load(spec["tokenizer"])
-    options = {"seed": seed, "bos": spec["bos"], "split_rate": spec["split_rate"]}
-    train = DocumentEncoder(tokenizer, fim_rate=spec["fim_rate"], **options)
-    heldout = DocumentEncoder(tokenizer, **options)
+    encode = _puzzle_encoder(spec) if spec["puzzles"] else _text_encoder(spec)
     decision = load(spec["judged"], "decision")[spec["first"] :]
     names, offsets = json.loads((part / "names.json").read_text("utf-8")), load(part, "offsets")
     keys = load(part, "keys").reshape(-1, 2)
     arrays: dict[str, list[int]] = {"lengths": [], "bytes": [], "order": [], "heldout": [], "fim": []}
+    done = 0
     with (part / "texts.bin").open("rb") as texts, (folder / "ids.bin").open("wb") as ids:
         for at, name in enumerate(names):
             data = texts.read(int(offsets[at + 1] - offsets[at]))
             if decision[at]:
                 continue
             key = f"{keys[at, 0]:x}{keys[at, 1]:x}"
-            aside = draws(seed, f"heldout|{key}", 1)[0] < spec["heldout"]
-            encoded, fim = (heldout if aside else train).encode(data.decode(), f"{source}/{name}")
+            aside = not spec["puzzles"] and draws(seed, f"heldout|{key}", 1)[0] < spec["heldout"]
+            encoded, fim = encode(data.decode(), f"{source}/{name}", aside)
             ids.write(encoded.astype("<u4").tobytes())
             arrays["lengths"].append(len(encoded))
             arrays["bytes"].append(len(data))
             arrays["order"].append(int(draws(seed, f"order|{source}/{name}|{key}", 1)[0] * 2**64))
             arrays["heldout"].append(aside)
             arrays["fim"].append(fim)
-            tick(len(data))
+            if (done := done + len(data)) > 1 << 18:
+                tick(done)
+                done = 0
     for array_name, values in arrays.items():
         _save(folder, array_name, values)
     return {"documents": len(arrays["lengths"]), "tokens": sum(arrays["lengths"])}
@@ -233,5 +297,7 @@ def pack(folder: Path, spec: dict[str, Any], tick: Tick) -> dict[str, Any]:
         lengths[row] = size[at]
     tokens = np.concatenate(pieces).astype(spec["dtype"])
     made = write_shard(folder, spec["name"], (tokens, lengths))
+    exam = load_exam(spec["exam"])
+    left = leaks(tokens, exam, Encoder(Path(spec["tokenizer"]))) if exam else 0
     tick(len(tokens))
-    return {"file": asdict(made), "fim": fim}
+    return {"file": asdict(made), "fim": fim, "leaks": left}

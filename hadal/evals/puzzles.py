@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypedDict
 
-from hadal.data.puzzles import LANGUAGES, TASKS, Sample, is_held_out, sample, verify
-from hadal.data.puzzles.mixture import task as task_named
+from hadal.data.puzzles import LANGUAGES, TASKS, Sample, verify
+from hadal.data.puzzles.examination import problems as problems
 
 SAMPLES = 200  # problems a task, at least, for a figure that is published
 MAX_TOKENS = 768
@@ -76,34 +76,6 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
     centre = (correct + z * z / 2) / (total + z * z)
     half = z / (total + z * z) * (correct * (total - correct) / total + z * z / 4) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def problems(samples: int, seed: int = 0, tasks: Iterable[str] = TASKS) -> list[Sample]:
-    """At least `samples` held-out problems a task, no problem twice, as many in each language.
-
-    Raises ValueError if a task has too few problems.
-    """
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; at least 1")
-    each = -(-samples // len(LANGUAGES))
-    chosen: list[Sample] = []
-    for name in tasks:
-        task_named(name)
-        seen: set[str] = set()
-        for language in LANGUAGES:
-            found = 0
-            for index in range(50 * each + 1000):
-                made = sample(index, seed, "held-out", name=name, language=language)
-                if made.problem.key not in seen:
-                    assert is_held_out(made.problem.key)
-                    seen.add(made.problem.key)
-                    chosen.append(made)
-                    found += 1
-                    if found == each:
-                        break
-            if found < each:
-                raise ValueError(f"task {name} has only {found} unseen problems in {language}; lower samples")
-    return chosen
 
 
 def engine_generate(engine: ChatEngine, max_tokens: int = MAX_TOKENS) -> Generate:

@@ -1,20 +1,30 @@
-"""Where a run's tokens come from: puzzles written for it, or a folder of packed shards; their tokenizer."""
+"""Where a run's tokens come from: puzzles written for it, or a folder of packed shards; their tokenizer.
+
+Training puzzles take the way of any text through `hadal.data.prepare`: exact copies and what the examination
+asks are dropped, and DATA/train/report.md says how much. Held-out puzzles are written as they are drawn.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hadal.data.documents import write_puzzles
+from hadal.data.prepare import Progress, prepare
+from hadal.data.puzzle_source import puzzle_recipe
+from hadal.data.report import read_report
 from hadal.data.shards import ShardError
 from hadal.data.stream import PackedRows, StreamRows, packed_rows
+from hadal.data.tasks import Local
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.needle_set import write_needle_sets
 from hadal.train.phases import recipe_at, stages
 from hadal.train.recipe import Recipe, RecipeError
 
 ON_BOARD = Path(__file__).resolve().parents[1] / "assets" / "hadal-mini"
+_ONE_PROCESS = 2_000_000  # tokens of puzzles that are written sooner than other processes have started
 
 
 @dataclass(frozen=True)
@@ -114,31 +124,39 @@ def _check_ids(rows: PackedRows | StreamRows, tokenizer: Tokenizer) -> None:
 
 def _puzzles(recipe: Recipe, folder: Path, tokenizer: Path, say: Callable[[str], None]) -> tuple[Path, Path]:
     """Write the training and held-out shards of a puzzle recipe (what is there already is kept)."""
-    wanted = {
-        "train": recipe.train.tokens_read or recipe.tokens_read,
-        "held-out": recipe.log.heldout_tokens,
-    }
-    for split, tokens in wanted.items():
-        write_puzzles(
-            folder / split,
-            tokenizer,
-            tokens=tokens,
-            seed=recipe.run.seed,
-            split=split,
-            workers=recipe.data.workers,
-            progress=_progress(f"writing {split} puzzles", say),
-        )
+    data, seed = recipe.data, recipe.run.seed
+    tokens = recipe.train.tokens_read or recipe.tokens_read
+    wanted = puzzle_recipe(tokens, seed, data.tokenizer, tokenizer, data.examined)
+    folder.mkdir(parents=True, exist_ok=True)
+    workers = (data.workers or os.cpu_count() or 1) if tokens > _ONE_PROCESS else 1
+    prepare(wanted, folder / "train", executor=Local(workers), progress=_stages(say))
+    report = read_report(folder / "train")
+    gone = {stage: sum(s["dropped"][stage] for s in report["sources"].values())
+            for stage in ("exact", "contamination")}  # fmt: skip
+    say(
+        f"puzzles: {gone['exact']:,} exact copies and {gone['contamination']:,} documents that the "
+        f"examination of {report['evaluations']['texts']:,} questions asks for are left out; "
+        f"{report['evaluations'].get('remaining', 0)} remain ({folder / 'train' / 'report.md'})"
+    )
+    write_puzzles(
+        folder / "held-out",
+        tokenizer,
+        tokens=recipe.log.heldout_tokens,
+        seed=seed,
+        split="held-out",
+        workers=data.workers,
+    )
     return folder / "train", folder / "held-out"
 
 
-def _progress(what: str, say: Callable[[str], None]) -> Callable[[int, int], None]:
-    """Says something at every tenth of the way."""
-    told = 0
+def _stages(say: Callable[[str], None]) -> Progress:
+    """Names each stage of the pipeline, and says something at every quarter of its way."""
+    told: dict[str, int] = {}
 
-    def progress(done: int, of: int) -> None:
-        nonlocal told
-        if of > 1 and done * 10 // of > told:
-            told = done * 10 // of
-            say(f"{what}: {done} of {of} shards")
+    def progress(title: str, done: int, of: int) -> None:
+        share = done * 4 // max(1, of)
+        if share > told.get(title, -1):
+            told[title] = share
+            say(f"puzzles: {title}, {done / max(1, of):.0%}")
 
     return progress

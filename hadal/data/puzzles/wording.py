@@ -86,6 +86,8 @@ def slips(rng: random.Random, text: str, language: str) -> str:
 
 def without_accents(text: str) -> str:
     """`Ça fait` → `Ca fait`. Symbols such as × and ÷ stay."""
+    if text.isascii():
+        return text
     return "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
 
 
