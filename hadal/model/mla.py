@@ -21,7 +21,7 @@ from hadal.ops import absorbed, invariant, latent_fp8
 from hadal.ops.attention import attention, mla_attention
 from hadal.ops.dispatch import needs_grad
 from hadal.ops.exact import is_exact
-from hadal.ops.heads import rotate_queries
+from hadal.ops.heads import keys_and_values, rotate_queries
 from hadal.ops.linear import linear, linear_pair
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages
@@ -111,9 +111,7 @@ class MlaAttention(nn.Module):
         """Keys [T, H, n + R] and values [T, H, v] of all heads."""
         latent_TL, rope_TR = entry_TC.split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
         kv_THw = linear(latent_TL, up_OL).unflatten(-1, (self.heads, -1))
-        k_THn, v_THv = kv_THw.split([self.a.qk_nope_head_dim, self.a.v_head_dim], -1)
-        rope_THR = rope_TR.unsqueeze(1).expand(-1, self.heads, -1)
-        return torch.cat([k_THn, rope_THR], -1), v_THv
+        return keys_and_values(kv_THw, rope_TR, self.a.qk_nope_head_dim)
 
     def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [T, H, n + R], not rotated, and what the cache entries are made of [T, C]."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hadal.ops.dispatch import use_triton
+from hadal.ops.dispatch import train_triton, use_triton
 from hadal.ops.rope import rotate_half, rotate_interleaved
 
 
@@ -39,7 +39,21 @@ def rotate_queries(q_THC: Tensor, rotation_T2r: Tensor, nope: int) -> Tensor:
 
         fast(q_THC, rotation_T2r, nope)
         return q_THC
+    if train_triton(q_THC):
+        from hadal.ops.triton.train_heads import turned
+
+        return turned(q_THC, rotation_T2r, nope)
     return torch.cat([q_THC[..., :nope], rotate_interleaved(q_THC[..., nope:], rotation_T2r)], -1)
+
+
+def keys_and_values(kv_THw: Tensor, rope_TR: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    """Keys [T, H, nope + R] and values [T, H, w − nope] of MLA, as training wants them."""
+    if train_triton(kv_THw, rope_TR):
+        from hadal.ops.triton.train_heads import keys_and_values as fast
+
+        return fast(kv_THw, rope_TR, nope)
+    k_THn, v_THv = kv_THw[..., :nope], kv_THw[..., nope:]
+    return torch.cat([k_THn, rope_TR.unsqueeze(1).expand(-1, kv_THw.shape[1], -1)], -1), v_THv
 
 
 def gqa_heads(
@@ -58,6 +72,10 @@ def gqa_heads(
 
         q_THC, k_TGC, v_TGC = fast(qkv_THC, rotation_T2r, groups, cache_PB2GC, slot_T).split(widths, 1)
         return q_THC, k_TGC, v_TGC
+    if train_triton(qkv_THC) and cache_PB2GC is None:
+        from hadal.ops.triton.train_heads import gqa_heads as differentiable
+
+        return differentiable(qkv_THC, rotation_T2r, groups)
     qk = rotate_half(qkv_THC[:, : heads + groups], rotation_T2r)
     q_THC, k_TGC, v_TGC = qk[:, :heads], qk[:, heads:], qkv_THC[:, heads + groups :]
     if cache_PB2GC is not None:

@@ -222,6 +222,7 @@ def gate() -> None:
 
 def few_rows(rows: int) -> None:
     """Linear layers of V2-Lite and Qwen 1.5B at decode."""
+    from hadal.ops.triton import gemv
     from hadal.ops.triton.linear import linear, linear_pair
 
     x, wide = torch.empty(rows, 2048, dtype=BF16), torch.empty(rows, 8960, dtype=BF16)
@@ -230,6 +231,11 @@ def few_rows(rows: int) -> None:
     linear(x, torch.empty(21888, 2048, dtype=BF16), swiglu=True)
     linear(x, torch.empty(102400, 2048, dtype=BF16), dtype=torch.float32)
     linear(wide, torch.empty(1536, 8960, dtype=BF16), torch.empty(1536, dtype=BF16))
+    if rows == 1:
+        norm = gemv.Norm(torch.empty(2048, dtype=BF16), 1e-6, torch.empty(1, 2048, dtype=BF16))
+        linear_pair(x, torch.empty(3072, 2048, dtype=BF16), torch.empty(576, 2048, dtype=BF16), norm=norm)
+        linear(x, torch.empty(21888, 2048, dtype=BF16), swiglu=True, norm=norm)
+        linear(x, torch.empty(64, 2048, dtype=BF16), dtype=torch.float32, norm=norm)
 
 
 def few_experts(tokens: int) -> None:
@@ -286,6 +292,16 @@ def train_experts(hidden: int, width: int, K: int) -> None:
     backward(op.spread(draw(4, hidden), place, K))
     weight = torch.empty(4, K, requires_grad=True)
     backward(op.combine(draw(4 * K, hidden), place, weight, draw(4, hidden), draw(4, hidden)))
+
+
+def train_heads(heads: int, nope: int, rope: int, value: int) -> None:
+    from hadal.ops.triton import train_heads as op
+
+    kv = torch.empty(2, heads, nope + value, dtype=BF16, requires_grad=True)
+    entry = torch.empty(2, 512 + rope, dtype=BF16, requires_grad=True)
+    backward(op.turned(kv[..., : nope + rope], torch.empty(2, 2, rope // 2), nope))
+    backward(*op.keys_and_values(kv, entry[:, 512:], nope))
+    backward(*op.gqa_heads(kv, torch.empty(2, 2, (nope + value) // 2), 2))
 
 
 def loss(vocabulary: int) -> None:
@@ -347,6 +363,9 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "training: experts, V2-Lite": (train_experts, (2048, 1408, 6), 6),
     "training: experts, mini": (train_experts, (256, 96, 4), 6),
     "training: AdamW": (adamw, (), 2),
+    "training: heads, V2-Lite": (train_heads, (16, 128, 64, 128), 6),
+    "training: heads, V3": (train_heads, (128, 128, 64, 128), 6),
+    "training: heads, mini": (train_heads, (8, 32, 32, 32), 6),
     "training: loss": (loss, (102400,), 1),
     "training: loss, mini": (loss, (1088,), 1),
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hadal.ops import experts as expert_op
+from hadal.ops import rope as rope_op
 
 pytest.importorskip("triton")
 
@@ -107,6 +108,60 @@ def test_rows_to_experts_and_back(tokens, width, experts, K, others, dtype):
     else:
         kernel = lambda row, weight: train_experts.combine(row, place, weight, None, None)  # noqa: E731
     agree(kernel, combined, inputs, dtype)
+
+
+def rotation_of(tokens: int, width: int) -> Tensor:
+    table = rope_op.rotation_table(rope_op.Rope(), width, 60)
+    return table[torch.randint(0, 60, (tokens,))].to(DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,heads,nope,rope,value", [(5, 3, 20, 12, 28), (2, 20, 128, 64, 128)])
+def test_heads_of_mla(tokens, heads, nope, rope, value, dtype):
+    from hadal.ops.triton.train_heads import keys_and_values, turned
+
+    rotation = rotation_of(tokens, rope)
+    on_host = rotation.cpu().double()
+
+    def rotated(q: Tensor) -> Tensor:
+        return torch.cat([q[..., :nope], interleaved(q[..., nope:], on_host)], -1)
+
+    agree(
+        lambda q: turned(q, rotation, nope), rotated, [draw(tokens, heads, nope + rope, dtype=dtype)], dtype
+    )
+
+    def put_together(kv: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
+        k = torch.cat([kv[..., :nope], entry[:, None, 3:].expand(-1, heads, -1)], -1)
+        return k, kv[..., nope:]
+
+    inputs = [draw(tokens, heads, nope + value, dtype=dtype), draw(tokens, 3 + rope, dtype=dtype)]
+    agree(lambda kv, entry: keys_and_values(kv, entry[:, 3:], nope), put_together, inputs, dtype)
+
+
+def interleaved(x: Tensor, rotation: Tensor) -> Tensor:
+    cos, sin = rotation[:, None, 0], rotation[:, None, 1]
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,heads,groups,width", [(5, 4, 2, 12), (3, 14, 2, 64), (2, 32, 8, 128)])
+def test_heads_of_gqa(tokens, heads, groups, width, dtype):
+    from hadal.ops.triton.train_heads import gqa_heads
+
+    rotation = rotation_of(tokens, width)
+    on_host = rotation.cpu().double()
+
+    def reference(qkv: Tensor) -> list[Tensor]:
+        cos, sin = on_host[:, None, 0], on_host[:, None, 1]
+        a, b = qkv[:, : heads + groups].chunk(2, -1)
+        qk = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        return [qk[:, :heads], qk[:, heads:], qkv[:, heads + groups :]]
+
+    inputs = [draw(tokens, heads + 2 * groups, width, dtype=dtype)]
+    agree(lambda qkv: gqa_heads(qkv, rotation, groups), reference, inputs, dtype)
 
 
 @needs_triton
