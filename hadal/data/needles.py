@@ -64,7 +64,7 @@ _SYLLABLES = (  # of made-up towns
 
 SHARD_TOKENS = 2_000_000
 BANK_TOKENS = 200_000  # of haystack, from which the documents of a shard take their spans
-NEEDLE_ROOM = 100  # tokens of document for each needle at most
+NEEDLE_ROOM = 60  # tokens of a document for each needle, its question and its answer
 MAX_NEEDLES = 32
 FORMAT = 1
 
@@ -195,16 +195,19 @@ def fill_bank(lines: Iterator[str], encoder: Encoder, tokens: int) -> Bank:
 # --- training documents ---
 def document(rng: random.Random, bank: Bank, encoder: Encoder, length: int, split: str) -> Ids:
     """One training document of exactly `length` tokens. Raises ValueError where no needle fits."""
-    planted = draw_facts(rng, split, rng.randint(1, max(1, min(MAX_NEEDLES, length // NEEDLE_ROOM))))
-    asked = rng.sample(planted, len(planted) if rng.random() < 0.5 else rng.randint(1, len(planted)))
     head = encoder.encode("<｜begin▁of▁sentence｜><｜User｜>")
-    tail = encoder.encode(
-        f"{question(asked)}<｜Assistant｜><think>\n</think>\n\n{answer(asked)}<｜end▁of▁sentence｜>"
-    )
-    needles = [encoder.encode(fact.sentence + "\n") for fact in planted]
-    room = length - len(head) - len(tail) - sum(map(len, needles))
-    if room < 0:
-        raise ValueError(f"a document of {length} tokens is too short for {len(planted)} needles")
+    count, room = rng.randint(1, max(1, min(MAX_NEEDLES, length // NEEDLE_ROOM))) + 1, -1
+    while room < 0:  # long names may need more room than there is: one needle less
+        count -= 1
+        if not count:
+            raise ValueError(f"a document of {length} tokens is too short for a needle")
+        planted = draw_facts(rng, split, count)
+        asked = rng.sample(planted, count if rng.random() < 0.5 else rng.randint(1, count))
+        tail = encoder.encode(
+            f"{question(asked)}<｜Assistant｜><think>\n</think>\n\n{answer(asked)}<｜end▁of▁sentence｜>"
+        )
+        needles = [encoder.encode(fact.sentence + "\n") for fact in planted]
+        room = length - len(head) - len(tail) - sum(map(len, needles))
     last = int(np.searchsorted(bank.starts, len(bank.tokens) - room, side="right"))
     if len(bank.tokens) < room or last < 1:
         raise ValueError(f"a bank of {len(bank.tokens)} tokens is too short for a haystack of {room}")

@@ -1,0 +1,119 @@
+"""`hadal needle`: whether a model finds a fact wherever it stands in a long context."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hadal.cli import options as o
+from hadal.cli.terminal import bar, has_colour, human_seconds, note, print_json, say
+
+if TYPE_CHECKING:
+    from hadal.evals.needle import Grid
+
+
+def needle(
+    model: o.Model = "hadal-mini",
+    first: Annotated[int, typer.Option("--from", min=64, metavar="N", help="The shortest length.")] = 1024,
+    last: Annotated[
+        int | None,
+        typer.Option("--to", min=64, metavar="N", help="The longest; default: all that the model takes."),
+    ] = None,
+    depths: Annotated[int, typer.Option(min=2, help="Depths from 0 to 100%, evenly.")] = 11,
+    samples: Annotated[int, typer.Option(min=1, help="Needles in each square of the grid.")] = 4,
+    haystack: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Text to hide it in; may be given again. Default: puzzles."),
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Text to complete instead of the chat template (base models).")
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, metavar="N", help="Of an answer, reasoning included.")
+    ] = 32,
+    seed: Annotated[int, typer.Option(help="Of haystacks and needles.")] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw a heat map into a .png or .svg (needs hadal[train])."),
+    ] = None,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    quantize: o.Quantize = None,
+    offload: o.Offload = None,
+    expert_cache_gb: o.ExpertCache = None,
+    yes: o.Yes = False,
+    force: o.Force = False,
+    json: o.Json = False,
+) -> None:
+    """Find a needle in a haystack, by length and depth.
+
+    Lengths double from --from to --to. A reasoning model needs more --max-tokens.
+
+    Examples:
+        hadal needle runs/long-context/export --plot needle.png
+        hadal needle qwen2.5-1.5b --to 8192 --haystack essays.txt
+        hadal needle hadal-mini --from 256 --samples 10 --json > grid.json
+    """
+    from hadal.cli.loading import load_engine
+    from hadal.evals import needle as needles
+
+    asked = o.Inference(
+        device,
+        dtype,
+        quantize,
+        max_model_len=last,
+        max_num_seqs=16,
+        offload=offload,
+        expert_cache_gb=expert_cache_gb,
+    )
+    engine = load_engine(model, asked, yes=yes, force=force, quiet=json)
+    settings = {"model": engine.name, "device": str(engine.device), "dtype": str(engine.dtype)}
+    settings |= {"quantize": quantize} if quantize else {}
+    with bar("searching", unit_bytes=False, quiet=json) as update:
+        grid = needles.evaluate(
+            engine,
+            lengths=needles.powers(first, last or engine.max_model_len),
+            depths=[round(100 * i / (depths - 1)) for i in range(depths)],
+            samples=samples,
+            seed=seed,
+            haystack=haystack or [],
+            chat=False if plain else None,
+            max_tokens=max_tokens,
+            title=f"{engine.name}: needle in a haystack",
+            settings=settings,
+            progress=update,
+        )
+    if plot is not None:
+        note(f"drawn: {needles.draw([grid], plot)}")
+    if json:
+        print_json(grid)
+        return
+    for line in heat_lines(grid, colour=has_colour(sys.stdout)):
+        say(line)
+    seconds = grid["settings"]["seconds"]
+    note(f"found {100 * grid['accuracy']:.1f}% in {human_seconds(seconds)}")
+
+
+def heat_lines(grid: Grid, *, colour: bool) -> list[str]:
+    """The grid as text: a column a length, a line a depth, per cent found; `-` beyond the model's reach."""
+    from hadal.evals.needle import by_length, columns, shares, short
+
+    lengths, means = columns(grid), by_length(grid)
+    lines = ["depth " + "".join(f"{short(n):>6}" for n in lengths)]
+    for depth, row in zip(grid["depths"], shares(grid), strict=True):
+        lines.append(f"{depth:>4}% " + "".join(_square(share, colour) for share in row))
+    total = "".join("     -" if n not in means else f"{100 * means[n]:>6.0f}" for n in lengths)
+    return [*lines, f"{'all':>5} {total}"]
+
+
+def _square(share: float | None, colour: bool) -> str:
+    if share is None:
+        return "     -"
+    text = f"{100 * share:>5.0f} "
+    if not colour:
+        return " " + text[:-1]
+    shade = 203 if share < 0.25 else 215 if share < 0.5 else 221 if share < 0.75 else 149 if share < 1 else 78
+    return f"\x1b[30;48;5;{shade}m{text}\x1b[0m"
