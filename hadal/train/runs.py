@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,44 @@ class Run:
 
     def load(self) -> list[list[float]]:
         """Tokens of each gate and expert against an even share, over the last loads logged; [] when dense."""
-        recent = [r["load"] for r in self.kind("load")[-RECENT_LOADS:] if r["load"] and r["load"][0]]
-        recent = [load for load in recent if len(load) == len(recent[-1])]
-        rows = [[sum(column) for column in zip(*gate, strict=True)] for gate in zip(*recent, strict=True)]
-        return [[count * len(row) / max(1, sum(row)) for count in row] for row in rows]
+        loads = [load for _, load in self._loads()[-RECENT_LOADS:]]
+        return [_shares(map(list, gate)) for gate in zip(*loads, strict=True)]
+
+    def _loads(self) -> list[tuple[int, list[list[int]]]]:
+        """(step, tokens of each gate and expert) of every load logged, of the shape of the last one."""
+        found = [(r["step"], r["load"]) for r in self.kind("load") if r["load"] and r["load"][0]]
+        return [(step, load) for step, load in found if _shape(load) == _shape(found[-1][1])]
+
+    def load_over_time(self, columns: int) -> tuple[list[tuple[int, int]], list[list[list[float]]]]:
+        """(stretches, share): `share[gate][column]` is each expert's load against an even one, in at most
+        `columns` stretches of the run, (first step, last step) each; ([], []) when dense."""
+        loads = self._loads()
+        pieces = [loads[a:b] for a, b in pairwise(cuts(len(loads), columns))]
+        spans = [(piece[0][0], piece[-1][0]) for piece in pieces]
+        gates = range(len(loads[0][1])) if loads else range(0)
+        return spans, [[_shares(load[g] for _, load in piece) for piece in pieces] for g in gates]
+
+    def violations(self) -> tuple[list[int], list[list[float]]]:
+        """(steps, MaxVio over time of each gate), from the loads logged: each over the steps since the one
+        before."""
+        loads = self._loads()
+        gates = range(len(loads[0][1])) if loads else range(0)
+        return [step for step, _ in loads], [
+            [max(_shares([load[g]])) - 1 for _, load in loads] for g in gates
+        ]
+
+    def table(self, kind: str, name: str, key: str = "") -> dict[str, tuple[list[int], list[float]]]:
+        """Curves of the entries of a table in the records of a kind, by entry: ("heldout", "domains", "loss")
+        are losses by domain, ("accuracy", "tasks") shares of right answers by task."""
+        curves: dict[str, tuple[list[int], list[float]]] = {}
+        for record in self.kind(kind):
+            for entry, value in (record.get(name) or {}).items():
+                number = value.get(key) if key else value
+                if isinstance(number, int | float):
+                    steps, values = curves.setdefault(entry, ([], []))
+                    steps.append(record["step"])
+                    values.append(float(number))
+        return curves
 
     def gates(self, count: int) -> list[str]:
         """Names of the first `count` gates: the layer of each, then MTP modules; numbers without a recipe."""
@@ -69,6 +104,7 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The run in numbers; None for what was not measured."""
         step, held = (self.kind("step") or [{}])[-1], (self.kind("heldout") or [{}])[-1]
+        exam = (self.kind("accuracy") or [{}])[-1]
         rates = sorted(self.curve("tokens_per_second")[1])
         tokens, planned = step.get("tokens", 0), self.recipe.get("train", {}).get("tokens")
         return {
@@ -81,6 +117,10 @@ class Run:
             "loss": step.get("loss"),
             "mtp_loss": step.get("mtp_loss"),
             "heldout_loss": held.get("loss"),
+            "bits_per_byte": held.get("bits_per_byte"),
+            "domains": held.get("domains") or {},
+            "accuracy": exam.get("accuracy"),
+            "tasks": exam.get("tasks") or {},
             "max_violation": step.get("max_violation"),
             "learning_rate": step.get("learning_rate"),
             "tokens_per_second": rates[len(rates) // 2] if rates else None,
@@ -88,6 +128,28 @@ class Run:
             "spikes": len(self.kind("spike")),
             "checkpoint": (self.kind("checkpoint") or [{}])[-1].get("step"),
         }
+
+
+def cuts(count: int, pieces: int) -> list[int]:
+    """Where to cut `count` values into at most `pieces` nearly equal stretches: 0, …, count."""
+    pieces = min(count, pieces)
+    return [round(i * count / pieces) for i in range(pieces + 1)] if pieces else [0]
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """The mean of the last `width` values, at each; of fewer at the start. 1: the values themselves."""
+    firsts = [max(0, i + 1 - width) for i in range(len(values))]
+    return [sum(values[a : i + 1]) / (i + 1 - a) for i, a in enumerate(firsts)]
+
+
+def _shares(counts: Iterable[Sequence[int]]) -> list[float]:
+    """Loads of one gate, summed, against an even share."""
+    row = [sum(column) for column in zip(*counts, strict=True)]
+    return [count * len(row) / max(1, sum(row)) for count in row]
+
+
+def _shape(load: Sequence[Sequence[int]]) -> tuple[int, int]:
+    return len(load), len(load[0])
 
 
 def is_run(folder: Path) -> bool:

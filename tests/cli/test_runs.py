@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -15,7 +16,13 @@ from tests.cli.helpers import hadal
 Capture = pytest.CaptureFixture[str]
 
 
-def write_run(folder: Path, steps: int = 8, reason: str | None = "finished", age: float = 1000.0) -> Path:
+def write_run(
+    folder: Path,
+    steps: int = 8,
+    reason: str | None = "finished",
+    age: float = 1000.0,
+    domains: bool = False,
+) -> Path:
     folder.mkdir(parents=True)
     model = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
     (folder / "recipe.json").write_text(json.dumps({"train": {"tokens": 1600}, "model": model}))
@@ -25,8 +32,19 @@ def write_run(folder: Path, steps: int = 8, reason: str | None = "finished", age
                   "tokens_per_second": 1234.0, "mfu": 0.3}  # fmt: skip
         records.append({"kind": "step", "step": step, "tokens": 200 * step, **values})
         records.append({"kind": "load", "step": step, "load": [[5, 5, 5, 5], [0, 0, 8, 12], [2, 6, 6, 6]]})
+    for step in range(2, steps + 1, 2) if domains else ():
+        scores = {
+            name: {"loss": 3.0 / step, "bits_per_byte": 2.0 / step, "exact": 0.5}
+            for name in ("books", "code")
+        }
+        records.append(
+            {"kind": "heldout", "step": step, "loss": 3.0 / step, "bits_per_byte": 2.0, "domains": scores}
+        )
+        tasks = {"addition": 1.0, "digits": step / 100}
+        records.append({"kind": "accuracy", "step": step, "accuracy": 0.5, "tasks": tasks})
     records += [
-        {"kind": "heldout", "step": steps, "loss": 1.5},
+        {"kind": "heldout", "step": steps, "loss": 1.5}
+        | ({"domains": scores, "bits_per_byte": 2.0} if domains else {}),
         {"kind": "checkpoint", "step": steps, "path": "x"},
     ]
     if reason:
@@ -59,7 +77,7 @@ def test_one_run_is_told_with_its_curves_and_load(tmp_path: Path, capsys: Captur
         assert part in shown.out
     rows = {
         line[:9].strip(): line[10:]
-        for line in shown.out.splitlines()
+        for line in shown.out[: shown.out.index("MaxVio by layer")].splitlines()
         if line[:9].strip()[:5] in ("layer", "MTP 1")
     }
     assert rows == {"layer 1": "▒▒▒▒", "layer 2": "  ▓█", "MTP 1": "░▒▒▒"}
@@ -95,6 +113,63 @@ def test_a_dense_run_and_an_empty_one(tmp_path: Path, capsys: Capture) -> None:
     assert shown.status == 0 and "running" in shown.out and "load" not in shown.out
     shown = hadal(capsys, "runs", str(tmp_path / "new"), "--plot", str(tmp_path / "x.png"))
     assert shown.status == 1 and "no step has been logged" in shown.err
+
+
+def test_domains_and_tasks_are_told(tmp_path: Path, capsys: Capture) -> None:
+    shown = hadal(capsys, "runs", str(write_run(tmp_path / "one", domains=True)))
+    lines = [line.split() for line in shown.out.splitlines()]
+    assert ["held-out", "1.5000,", "2.0000", "bits", "a", "byte"] in lines
+    assert ["books", "0.3750", "0.2500", "50.0%", "-"] in lines
+    assert ["digits", "-", "-", "-", "8.0%"] in lines
+    assert "50.0%" in next(line for line in shown.out.splitlines() if line.startswith("accuracy"))
+
+
+def test_load_over_time_of_a_layer(tmp_path: Path, capsys: Capture) -> None:
+    folder = write_run(tmp_path / "one")
+    with (folder / "metrics.jsonl").open("a") as log:  # a collapse: everything to the first expert of layer 1
+        log.write("\n" + json.dumps({"kind": "load", "step": 9, "load": [[9, 0, 0, 0]] * 3}) + "\n")
+    shown = hadal(capsys, "runs", str(folder), "--layer", "1", "--layer", "MTP 1")
+    text = shown.out[shown.out.index("layer 1: load of each expert") :].splitlines()
+    assert text[0].endswith("steps 1 to 9")
+    assert [line[10:] for line in text[1:5]] == ["▒" * 8 + "█"] + ["▒" * 8 + " "] * 3
+    assert text[6].startswith("MTP 1: load")
+    assert text[7][10:] == "░" * 8 + "█"
+    violations = [line for line in shown.out.splitlines() if line.startswith("  layer 1")][1].split()
+    assert (violations[2], violations[-1]) == ("0.00", "3.00")  # E/K − 1 where one of four takes all
+    every = hadal(capsys, "runs", str(folder), "--layer", "all").out
+    assert every.count("load of each expert over time") == 3
+    wrong = hadal(capsys, "runs", str(folder), "--layer", "0")
+    assert wrong.status != 0 and "layer 1, layer 2, MTP 1" in wrong.err.replace("\n", " ")
+
+
+def test_runs_are_compared_side_by_side(tmp_path: Path, capsys: Capture) -> None:
+    one, two = write_run(tmp_path / "one", domains=True), write_run(tmp_path / "two", steps=4, domains=True)
+    lines = hadal(capsys, "runs", str(one), str(two), "--compare").out.splitlines()
+    found = {name: values for name, *values in (re.split(r" {2,}", line.strip()) for line in lines)}
+    assert found["step"] == ["8", "4"]
+    assert found["loss"] == ["1.0000", "2.0000"]
+    assert found["code, bits/byte"] == ["0.2500", "0.5000"]
+    assert found["addition"] == ["100.0%", "100.0%"]
+
+
+def test_domains_accuracy_and_load_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from hadal.train import plots
+    from hadal.train.runs import read
+
+    rich, plain = read(write_run(tmp_path / "rich", domains=True)), read(write_run(tmp_path / "plain"))
+    assert len(plots._panels([rich])) == len(plots._panels([plain])) + 3
+    for width, runs in ((1, [rich]), (3, [rich, plain])):
+        assert plots.draw(runs, tmp_path / "x.png", width).stat().st_size > 30_000
+
+
+def test_smoothing_is_the_mean_of_the_last_values() -> None:
+    from hadal.train.runs import cuts, smooth
+
+    assert smooth([4.0, 2.0, 6.0, 0.0], 2) == [4.0, 3.0, 4.0, 3.0]
+    assert smooth([1.0, 2.0], 1) == [1.0, 2.0]
+    assert smooth([], 3) == []
+    assert (cuts(7, 3), cuts(2, 5), cuts(0, 5)) == ([0, 2, 5, 7], [0, 1, 2], [0])
 
 
 def test_nothing_there_is_told(tmp_path: Path, capsys: Capture) -> None:
