@@ -126,7 +126,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         grad_weight_VD: Tensor | None = None
         dtype = hidden_TD.dtype if wants_hidden or wants_weight else None
         for part in _chunks(hidden_TD.shape[0], chunk):
-            logits_TV = _matmul_wide(hidden_TD[part], weight_VD.T)
+            logits_TV = matmul_wide(hidden_TD[part], weight_VD.T)
             loss_T, grad_TV = loss_and_gradient(logits_TV, target_T[part], share_T[part], z_loss, dtype)
             del logits_TV
             losses.append(loss_T)
@@ -158,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_TV = invariant.linear(hidden_TD[part], weight_VD, wide=True)
                 lse_T[part] = invariant.logsumexp(logits_TV)
             else:
-                logits_TV = _matmul_wide(hidden_TD[part], weight_VD.T)
+                logits_TV = matmul_wide(hidden_TD[part], weight_VD.T)
                 lse_T[part] = logits_TV.logsumexp(-1)
             loss_T[part] = lse_T[part] - logits_TV.gather(1, target_T[part, None])[:, 0]
         if z_loss:
@@ -177,14 +177,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # d loss / d logit_v = p_v·(1 + 2ζ·lse) − [v = target]
         softmax_scale_T = grad_T * (1.0 + 2.0 * ctx.z_loss * lse_T) if ctx.z_loss else grad_T
         for part in _chunks(hidden_TD.shape[0], ctx.chunk):
-            grad_TV = _matmul_wide(hidden_TD[part], weight_VD.T)
+            grad_TV = matmul_wide(hidden_TD[part], weight_VD.T)
             grad_TV.sub_(lse_T[part, None]).exp_().mul_(softmax_scale_T[part, None])
             grad_TV.scatter_add_(1, target_T[part, None], -grad_T[part, None])
             grad_TV = grad_TV.to(hidden_TD.dtype)
             if grad_hidden_TD is not None:
                 torch.mm(grad_TV, weight_VD, out=grad_hidden_TD[part])
             if grad_weight_VD is not None:
-                grad_weight_VD += _matmul_wide(grad_TV.T, hidden_TD[part])
+                grad_weight_VD += matmul_wide(grad_TV.T, hidden_TD[part])
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None
@@ -199,15 +199,15 @@ def _chunks(total: int, size: int) -> list[slice]:
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a @ b, summed as `_matmul_wide` does; in place, and in the product itself where torch can."""
+    """total + a @ b, summed as `matmul_wide` does; in place, and in the product itself where torch can."""
     if total is None:
-        return _matmul_wide(a, b)
+        return matmul_wide(a, b)
     if a.is_cuda and a.dtype not in (torch.float32, torch.float64):
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.add_(_matmul_wide(a, b))
+    return total.add_(matmul_wide(a, b))
 
 
-def _matmul_wide(a: Tensor, b: Tensor) -> Tensor:
+def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with an FP32 (or wider) result: the products of low-precision inputs are never rounded back."""
     if a.dtype in (torch.float32, torch.float64):
         return torch.mm(a, b)

@@ -9,12 +9,15 @@ Legend: T tokens, D hidden, E experts, G groups, K experts per token.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
 from hadal.config import Moe
 from hadal.ops import cpu, invariant
-from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.cross_entropy import matmul_wide
+from hadal.ops.dispatch import train_triton, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.recompute import recomputed
 
@@ -23,9 +26,35 @@ SMALL_T = 64  # tokens up to which the CPU kernel, one thread, beats the torch o
 
 def scores(x_TD: Tensor, weight_ED: Tensor, moe: Moe) -> Tensor:
     """Affinities s, FP32 [T, E]."""
-    wide_TD = x_TD if x_TD.dtype == torch.float32 else recomputed("norm", torch.Tensor.float, x_TD)
-    logit_TE = torch.nn.functional.linear(wide_TD, weight_ED.float())
+    logit_TE = _logits(x_TD, weight_ED)
     return logit_TE.sigmoid() if moe.scoring_func == "sigmoid" else logit_TE.softmax(-1)
+
+
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """W·x in FP32, [T, E]."""
+    if x_TD.dtype == weight_ED.dtype == torch.bfloat16 and train_triton(x_TD, weight_ED):
+        return cast(Tensor, WideProduct.apply(x_TD, weight_ED))
+    wide_TD = x_TD if x_TD.dtype == torch.float32 else recomputed("norm", torch.Tensor.float, x_TD)
+    return torch.nn.functional.linear(wide_TD, weight_ED.float())
+
+
+class WideProduct(torch.autograd.Function):
+    """x·Wᵀ of BF16 inputs with an FP32 result, on tensor cores in both directions: products of BF16 values
+    are exact in FP32, and a gradient in FP32 goes back as the sum of two BF16 values, which keep 16 of its
+    bits. No FP32 copy of x is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return matmul_wide(x_TD, weight_ED.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        high_TE = grads[0].to(x_TD.dtype)
+        both = torch.cat([high_TE, (grads[0] - high_TE).to(x_TD.dtype)], 1)
+        dweight_ED = matmul_wide(both.T, x_TD).unflatten(0, (2, -1)).sum(0)
+        return both @ torch.cat([weight_ED, weight_ED]), dweight_ED.to(weight_ED.dtype)
 
 
 def choose(score_TE: Tensor, bias_E: Tensor | None, moe: Moe) -> Tensor:

@@ -163,7 +163,8 @@ class _Keep:
         if m is None or not config.is_moe_layer(layer):
             return self.swiglu(config.intermediate_size)
         K = m.num_experts_per_tok
-        gate = FP32 * m.n_routed_experts + (FP32 * D if b != FP32 and not self.again("norm") else 0)
+        copied = b != FP32 and not self.shape.fused and not self.again("norm")  # x in FP32
+        gate = FP32 * m.n_routed_experts + (FP32 * D if copied else 0)
         gate += (20 if self.shape.fused else 28) * K + (
             FP32 * (K + 1) if m.norm_topk_prob and K > 1 else 0
         )  # ids, places, weights
@@ -174,7 +175,7 @@ class _Keep:
 
     def gate_weight(self, config: ModelConfig, layer: int) -> int:
         """A gate's weight in FP32, once."""
-        if config.moe is None or not config.is_moe_layer(layer) or self.b == FP32:
+        if config.moe is None or not config.is_moe_layer(layer) or self.b == FP32 or self.shape.fused:
             return 0
         return FP32 * config.moe.n_routed_experts * config.hidden_size
 

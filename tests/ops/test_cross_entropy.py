@@ -10,6 +10,7 @@ from hadal.ops.cross_entropy import (
     linear_cross_entropy,
     weighted_cross_entropy,
 )
+from hadal.ops.gate import WideProduct
 
 
 def _inputs(tokens, hidden, vocab, dtype=torch.float64, seed=0):
@@ -157,3 +158,16 @@ def test_a_chunk_of_no_tokens_is_refused():
         linear_cross_entropy(
             torch.zeros(2, 2), torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64), chunk_tokens=0
         )
+
+
+def test_a_wide_product_keeps_what_bf16_gradients_would_lose():
+    """The gate's: result and gradients as FP32 copies have them, up to 2⁻¹⁷ and the rounding to BF16."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 40).bfloat16().requires_grad_() for n in (33, 6))
+    got, grad = WideProduct.apply(x, weight), torch.randn(33, 6)
+    want = torch.autograd.grad(x.float() @ weight.float().T, (x, weight), grad)
+    torch.testing.assert_close(got, x.float() @ weight.float().T)
+    for ours, theirs in zip(torch.autograd.grad(got, (x, weight), grad), want, strict=True):
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-12)
+        assert (ours == theirs).float().mean() > 0.97
