@@ -195,7 +195,7 @@ def _run(jobs: list[Job], progress: Callable[[int, int], None], count: int) -> d
         for job in jobs
     ]
     try:
-        _wait(processes, lambda: progress(len(list(folder.glob("*.shard.json"))), count))
+        wait_for(processes, lambda: progress(len(list(folder.glob("*.shard.json"))), count))
     finally:
         for process in processes:
             if process.poll() is None:
@@ -211,7 +211,7 @@ def _run(jobs: list[Job], progress: Callable[[int, int], None], count: int) -> d
     return made
 
 
-def _wait(processes: list[subprocess.Popen[str]], tick: Callable[[], None]) -> None:
+def wait_for(processes: list[subprocess.Popen[str]], tick: Callable[[], None]) -> None:
     """Until all have ended; the first failure is raised with the last line of its error."""
     while True:
         codes = [process.poll() for process in processes]

@@ -21,16 +21,20 @@ that short distances stay in the mixture and nothing is padded.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hadal.data.documents import Encoder, generator_digest, render
+from hadal.data.documents import Encoder, generator_digest, render, wait_for
 from hadal.data.puzzles import SPLITS, conversation
 from hadal.data.shards import Manifest, ShardError, ShardFile, read_manifest, write_manifest, write_shard
 
@@ -262,12 +266,14 @@ def write_needles(
     split: str = "train",
     share: float = 0.5,
     haystack: Sequence[Path] = (),
+    workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """`tokens` tokens, filled up to whole rows of `context`, as shards in `folder`: `share` of the rows hold
-    needles, the others puzzles. `haystack`: text files; none: puzzles.
+    needles, the others puzzles. `haystack`: text files; none: puzzles. `workers`: processes (0: one a core).
 
-    A folder that already holds just these is left as it is. Raises ShardError if it holds something else.
+    A folder that already holds just these is left as it is. Raises ShardError if it holds something else or a
+    process fails, OSError and ValueError on texts that cannot be read.
     """
     folder, tokenizer = Path(folder), Path(tokenizer)
     if split not in SPLITS:
@@ -294,37 +300,99 @@ def write_needles(
             return found
         differs = sorted(k for k in made_by if found.made_by.get(k) != made_by[k])
         raise ShardError(f"{folder} holds other shards (they differ in {', '.join(differs)}); choose another")
-    encoder = Encoder(tokenizer)
-    per_shard = max(1, SHARD_TOKENS // context)
-    shards: list[ShardFile] = []
-    count = -(-rows // per_shard)
+    count = -(-rows // max(1, SHARD_TOKENS // context))
+    texts = [str(path) for path in haystack]
+    job = Job(str(folder), str(tokenizer.resolve()), context, rows, seed, split, share, texts)
+    _run(job, count, min(workers or os.cpu_count() or 1, count), progress or (lambda done, of: None))
+    shards = []
     for number in range(count):
-        wanted = min(rows, (number + 1) * per_shard) - number * per_shard
-        documents = _shard(number, wanted, context, seed, split, share, haystack, encoder)
-        lengths = np.array([len(one) for one in documents], dtype=np.uint32)
-        name = f"needles-{split}-{number:05d}"
-        shards.append(write_shard(folder, name, (np.concatenate(documents), lengths)))
-        if progress is not None:
-            progress(number + 1, count)
+        entry = folder / f"{_name(split, number)}.shard.json"
+        shards.append(ShardFile(**json.loads(entry.read_text(encoding="utf-8"))))
+        entry.unlink()
     manifest = Manifest(tuple(shards), made_by)
     write_manifest(folder, manifest)
     return manifest
 
 
-def _shard(
-    number: int, rows: int, context: int, seed: int, split: str, share: float, haystack: Sequence[Path],
-    encoder: Encoder,
-) -> list[Ids]:  # fmt: skip
-    """The documents of shard `number`: a pure function of its arguments."""
-    rng = random.Random(f"needles:{seed}:{split}:{context}:{number}")
-    lines = text_lines(haystack) if haystack else puzzle_lines(rng.randrange(2**31), split)
-    for _ in range(rng.randrange(10_000) if haystack else 0):  # every shard begins elsewhere in the texts
+@dataclass(frozen=True)
+class Job:
+    """What the shards of a folder are made of; plain values, passed to processes as JSON."""
+
+    folder: str
+    tokenizer: str
+    context: int
+    rows: int
+    seed: int
+    split: str
+    share: float
+    haystack: Sequence[str]
+
+
+def _name(split: str, number: int) -> str:
+    return f"needles-{split}-{number:05d}"
+
+
+def _run(job: Job, count: int, workers: int, progress: Callable[[int, int], None]) -> None:
+    """Write all shards of a job, each of several processes its part of them."""
+    if workers == 1:
+        for number in write_shards(job, range(count)):
+            progress(number + 1, count)
+        return
+    folder = Path(job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path.strip(os.pathsep), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "hadal.data.needles", json.dumps(asdict(job))]
+    processes = [
+        subprocess.Popen(
+            [*command, f"{worker}:{count}:{workers}"], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for worker in range(workers)
+    ]
+    try:
+        wait_for(processes, lambda: progress(len(list(folder.glob("*.shard.json"))), count))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
+
+
+def write_shards(job: Job, numbers: Iterable[int]) -> Iterator[int]:
+    """Write shards of a job, and beside each what the manifest will say of it; yields each number."""
+    encoder, folder = Encoder(Path(job.tokenizer)), Path(job.folder)
+    for number in numbers:
+        documents = _documents(job, number, encoder)
+        lengths = np.array([len(one) for one in documents], dtype=np.uint32)
+        made = write_shard(folder, _name(job.split, number), (np.concatenate(documents), lengths))
+        entry = folder / f"{made.name}.shard.json"
+        partial = entry.with_name(entry.name + ".partial")
+        partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
+        os.replace(partial, entry)
+        yield number
+
+
+def _documents(job: Job, number: int, encoder: Encoder) -> list[Ids]:
+    """The documents of shard `number`: a pure function of the job and the number."""
+    rng = random.Random(f"needles:{job.seed}:{job.split}:{job.context}:{number}")
+    texts = [Path(path) for path in job.haystack]
+    lines = text_lines(texts) if texts else puzzle_lines(rng.randrange(2**31), job.split)
+    for _ in range(rng.randrange(10_000) if texts else 0):  # every shard begins elsewhere in the texts
         next(lines)
-    bank = fill_bank(lines, encoder, max(BANK_TOKENS, 4 * context))
+    bank = fill_bank(lines, encoder, max(BANK_TOKENS, 4 * job.context))
+    per_shard = max(1, SHARD_TOKENS // job.context)
     documents: list[Ids] = []
-    for _ in range(rows):
-        if rng.random() < share:
-            documents += row(rng, bank, encoder, context, split)
+    for _ in range(min(job.rows, (number + 1) * per_shard) - number * per_shard):
+        if rng.random() < job.share:
+            documents += row(rng, bank, encoder, job.context, job.split)
         else:
-            documents += puzzle_row(rng, encoder, context, seed, split)
+            documents += puzzle_row(rng, encoder, job.context, job.seed, job.split)
     return documents
+
+
+if __name__ == "__main__":
+    _fields, _part = json.loads(sys.argv[1]), [int(n) for n in sys.argv[2].split(":")]
+    for _ in write_shards(Job(**_fields), range(_part[0], _part[1], _part[2])):
+        pass
