@@ -13,6 +13,7 @@ from hadal.model.gqa import GqaAttention
 from hadal.model.layers import Ffn, Like, RMSNorm
 from hadal.model.mla import MlaAttention
 from hadal.model.moe import Moe
+from hadal.ops.linear import takes_norm
 
 
 class Block(nn.Module):
@@ -34,6 +35,10 @@ class Block(nn.Module):
     def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
         if (fast_TD := fused.block(self, x_TD, ctx)) is not None:
             return fast_TD
+        if takes_norm(x_TD):  # one row on a GPU: norms and additions inside the products
+            x_TD = self.self_attn(x_TD, ctx, x_TD, self.input_layernorm.late)
+            late = self.post_attention_layernorm.late
+            return self.mlp(x_TD, x_TD, ctx, late) if self.is_moe else self.mlp(x_TD, x_TD, late)
         attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)
         x_TD, normed_TD = self.post_attention_layernorm.after_add(x_TD, attended_TD)
         return self.mlp(normed_TD, x_TD, ctx) if self.is_moe else self.mlp(normed_TD, x_TD)

@@ -17,6 +17,7 @@ from hadal.ops import invariant
 from hadal.ops.attention import attention
 from hadal.ops.exact import is_exact
 from hadal.ops.heads import gqa_heads
+from hadal.ops.linear import Norm
 from hadal.ops.paged import gather_pages, gqa_decode
 
 
@@ -33,11 +34,14 @@ class GqaAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, rows, bias=a.qkv_bias, **like)
         self.o_proj = Linear(self.heads * a.head_dim, config.hidden_size, **like)
 
-    def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        """Attention output [T, D] of normed hidden states."""
+    def forward(
+        self, x_TD: Tensor, ctx: Context, residual_TD: Tensor | None = None, norm: Norm | None = None
+    ) -> Tensor:
+        """Attention output [T, D] of normed hidden states, or of RMSNorm(x) where `norm` is given, plus the
+        residual stream where that is."""
         assert ctx.rotation_T2r is not None
         G = self.a.num_key_value_heads
-        qkv_THC = self.qkv_proj(x_TD).unflatten(-1, (-1, self.a.head_dim))
+        qkv_THC = self.qkv_proj(x_TD, norm=norm).unflatten(-1, (-1, self.a.head_dim))
         if is_exact():
             q_THC, k_TGC, v_TGC = gqa_heads(qkv_THC, ctx.rotation_T2r, G)
             out = self._exact(q_THC, torch.stack([k_TGC, v_TGC], 1), ctx)
@@ -48,7 +52,7 @@ class GqaAttention(nn.Module):
         else:
             heads = gqa_heads(qkv_THC, ctx.rotation_T2r, G, ctx.cache.layers[self.layer], ctx.slot_T)
             out = self._cached(*heads, ctx)
-        return self.o_proj(out.flatten(1))
+        return self.o_proj(out.flatten(1), residual_TD)
 
     def _exact(self, q_THC: Tensor, entries: Tensor, ctx: Context) -> Tensor:
         """One form for every token, cached or packed; entries [T, 2, G, C]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hadal.ops.dispatch import needs_grad
 from hadal.ops.experts import ffn
-from hadal.ops.linear import linear
+from hadal.ops.linear import Norm, linear
 from hadal.ops.packed import Packed
 from hadal.ops.recompute import recomputed
 from hadal.ops.rms_norm import add_rms_norm, rms_norm
@@ -41,8 +41,9 @@ class Linear(nn.Module):
         assert isinstance(self.weight, nn.Parameter), "this weight is packed"
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+        """The product, of RMSNorm(x) where `norm` is given, plus the residual stream where that is."""
+        return linear(x, self.weight, self.bias, residual, norm)
 
 
 class RMSNorm(nn.Module):
@@ -56,6 +57,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         normed: Tensor = recomputed("norm", rms_norm, x, self.weight, self.eps)
         return normed
+
+    @property
+    def late(self) -> Norm:
+        """Itself, to be taken by the product that follows."""
+        return self.weight, self.eps
 
     def after_add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """(x + delta, its norm)."""
@@ -73,6 +79,6 @@ class Ffn(nn.Module):
         self.gate_up_proj = Linear(hidden, 2 * width, **like)
         self.down_proj = Linear(width, hidden, **like)
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None) -> Tensor:
-        """ffn(x), plus the residual stream where it is given."""
-        return ffn(x_TD, self.gate_up_proj.weight, self.down_proj.weight, residual_TD)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+        """ffn(x), of RMSNorm(x) where `norm` is given, plus the residual stream where that is."""
+        return ffn(x_TD, self.gate_up_proj.weight, self.down_proj.weight, residual_TD, norm)

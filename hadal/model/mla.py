@@ -22,7 +22,7 @@ from hadal.ops.attention import attention, mla_attention
 from hadal.ops.dispatch import needs_grad
 from hadal.ops.exact import is_exact
 from hadal.ops.heads import keys_and_values, rotate_queries
-from hadal.ops.linear import linear, linear_pair
+from hadal.ops.linear import Norm, linear, linear_pair
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages
 from hadal.ops.recompute import recomputed
@@ -49,17 +49,20 @@ class MlaAttention(nn.Module):
         self.kv_b_proj = Linear(a.kv_lora_rank, self.heads * (a.qk_nope_head_dim + a.v_head_dim), **like)
         self.o_proj = Linear(self.heads * a.v_head_dim, hidden, **like)
 
-    def forward(self, x_TD: Tensor, ctx: Context) -> Tensor:
-        """Attention output [T, D] of normed hidden states."""
+    def forward(
+        self, x_TD: Tensor, ctx: Context, residual_TD: Tensor | None = None, norm: Norm | None = None
+    ) -> Tensor:
+        """Attention output [T, D] of normed hidden states, or of RMSNorm(x) where `norm` is given, plus the
+        residual stream where that is (both for inference alone)."""
         assert ctx.rotation_T2r is not None
         if is_exact():
             return self._exact(x_TD, ctx)
         if ctx.cache is None and needs_grad(x_TD):
             return self._trained(x_TD, ctx)
-        q_THC, kv_TC = self._project(x_TD)
-        norm = self.kv_a_layernorm
+        q_THC, kv_TC = self._project(x_TD, norm)
+        inner = self.kv_a_layernorm
         if ctx.cache is None:
-            entry_TC, lengths = latent_entry(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r), ctx.lengths()
+            entry_TC, lengths = latent_entry(kv_TC, *inner.late, ctx.rotation_T2r), ctx.lengths()
             out = self._expanded(q_THC, ctx.rotation_T2r, entry_TC, lengths, lengths)
         elif ctx.num_decodes == ctx.num_tokens:
             out = self._decoded(q_THC, kv_TC, ctx)
@@ -67,9 +70,9 @@ class MlaAttention(nn.Module):
             assert ctx.slot_T is not None
             pages = ctx.cache.layers[self.layer]
             store = latent_fp8.write_latent if pages.dtype == torch.uint8 else write_latent
-            entry_TC = store(kv_TC, norm.weight, norm.eps, ctx.rotation_T2r, pages, ctx.slot_T)
+            entry_TC = store(kv_TC, *inner.late, ctx.rotation_T2r, pages, ctx.slot_T)
             out = self._cached(q_THC, entry_TC, ctx)
-        return self.o_proj(out)
+        return self.o_proj(out, residual_TD)
 
     def _exact(self, x_TD: Tensor, ctx: Context) -> Tensor:
         """The absorbed form for every token, cached or packed: one form for scoring and sampling."""
@@ -113,14 +116,14 @@ class MlaAttention(nn.Module):
         kv_THw = linear(latent_TL, up_OL).unflatten(-1, (self.heads, -1))
         return keys_and_values(kv_THw, rope_TR, self.a.qk_nope_head_dim)
 
-    def _project(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    def _project(self, x_TD: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
         """Queries [T, H, n + R], not rotated, and what the cache entries are made of [T, C]."""
         down = self.kv_a_proj_with_mqa.weight
         if self.a.q_lora_rank is None:
-            q, kv_TC = linear_pair(x_TD, self.q_proj.weight, down)
+            q, kv_TC = linear_pair(x_TD, self.q_proj.weight, down, norm)
         else:
-            q_latent, kv_TC = linear_pair(x_TD, self.q_a_proj.weight, down)
-            q = self.q_b_proj(self.q_a_layernorm(q_latent))
+            q_latent, kv_TC = linear_pair(x_TD, self.q_a_proj.weight, down, norm)
+            q = self.q_b_proj(q_latent, norm=self.q_a_layernorm.late)
         return q.unflatten(-1, (self.heads, -1)), kv_TC
 
     def _expanded(

@@ -19,9 +19,10 @@ from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels
 from hadal.ops.exact import is_exact
 from hadal.ops.experts import experts
-from hadal.ops.gate import gate
-from hadal.ops.linear import SMALL_M
+from hadal.ops.gate import gate, gate_normed
+from hadal.ops.linear import SMALL_M, Norm
 from hadal.ops.packed import Packed
+from hadal.ops.rms_norm import rms_norm
 
 
 class Gate(nn.Module):
@@ -40,6 +41,10 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return gate(x_TD, self.weight, self.e_score_correction_bias, self.moe)
+
+    def normed(self, x_TD: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+        """(RMSNorm(x), and its experts and weights)."""
+        return gate_normed(x_TD, norm, self.weight, self.e_score_correction_bias, self.moe)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves and casts like any module, but the correction bias stays FP32."""
@@ -94,8 +99,13 @@ class Moe(nn.Module):
                 config.hidden_size, m.n_shared_experts * m.moe_intermediate_size, **like
             )
 
-    def forward(self, x_TD: Tensor, residual_TD: Tensor, ctx: Context) -> Tensor:
-        """residual + Σ_k w_k · expert_k(x) + shared(x)."""
+    def forward(self, x_TD: Tensor, residual_TD: Tensor, ctx: Context, norm: Norm | None = None) -> Tensor:
+        """residual + Σ_k w_k · expert_k(x) + shared(x), of RMSNorm(x) where `norm` is given."""
+        if norm is not None:
+            if not ctx.record_routing:
+                x_TD, expert_TK, weight_TK = self.gate.normed(x_TD, norm)
+                return self.experts(x_TD, expert_TK, weight_TK, self.shared_experts, residual_TD)
+            x_TD = rms_norm(x_TD, *norm)
         here = self.experts
         few = x_TD.shape[0] <= SMALL_M and not ctx.record_routing and not torch.is_grad_enabled()
         if few and isinstance(here, Experts) and use_cpu_kernels(x_TD, self.gate.weight):

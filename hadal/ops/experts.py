@@ -17,9 +17,10 @@ from hadal.ops import cpu, cpu_prompt, fp8_training, invariant, packed
 from hadal.ops.dispatch import needs_grad, train_triton, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.fp8_training import is_fp8_training
-from hadal.ops.linear import FEW_ROWS, SMALL_M, linear, native_bf16
+from hadal.ops.linear import FEW_ROWS, SMALL_M, Norm, linear, native_bf16, takes_norm
 from hadal.ops.packed import Packed
 from hadal.ops.recompute import recomputed
+from hadal.ops.rms_norm import rms_norm
 
 FEW_TOKENS = 256  # on a GPU: up to here programs find their rows themselves; beyond, rows are sorted
 MANY_ROWS = 8  # of an expert, on CPU: from here on panels of tokens beat one weight row after the other
@@ -51,9 +52,19 @@ def swiglu_reference(gate_up_T2I: Tensor) -> Tensor:
 
 
 def ffn(
-    x_TD: Tensor, gate_up_2ID: Tensor | Packed, down_DI: Tensor | Packed, residual_TD: Tensor | None = None
-) -> Tensor:
-    """Dense SwiGLU feed-forward network, plus the residual stream where it is given."""
+    x_TD: Tensor, gate_up_2ID: Tensor | Packed, down_DI: Tensor | Packed, residual_TD: Tensor | None = None,
+    norm: Norm | None = None,
+) -> Tensor:  # fmt: skip
+    """Dense SwiGLU feed-forward network, of RMSNorm(x) where `norm` is given, plus the residual stream where
+    that is."""
+    if norm is not None:
+        if takes_norm(x_TD, gate_up_2ID, down_DI):
+            from hadal.ops.triton import gemv
+            from hadal.ops.triton import linear as fast
+
+            hidden_TI = fast.linear(x_TD, cast(Tensor, gate_up_2ID), swiglu=True, norm=gemv.Norm(*norm))
+            return linear(hidden_TI, down_DI, residual_TO=residual_TD)
+        x_TD = rms_norm(x_TD, *norm)
     matrices = isinstance(gate_up_2ID, Tensor) and isinstance(down_DI, Tensor)
     if is_fp8_training() and matrices and needs_grad(x_TD, gate_up_2ID, down_DI):  # type: ignore[arg-type]
         return _plus(fp8_training.ffn(x_TD, gate_up_2ID, down_DI), None, residual_TD)  # type: ignore[arg-type]

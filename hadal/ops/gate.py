@@ -19,7 +19,9 @@ from hadal.ops import cpu, invariant
 from hadal.ops.cross_entropy import matmul_wide
 from hadal.ops.dispatch import train_triton, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
+from hadal.ops.linear import Norm, takes_norm
 from hadal.ops.recompute import recomputed
+from hadal.ops.rms_norm import rms_norm
 
 SMALL_T = 64  # tokens up to which the CPU kernel, one thread, beats the torch operations
 
@@ -105,3 +107,16 @@ def gate(
     if use_cpu_kernels(x_TD, weight_ED) and x_TD.shape[0] <= SMALL_T:
         return (*cpu.gate(x_TD, weight_ED, bias_E, moe), None)
     return gate_reference(x_TD, weight_ED, bias_E, moe)
+
+
+def gate_normed(
+    x_TD: Tensor, norm: Norm, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(RMSNorm(x) [T, D], and its gate's experts and weights [T, K])."""
+    if takes_norm(x_TD, weight_ED):
+        from hadal.ops.triton.gate import gate_normed as fast
+
+        return fast(x_TD, norm, weight_ED, bias_E, moe)
+    x_TD = rms_norm(x_TD, *norm)
+    expert_TK, weight_TK, _ = gate(x_TD, weight_ED, bias_E, moe)
+    return x_TD, expert_TK, weight_TK

@@ -13,9 +13,14 @@ from hadal.ops.dispatch import needs_grad, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.fp8_training import is_fp8_training
 from hadal.ops.packed import Packed
+from hadal.ops.recompute import recomputed
+from hadal.ops.rms_norm import rms_norm
 
 SMALL_M = 32  # rows up to which the weight-streaming CPU kernel beats a general matrix product
 FEW_ROWS = 12  # rows up to which the one beats the CPU kernel for prompts
+
+Norm = tuple[Tensor, float]
+"""An RMSNorm that is taken before a product: its weight and eps."""
 
 
 @functools.cache
@@ -25,10 +30,18 @@ def native_bf16() -> bool:
 
 
 def linear(
-    x_TI: Tensor, weight_OI: Tensor | Packed, bias_O: Tensor | None = None, residual_TO: Tensor | None = None
-) -> Tensor:
-    """Matrix product with a weight stored [out, in], plus the residual stream where it is given. Few rows go
-    through a weight-streaming kernel."""
+    x_TI: Tensor, weight_OI: Tensor | Packed, bias_O: Tensor | None = None,
+    residual_TO: Tensor | None = None, norm: Norm | None = None,
+) -> Tensor:  # fmt: skip
+    """Matrix product with a weight stored [out, in], of RMSNorm(x) where `norm` is given, plus the residual
+    stream where that is. Few rows go through a weight-streaming kernel."""
+    if norm is not None:
+        if residual_TO is None and not needs_grad(bias_O) and takes_norm(x_TI, weight_OI):
+            from hadal.ops.triton import gemv
+            from hadal.ops.triton import linear as fast
+
+            return fast.linear(x_TI, cast(Tensor, weight_OI), bias_O, norm=gemv.Norm(*norm))
+        x_TI = recomputed("norm", rms_norm, x_TI, *norm)
     if is_fp8_training() and isinstance(weight_OI, Tensor) and needs_grad(x_TI, weight_OI):
         y_TO = fp8_training.linear(x_TI, weight_OI, bias_O)
         return y_TO if residual_TO is None else residual_TO + y_TO
@@ -66,8 +79,27 @@ def _few_on_gpu(x: Tensor, *others: Tensor | Packed) -> bool:
     return fast.wants(x, *(t for t in others if isinstance(t, Tensor)))
 
 
-def linear_pair(x_TI: Tensor, first_OI: Tensor | Packed, second_PI: Tensor | Packed) -> tuple[Tensor, Tensor]:
-    """Two products over the same input, [T, O] and [T, P]; one launch for few rows on a GPU."""
+def takes_norm(x: Tensor, *others: Tensor | Packed) -> bool:
+    """Whether a product with these weights has the RMSNorm before it in its own kernel: a row on a GPU."""
+    if not use_triton(x, *others):
+        return False
+    from hadal.ops.triton import linear as fast
+
+    return fast.takes_norm(x, *(t for t in others if isinstance(t, Tensor)))
+
+
+def linear_pair(
+    x_TI: Tensor, first_OI: Tensor | Packed, second_PI: Tensor | Packed, norm: Norm | None = None
+) -> tuple[Tensor, Tensor]:
+    """Two products over the same input, or its RMSNorm, [T, O] and [T, P]; one launch for few rows on a
+    GPU."""
+    if norm is not None and takes_norm(x_TI, first_OI, second_PI):
+        from hadal.ops.triton import gemv
+        from hadal.ops.triton import linear as fast
+
+        weights = cast(Tensor, first_OI), cast(Tensor, second_PI)
+        return fast.linear_pair(x_TI, *weights, norm=gemv.Norm(*norm))
+    x_TI = x_TI if norm is None else recomputed("norm", rms_norm, x_TI, *norm)
     if _few_on_gpu(x_TI, first_OI, second_PI):
         from hadal.ops.triton import linear as fast
 

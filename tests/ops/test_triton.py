@@ -274,6 +274,34 @@ def test_linear_of_few_rows(rows, outs, width, dtype):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outs,width", [(19, 33), (70, 130)])
+def test_a_norm_inside_the_product_of_one_row(outs, width, dtype):
+    """The same bits of the normed row as from its own kernel, and the products of those."""
+    from hadal.ops.triton import linear as few
+    from hadal.ops.triton.norm import rms_norm
+
+    x, residual = draw(1, width, dtype=dtype, scale=5.0), draw(1, 2 * outs, dtype=dtype)
+    weight, bias = draw(width, dtype=dtype), draw(2 * outs, dtype=dtype)
+    w = draw(2 * outs, width, dtype=dtype, scale=width**-0.5)
+    normed = torch.full_like(x, float("nan"))
+    norm, want = gemv.Norm(weight, 1e-6, normed), rms_norm(x, weight, 1e-6)
+    product = want.double() @ w.double().T
+    close(few.linear(x, w, bias, residual, norm=norm), product + bias.double() + residual.double(), dtype)
+    assert CUDA or torch.equal(normed, want)  # on a GPU another order of its sum
+    close(normed, want.double(), dtype)
+    for out, part in zip(
+        few.linear_pair(x, w[:outs], w[outs:], norm=norm), product.chunk(2, -1), strict=True
+    ):
+        close(out, part, dtype)
+    gate, up = product.chunk(2, -1)
+    close(few.linear(x, w, swiglu=True, norm=norm), torch.nn.functional.silu(gate) * up, dtype)
+    close(few.linear(x, w, dtype=torch.float32, norm=norm), product, torch.float32)
+    with pytest.raises(AssertionError, match="one row"):
+        few.linear(torch.cat([x, x]), w, config=gemv.Config(8, 256, 2), norm=norm)
+
+
+@needs_triton
 def test_argmax_of_logits():
     from hadal.ops.triton.argmax import argmax
 

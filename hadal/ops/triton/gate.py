@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hadal.config import Moe
+from hadal.ops.triton import gemv, pdl
 from hadal.ops.triton import linear as few_rows
-from hadal.ops.triton import pdl
 from hadal.ops.triton.sizes import power_of_2
 
 
@@ -105,6 +105,17 @@ def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 def gate(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:
     """(experts int64 [T, K], weights FP32 [T, K])."""
     return route(gate_logits(x_TD, weight_ED), bias_E, moe)
+
+
+def gate_normed(
+    x_TD: Tensor, norm: tuple[Tensor, float], weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(RMSNorm(x), its experts and weights) of one token (`linear.takes_norm`): the router's product norms,
+    and leaves the normed row for the experts."""
+    normed_TD = torch.empty_like(x_TD)
+    how = gemv.Norm(*norm, normed_TD)
+    logit_TE = few_rows.linear(x_TD, weight_ED, dtype=torch.float32, norm=how)
+    return normed_TD, *route(logit_TE, bias_E, moe)
 
 
 def route(logit_TE: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:

@@ -118,39 +118,47 @@ def wants(x: Tensor, *weights: Tensor) -> bool:
     return few and all(w.dtype == torch.bfloat16 for w in (x, *weights))
 
 
+def takes_norm(x: Tensor, *weights: Tensor) -> bool:
+    """Whether `norm` may be given: one row, all of it in registers."""
+    return wants(x, *weights) and x.shape[0] == 1 and x.shape[1] <= gemv.MAX_NORMED
+
+
 def linear(
     x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, residual_MN: Tensor | None = None,
     swiglu: bool = False, dtype: torch.dtype | None = None, config: Config | gemv.Config | None = None,
+    norm: gemv.Norm | None = None,
 ) -> Tensor:  # fmt: skip
     """x·Wᵀ + b + residual, in `dtype` or x's; with `swiglu` the weight stacks gate rows above up rows and
-    silu(gate) ⊙ up comes out."""
+    silu(gate) ⊙ up comes out; with `norm`, where `takes_norm`, RMSNorm(x) is multiplied."""
     N = weight_NK.shape[0] // (2 if swiglu else 1)
     out = torch.empty((x_MK.shape[0], N), dtype=dtype or x_MK.dtype, device=x_MK.device)
-    _launch(x_MK, weight_NK, None, bias_N, residual_MN, out, None, swiglu, config)
+    _launch(x_MK, weight_NK, None, bias_N, residual_MN, out, None, swiglu, config, norm)
     return out
 
 
 def linear_pair(
-    x_MK: Tensor, first_NK: Tensor, second_NK: Tensor, config: Config | gemv.Config | None = None
-) -> tuple[Tensor, Tensor]:
+    x_MK: Tensor, first_NK: Tensor, second_NK: Tensor, config: Config | gemv.Config | None = None,
+    norm: gemv.Norm | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x·W₁ᵀ, x·W₂ᵀ) in one launch."""
     out, second = (
         torch.empty((x_MK.shape[0], w.shape[0]), dtype=x_MK.dtype, device=x_MK.device)
         for w in (first_NK, second_NK)
     )
-    _launch(x_MK, first_NK, second_NK, None, None, out, second, False, config)
+    _launch(x_MK, first_NK, second_NK, None, None, out, second, False, config, norm)
     return out, second
 
 
 def _launch(
     x_MK: Tensor, weight: Tensor, second: Tensor | None, bias_N: Tensor | None, residual_MN: Tensor | None,
     out: Tensor, second_out: Tensor | None, swiglu: bool, config: Config | gemv.Config | None,
+    norm: gemv.Norm | None = None,
 ) -> None:  # fmt: skip
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     residual_MN = None if residual_MN is None else residual_MN.contiguous()
     (M, K), N = x_MK.shape, out.shape[1]
     if isinstance(config, gemv.Config) or (config is None and M <= gemv.MAX_ROWS):
-        return gemv.launch(x_MK, weight, second, bias_N, residual_MN, out, second_out, swiglu, config)
+        return gemv.launch(x_MK, weight, second, bias_N, residual_MN, out, second_out, swiglu, config, norm)
     second_N = 0 if second_out is None else second_out.shape[1]
     c = config or config_for(N + second_N, K, swiglu)
     if swiglu and c.splits > 1:
