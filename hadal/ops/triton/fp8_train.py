@@ -48,33 +48,46 @@ def _e4m3(x, s, POWER: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(x_RC, q, scale, row, k, g, K, stride, R, POWER: tl.constexpr):
-    """Codes and scales of a tile's rows: channels k < K of matrix rows that are `stride` apart."""
-    s = _scale(tl.max(tl.abs(x_RC), 1), POWER)
-    inside = (row < R)[:, None] & (k < K)[None, :]
-    tl.store(q + row[:, None] * stride + k[None, :], _e4m3(x_RC, s[:, None], POWER), mask=inside)
-    tl.store(scale + g * R + row, s, mask=row < R)
+def _tile(x, stride, rows, channels, BLOCK_R: tl.constexpr):
+    """The tile whose corner x is; zeros past the rows and channels that are left.
+
+    Corners are 64-bit, places inside a tile 32-bit, to spare registers: matrices of up to 16M rows.
+    """
+    r = tl.arange(0, BLOCK_R)
+    k = tl.arange(0, GROUP)
+    inside = (r < rows)[:, None] & (k < channels)[None, :]
+    return tl.load(x + (r[:, None] * stride + k[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_columns(x_RC, q, scale, row, k, tile, K, width, padded, POWER: tl.constexpr):
-    """Codes [k, row] and scales [tile, k] of a tile's columns, of `width` in all; whole tiles are written."""
+def _store_rows(x_RC, q, scale, stride, rows, channels, POWER: tl.constexpr):
+    """A tile's codes and its rows' scales, to where its corner lies."""
+    r = tl.arange(0, x_RC.shape[0])
+    k = tl.arange(0, x_RC.shape[1])
+    s = _scale(tl.max(tl.abs(x_RC), 1), POWER)
+    inside = (r < rows)[:, None] & (k < channels)[None, :]
+    tl.store(q + (r[:, None] * stride + k[None, :]), _e4m3(x_RC, s[:, None], POWER), mask=inside)
+    tl.store(scale + r, s, mask=r < rows)
+
+
+@triton.jit
+def _store_columns(x_RC, q, scale, padded, channels, POWER: tl.constexpr):
+    """A tile's transposed codes and its columns' scales, to where its corner lies; all of its rows."""
+    r = tl.arange(0, x_RC.shape[0])
+    k = tl.arange(0, x_RC.shape[1])
     s = _scale(tl.max(tl.abs(x_RC), 0), POWER)
     code = tl.trans(_e4m3(x_RC, s[None, :], POWER))
-    at = k.to(tl.int64)[:, None] * padded + row[None, :]
-    tl.store(q + at, code, mask=(k < K)[:, None])
-    tl.store(scale + tile.to(tl.int64) * width + k, s, mask=k < K)
+    tl.store(q + (k[:, None] * padded + r[None, :]), code, mask=(k < channels)[:, None])
+    tl.store(scale + k, s, mask=k < channels)
 
 
 # --- activations --------------------------------------------------------------------------------------------
 @triton.jit
 def _rows_kernel(x, q, scale, K, R, x_stride, POWER: tl.constexpr, BLOCK_R: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    g = tl.program_id(1).to(tl.int64)
-    k = g * GROUP + tl.arange(0, GROUP)
-    inside = (row < R)[:, None] & (k < K)[None, :]
-    value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-    _store_rows(value, q, scale, row, k, g, K, K, R, POWER)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R
+    k = tl.program_id(1).to(tl.int64) * GROUP
+    value = _tile(x + row * x_stride + k, x_stride, R - row, K - k, BLOCK_R).to(tl.float32)
+    _store_rows(value, q + row * K + k, scale + k // GROUP * R + row, K, R - row, K - k, POWER)
 
 
 def quantise(x_RK: Tensor, power: bool) -> Codes:
@@ -100,13 +113,13 @@ def _both_kernel(
     if USED:
         real = tile < tl.load(used)
     if real:
-        row = tile.to(tl.int64) * GROUP + tl.arange(0, GROUP)
-        g = tl.program_id(1).to(tl.int64)
-        k = g * GROUP + tl.arange(0, GROUP)
-        inside = (row < R)[:, None] & (k < K)[None, :]
-        value = tl.load(x + row[:, None] * x_stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        _store_rows(value, q, scale, row, k, g, K, K, R, POWER)
-        _store_columns(value, q_columns, scale_columns, row, k, tile, K, K, padded, POWER)
+        row = tile.to(tl.int64) * GROUP
+        k = tl.program_id(1).to(tl.int64) * GROUP
+        value = _tile(x + row * x_stride + k, x_stride, R - row, K - k, GROUP).to(tl.float32)
+        at = scale + k // GROUP * R + row
+        _store_rows(value, q + row * K + k, at, K, R - row, K - k, POWER)
+        at = scale_columns + tile.to(tl.int64) * K + k
+        _store_columns(value, q_columns + k * padded + row, at, padded, K - k, POWER)
 
 
 def quantise_both(x_RK: Tensor, power: bool, rows: Rows | None = None) -> tuple[Codes, Codes]:
@@ -147,7 +160,9 @@ def _columns_kernel(
         code = tl.load(q + source[:, None] * K + k[None, :], mask=inside, other=0.0)
         each = tl.load(scale + g * T + source, mask=own, other=0.0)
         value = code.to(tl.float32) * each[:, None]
-        _store_columns(value, q_columns, scale_columns, row, k, tile, K, K, padded, True)
+        at = scale_columns + tile.to(tl.int64) * K + g * GROUP
+        corner = q_columns + g * GROUP * padded + tile.to(tl.int64) * GROUP
+        _store_columns(value, corner, at, padded, K - g * GROUP, True)
 
 
 def columns(codes: Codes, rows: Rows | None) -> Codes:
@@ -227,20 +242,21 @@ def _swiglu_kernel(
     if ROWS:
         real = first < tl.load(used) * GROUP
     if real:
-        row = first.to(tl.int64) + tl.arange(0, BLOCK_R)
+        row = first.to(tl.int64)
+        groups = tl.num_programs(1).to(tl.int64)
         g = tl.program_id(1).to(tl.int64)
-        k = g * GROUP + tl.arange(0, GROUP)
-        inside = (row < R)[:, None] & (k < width)[None, :]
-        at = row[:, None] * (2 * width) + k[None, :]
-        gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(x + at + width, mask=inside, other=0.0).to(tl.float32)
+        k = g * GROUP
+        corner = row * (2 * width) + k
+        gate = _tile(x + corner, 2 * width, R - row, width - k, BLOCK_R).to(tl.float32)
+        up = _tile(x + corner + width, 2 * width, R - row, width - k, BLOCK_R).to(tl.float32)
+        _store_rows(gate, kept + corner, kept_scale + g * R + row, 2 * width, R - row, width - k, True)
+        at = kept_scale + (g + groups) * R + row
+        _store_rows(up, kept + corner + width, at, 2 * width, R - row, width - k, True)
         hidden = gate * tl.sigmoid(gate) * up
         if ROWS:
-            hidden = hidden * tl.load(weight + row)[:, None]
+            hidden = hidden * tl.load(weight + row + tl.arange(0, BLOCK_R))[:, None]
         hidden = hidden.to(x.dtype.element_ty).to(tl.float32)
-        _store_rows(hidden, q, scale, row, k, g, width, width, R, POWER)
-        _store_rows(gate, kept, kept_scale, row, k, g, width, 2 * width, R, True)
-        _store_rows(up, kept + width, kept_scale, row, k, g + tl.num_programs(1), width, 2 * width, R, True)
+        _store_rows(hidden, q + row * width + k, scale + g * R + row, width, R - row, width - k, POWER)
 
 
 def swiglu(
@@ -261,53 +277,80 @@ def swiglu(
 
 
 @triton.jit
+def _kept(kept, scale, stride, rows, channels):
+    """A tile of gate or up, dequantised."""
+    r = tl.arange(0, GROUP)
+    each = tl.load(scale + r, mask=r < rows, other=0.0)
+    return _tile(kept, stride, rows, channels, GROUP).to(tl.float32) * each[:, None]
+
+
+@triton.jit
+def _leave(
+    x, d, d_scale, d_columns, d_columns_scale, stride, padded, rows, channels,
+    POWER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient: as codes in both directions, or as it is."""
+    if WHOLE:
+        _store_rows(x.to(tl.float32), d, d_scale, stride, rows, channels, POWER)
+        _store_columns(x.to(tl.float32), d_columns, d_columns_scale, padded, channels, POWER)
+    else:
+        r = tl.arange(0, GROUP)
+        k = tl.arange(0, GROUP)
+        inside = (r < rows)[:, None] & (k < channels)[None, :]
+        tl.store(d + (r[:, None] * stride + k[None, :]), x, mask=inside)
+
+
+@triton.jit
 def _swiglu_backward_kernel(
     kept, kept_scale, dh, weight, used, d, d_scale, d_columns, d_columns_scale, h_columns, h_columns_scale,
     dweight, width, R, padded, POWER: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    """The tile is loaded three times, from the nearest cache: all at once it does not fit registers."""
+    tile = tl.program_id(0).to(tl.int64)
     real = tile >= 0
     if ROWS:
         real = tile < tl.load(used)
     if real:
-        row = tile.to(tl.int64) * GROUP + tl.arange(0, GROUP)
         g = tl.program_id(1).to(tl.int64)
-        groups = tl.num_programs(1)
-        k = g * GROUP + tl.arange(0, GROUP)
-        inside = (row < R)[:, None] & (k < width)[None, :]
-        at = row[:, None] * (2 * width) + k[None, :]
-        gate_s = tl.load(kept_scale + g * R + row, mask=row < R, other=0.0)
-        gate = tl.load(kept + at, mask=inside, other=0.0).to(tl.float32) * gate_s[:, None]
-        up_s = tl.load(kept_scale + (g + groups) * R + row, mask=row < R, other=0.0)
-        up = tl.load(kept + at + width, mask=inside, other=0.0).to(tl.float32) * up_s[:, None]
-        grad = tl.load(dh + row[:, None] * width + k[None, :], mask=inside, other=0.0)
+        groups = tl.num_programs(1).to(tl.int64)
+        row, k, stride = tile * GROUP, g * GROUP, 2 * width
+        rows, channels = R - row, width - k
         kind = dh.dtype.element_ty
-        grad = grad.to(tl.float32)
-        share = tl.sigmoid(gate)
-        silu = gate * share
-        hidden = silu * up
+        kept += row * stride + k
+        gate_scale = kept_scale + g * R + row
+        up_scale = gate_scale + groups * R
+        dh += row * width + k
+        w = tl.full([GROUP], 1.0, tl.float32)
         if ROWS:
-            tl.store(dweight + g * R + row, tl.sum(grad * hidden, 1))
-            w = tl.load(weight + row)[:, None]
-            grad = grad * w
-            hidden = hidden * w
-        hidden = hidden.to(kind).to(tl.float32)
-        _store_columns(hidden, h_columns, h_columns_scale, row, k, tile, width, width, padded, POWER)
-        dup = (grad * silu).to(kind)
-        dgate = (grad * up * share * (1.0 + gate * (1.0 - share))).to(kind)
-        if WHOLE:
-            wide = dgate.to(tl.float32)
-            _store_rows(wide, d, d_scale, row, k, g, width, 2 * width, R, POWER)
-            _store_columns(wide, d_columns, d_columns_scale, row, k, tile, width, 2 * width, padded, POWER)
-            wide = dup.to(tl.float32)
-            _store_rows(wide, d + width, d_scale, row, k, g + groups, width, 2 * width, R, POWER)
-            d_columns += width.to(tl.int64) * padded
-            _store_columns(
-                wide, d_columns, d_columns_scale + width, row, k, tile, width, 2 * width, padded, POWER
-            )
-        else:
-            tl.store(d + at, dgate, mask=inside)
-            tl.store(d + at + width, dup, mask=inside)
+            w = tl.load(weight + row + tl.arange(0, GROUP))
+        gate = _kept(kept, gate_scale, stride, rows, channels)
+        hidden = gate * tl.sigmoid(gate) * _kept(kept + width, up_scale, stride, rows, channels)
+        if ROWS:
+            grad = _tile(dh, width, rows, channels, GROUP).to(tl.float32)
+            tl.store(dweight + g * R + row + tl.arange(0, GROUP), tl.sum(grad * hidden, 1))
+        hidden = (hidden * w[:, None]).to(kind).to(tl.float32)
+        at = h_columns_scale + tile * width + k
+        _store_columns(hidden, h_columns + k * padded + row, at, padded, channels, POWER)
+
+        gate = _kept(kept, gate_scale, stride, rows, channels)
+        grad = _tile(dh, width, rows, channels, GROUP).to(tl.float32) * w[:, None]
+        dup = (grad * (gate * tl.sigmoid(gate))).to(kind)
+        d += row * stride + k
+        d_scale += g * R + row
+        d_columns += k * padded + row
+        d_columns_scale += tile * stride + k
+        _leave(
+            dup, d + width, d_scale + groups * R, d_columns + width.to(tl.int64) * padded,
+            d_columns_scale + width, stride, padded, rows, channels, POWER, WHOLE,
+        )  # fmt: skip
+
+        gate = _kept(kept, gate_scale, stride, rows, channels)
+        share = tl.sigmoid(gate)
+        slope = share * (1.0 + gate * (1.0 - share))
+        slope *= _kept(kept + width, up_scale, stride, rows, channels)
+        grad = _tile(dh, width, rows, channels, GROUP).to(tl.float32) * w[:, None]
+        dgate = (grad * slope).to(kind)
+        _leave(dgate, d, d_scale, d_columns, d_columns_scale, stride, padded, rows, channels, POWER, WHOLE)
 
 
 def swiglu_backward(
