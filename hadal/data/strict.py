@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,14 +25,19 @@ def require(ok: bool, key: str, value: object, want: str) -> None:
 def read_toml(
     path: Path, overrides: Sequence[str] = (), example: str = "data-example", *, sections_only: bool = False
 ) -> dict[str, Any]:
-    """The tables of a file, with overrides of the form "section.key=value" applied. Raises RecipeError, which
-    names `example` where there is no such file. `sections_only`: no key stands outside a section."""
+    """The tables of a TOML file, or of the recipe.json of a run, with overrides of the form
+    "section.key=value" applied. Raises RecipeError, which names `example` where there is no such file.
+    `sections_only`: no key stands outside a section."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; recipes/{example}.toml is one to start from") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        kind = "JSON" if path.suffix == ".json" else "TOML"
+        raise RecipeError(f"{path} is not valid {kind}: {error}") from None
+    if not isinstance(table, dict):
+        raise RecipeError(f"{path} does not hold a JSON object")
     for override in overrides:
         _override(table, override, (2,) if sections_only else (1, 2))
     return table
