@@ -3,7 +3,8 @@
     peak   = state + max(forward, update)
     state  = parameters + FP32 masters + two moments + FP32 gradients summed over micro-batches
     forward = activations kept for the backward pass + the largest thing made beside them
-    update = the larger of the parameters' own gradients and the FP32 temporaries of an optimizer's slab
+    update = the larger of the parameters' own gradients and the FP32 temporaries of an optimizer's slab;
+             on a GPU, where gradients are summed one by one and one kernel updates, the largest gradient
 
 It counts what the operations of `hadal/ops` keep, tensor by tensor; with selective recomputation what they
 keep instead (hadal/ops/recompute.py). The logits exist a chunk at a time. A moving average of the weights and
@@ -15,6 +16,7 @@ Bytes everywhere; widths in elements. Legend: T tokens of a micro-batch, D hidde
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 from hadal.config import Gqa, Mla, ModelConfig
 
@@ -22,20 +24,25 @@ SLAB = 2**26  # elements that the optimizer updates at a time
 SLAB_TEMPORARIES = 5  # FP32 tensors of a slab
 CHUNK_BYTES, CHUNK_STEP = 512 * 2**20, 256  # of FP32 logits at a time, and tokens that they are cut to
 FP32 = 4
+TILE = 128  # of FP8 products
 
 
 @dataclass(frozen=True)
 class TrainingShape:
     """What a step's memory depends on beside the model. `element`: bytes of the model's dtype; `recompute`:
-    kinds of hadal/ops/recompute.py; `fused`: the kernels of a GPU, which keep less than the references."""
+    kinds of hadal/ops/recompute.py; `fused`: the kernels of a GPU, which keep less than the references;
+    `masked`: attention stays inside documents."""
 
     tokens: int
     element: int = 2
     moment: int = 2
     recompute: tuple[str, ...] = ()
     fused: bool = True
+    masked: bool = False
     average: bool = False
     snapshot: bool = True
+    fp8: bool = False
+    micro_batches: int = 1  # of a step: where there are several, weights in FP8 are kept all through
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,7 @@ class TrainingMemory:
     moments: int
     gradients: int  # the FP32 sums
     activations: int
+    weight_codes: int  # of FP8 products, between the forward and the backward pass
     forward_workspace: int
     update_workspace: int
     host: int
@@ -57,7 +65,8 @@ class TrainingMemory:
 
     @property
     def peak(self) -> int:
-        return self.state + max(self.activations + self.forward_workspace, self.update_workspace)
+        passes = self.activations + self.weight_codes + self.forward_workspace
+        return self.state + max(passes, self.update_workspace)
 
 
 def training_memory(config: ModelConfig, shape: TrainingShape) -> TrainingMemory:
@@ -70,11 +79,21 @@ def training_memory(config: ModelConfig, shape: TrainingShape) -> TrainingMemory
         moments=count * 2 * shape.moment,
         gradients=count * FP32,
         activations=activations(config, shape),
+        weight_codes=weight_codes(config, shape),
         forward_workspace=_forward_workspace(config, shape),
-        update_workspace=max(count * shape.element, SLAB_TEMPORARIES * FP32 * min(SLAB, count)),
+        update_workspace=_largest(config) * shape.element
+        if shape.fused
+        else max(count * shape.element, SLAB_TEMPORARIES * FP32 * min(SLAB, count)),
         host=(count * FP32 if shape.average else 0)
         + (state + (count * FP32 if shape.average else 0) if shape.snapshot else 0),
     )
+
+
+def _largest(config: ModelConfig) -> int:
+    """Elements of the largest parameter: embedding, or the stacked experts of a layer."""
+    m, D = config.moe, config.hidden_size
+    stack = 0 if m is None else m.n_routed_experts * 2 * m.moe_intermediate_size * D
+    return max(config.vocab_size * D, stack, 2 * config.intermediate_size * D)
 
 
 def _trained(config: ModelConfig) -> int:
@@ -88,7 +107,7 @@ def _trained(config: ModelConfig) -> int:
 
 def activations(config: ModelConfig, shape: TrainingShape) -> int:
     """What the graph of one micro-batch keeps for the backward pass."""
-    keep, b, D = _Keep(shape), shape.element, config.hidden_size
+    keep, b, D = _keep(shape), shape.element, config.hidden_size
     depths = config.num_nextn_predict_layers
     rope = (
         config.attention.qk_rope_head_dim if isinstance(config.attention, Mla) else config.attention.head_dim
@@ -96,8 +115,8 @@ def activations(config: ModelConfig, shape: TrainingShape) -> int:
     per_token = 8 * (depths + 1) + FP32 * rope  # ids; rotations
     constant = (depths + 1) * config.vocab_size * D * b  # the head's gradients, made with the losses
     for layer in range(config.num_hidden_layers + depths):
-        per_token += keep.attention(config) + keep.mlp(config, layer) + 2 * keep.norm(D)
-        constant += keep.gate_weight(config, layer)
+        per_token += keep.attention(config) + keep.mlp(config, layer) + keep.norms(config, layer)
+        constant += keep.gate_weight(config, layer) + keep.rows(config, layer)
     per_token += (depths + 1) * (keep.norm(D, output=False) + D * b)  # before each head, and its gradient
     for depth in range(depths):
         per_token += keep.mtp_input(D, config.mtp_after_norm and depth == 0) + 2 * D * b
@@ -125,6 +144,14 @@ class _Keep:
         inside = self.b * width if self.shape.fused else (FP32 + self.b) * width
         return inside + FP32 + (self.b * width if output else 0)
 
+    def norms(self, config: ModelConfig, layer: int) -> int:
+        """Those before attention and before the feed-forward network."""
+        return 2 * self.norm(config.hidden_size)
+
+    def rows(self, config: ModelConfig, layer: int) -> int:
+        """Bytes of a micro-batch that are not so many a token: rows by expert, with gaps."""
+        return 0
+
     def attention(self, config: ModelConfig) -> int:
         a, H, b = config.attention, config.num_attention_heads, self.b
         if isinstance(a, Gqa):
@@ -134,13 +161,13 @@ class _Keep:
         latent = a.kv_lora_rank + a.qk_rope_head_dim
         kept = 0 if a.q_lora_rank is None else self.norm(a.q_lora_rank)
         kept += b * latent if self.again("norm") else self._entry(a)
-        padded = a.v_head_dim < a.qk_head_dim
+        # a GPU's kernel for whole rows takes values as wide as they are; the one for documents does not
+        padded = a.v_head_dim < a.qk_head_dim and (self.shape.masked or not self.shape.fused)
         own_v = a.v_head_dim if self.shape.fused else a.qk_nope_head_dim + a.v_head_dim  # a copy, or a view
         if not self.again("up"):
             kept += b * H * (2 * a.qk_head_dim + (a.qk_head_dim if padded else own_v))
-        elif self.shape.fused and not padded:
-            kept += b * H * own_v
-        return kept + self._attended(H, a.qk_head_dim, a.v_head_dim)
+        narrow = a.v_head_dim if self.shape.fused and not padded else a.qk_head_dim
+        return kept + self._attended(H, narrow, a.v_head_dim)
 
     def _entry(self, a: Mla) -> int:
         """MLA's latent entry: the norm's input lies in the projection's output, beside the rope key."""
@@ -198,6 +225,118 @@ def _forward_workspace(config: ModelConfig, shape: TrainingShape) -> int:
         head = chunk * V * FP32
     else:
         head = max(chunk * V * (FP32 + b), FP32 * V * D)
+    if shape.fp8:
+        return max(head, *(_fp8_workspace(config, shape, n) for n in range(config.num_hidden_layers)))
     plain = _Keep(replace(shape, recompute=()))
     layer = max(plain.mlp(config, number) for number in range(config.num_hidden_layers))
     return max(head, shape.tokens * layer)
+
+
+# --- FP8 products -------------------------------------------------------------------------------------------
+def _keep(shape: TrainingShape) -> _Keep:
+    return _KeepCodes(shape) if shape.fp8 else _Keep(shape)
+
+
+def _codes(width: int) -> int:
+    """A row in tiles of 1 × 128: a byte an element, an FP32 scale a tile."""
+    return width + FP32 * ceil(width / TILE)
+
+
+class _KeepCodes(_Keep):
+    """What operations keep where linear layers multiply in FP8 (hadal/ops/fp8_training.py): each keeps codes
+    of its own of what it reads, and no operation keeps a norm's output for it."""
+
+    def norms(self, config: ModelConfig, layer: int) -> int:
+        """The gate reads the second's output (as a copy in FP32 for BF16 on a CPU); where the heads are made
+        again from the first's output itself, that is kept."""
+        D, a = config.hidden_size, config.attention
+        again = self.again("up") and isinstance(a, Mla) and a.q_lora_rank is None
+        gate = config.is_moe_layer(layer) and (self.b == FP32 or self.shape.fused)
+        return self.norm(D, output=again) + self.norm(D, output=gate)
+
+    def attention(self, config: ModelConfig) -> int:
+        a, H, D, b = config.attention, config.num_attention_heads, config.hidden_size, self.b
+        if isinstance(a, Gqa):
+            G, C = a.num_key_value_heads, a.head_dim
+            heads = (H + 2 * G) * C if self.shape.fused else (2 * H + 3 * G) * C
+            return _codes(D) + b * heads + self._attended(H, C, C)
+        up, latent = self.again("up"), a.kv_lora_rank + a.qk_rope_head_dim
+        kept = _codes(D) + (0 if up else _codes(a.kv_lora_rank))
+        if a.q_lora_rank is not None:
+            kept += _codes(D) + self.norm(a.q_lora_rank, output=up) + (0 if up else _codes(a.q_lora_rank))
+        elif not up:
+            kept += _codes(D)
+        kept += b * latent if self.again("norm") else self._entry(a) - (0 if up else b * latent)
+        padded = a.v_head_dim < a.qk_head_dim
+        own_v = a.v_head_dim if self.shape.fused else a.qk_nope_head_dim + a.v_head_dim
+        if not up:
+            kept += b * H * (2 * a.qk_head_dim + (a.qk_head_dim if padded else own_v))
+        elif self.shape.fused and not padded:
+            kept += b * H * own_v
+        return kept + self._attended(H, a.qk_head_dim, a.v_head_dim)
+
+    def _attended(self, heads: int, key: int, value: int) -> int:
+        return FP32 * heads + self.b * heads * key + _codes(heads * value)
+
+    def swiglu(self, width: int) -> int:
+        """Gate and up, in tiles of their own."""
+        return 2 * _codes(width)
+
+    def mlp(self, config: ModelConfig, layer: int) -> int:
+        m, D = config.moe, config.hidden_size
+        if m is None or not config.is_moe_layer(layer):
+            return _codes(D) + self.swiglu(config.intermediate_size)
+        K = m.num_experts_per_tok
+        copied = self.b != FP32 and not self.shape.fused and not self.again("norm")
+        gate = FP32 * m.n_routed_experts + (FP32 * D if copied else 0) + 16 * K
+        gate += FP32 * (K + 1) if m.norm_topk_prob and K > 1 else 0
+        width = m.n_shared_experts * m.moe_intermediate_size
+        return gate + _codes(D) + (_codes(D) + self.swiglu(width) if width else 0)
+
+    def rows(self, config: ModelConfig, layer: int) -> int:
+        """Gate and up of all rows, their tokens and weights; the expert of each tile; ends."""
+        m = config.moe
+        if m is None or not config.is_moe_layer(layer):
+            return 0
+        tiles = _tiles(config, self.shape.tokens)
+        row = self.swiglu(m.moe_intermediate_size) + 2 * FP32
+        return tiles * (TILE * row + FP32) + FP32 * (m.n_routed_experts + 1)
+
+
+def _tiles(config: ModelConfig, tokens: int) -> int:
+    """Room for tiles of 128 rows, whatever the distribution (hadal.ops.fp8_tiles.tiles_at_most)."""
+    assert config.moe is not None
+    pairs = tokens * config.moe.num_experts_per_tok
+    return max(1, min(pairs, ceil(pairs / TILE) + config.moe.n_routed_experts))
+
+
+def weight_codes(config: ModelConfig, shape: TrainingShape) -> int:
+    """Weights in blocks of 128 × 128; in both forms where several micro-batches share them."""
+    if not shape.fp8:
+        return 0
+    a, H, D, m = config.attention, config.num_attention_heads, config.hidden_size, config.moe
+    if isinstance(a, Gqa):
+        attention = D * (2 * H + 2 * a.num_key_value_heads) * a.head_dim
+    else:
+        key, rank = a.qk_head_dim, a.q_lora_rank
+        attention = D * H * key if rank is None else rank * (D + H * key)
+        attention += D * (a.kv_lora_rank + a.qk_rope_head_dim + H * a.v_head_dim)
+        attention += a.kv_lora_rank * H * (a.qk_nope_head_dim + a.v_head_dim)
+    elements = 0
+    for layer in range(config.num_hidden_layers + config.num_nextn_predict_layers):
+        width = config.intermediate_size
+        if m is not None and config.is_moe_layer(layer):
+            width = (m.n_routed_experts + m.n_shared_experts) * m.moe_intermediate_size
+        elements += attention + 3 * D * width
+    return round(elements * (1 + FP32 / TILE**2)) * (2 if shape.micro_batches > 1 else 1)
+
+
+def _fp8_workspace(config: ModelConfig, shape: TrainingShape, layer: int) -> int:
+    """The backward pass of a network at its widest: the gradients of the hidden values and of gate and up,
+    these and the hidden values as codes for each product that reads them, the output's gradient as codes."""
+    m, D = config.moe, config.hidden_size
+    if m is None or not config.is_moe_layer(layer):
+        rows, width = shape.tokens, config.intermediate_size
+    else:
+        rows, width = _tiles(config, shape.tokens) * TILE, m.moe_intermediate_size
+    return rows * (D + (5 + shape.element) * width)

@@ -25,6 +25,7 @@ def peak_memory(recipe: Recipe, config: ModelConfig, *, cuda: bool = True) -> Tr
             moment=2 if recipe.optimizer.moments == "bfloat16" else 4,
             recompute=train.recompute,
             fused=cuda,
+            masked=recipe.data.mask_documents,
             average=recipe.ema.rate > 0,
             snapshot=recipe.checkpoint.asynchronous,
         ),
