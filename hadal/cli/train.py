@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,6 +25,13 @@ def train(
         Path | None, typer.Option(metavar="FOLDER", help="Of the run; default: runs/NAME.")
     ] = None,
     device: o.Device = "auto",
+    fp8_report: Annotated[
+        bool,
+        typer.Option("--fp8-report", help="Tell what FP8 does to every product of a step; train nothing."),
+    ] = False,
+    fp8_report_steps: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Report after N more steps, of which nothing is kept.")
+    ] = 0,
     json: o.Json = False,
 ) -> None:
     """Train a model by a recipe.
@@ -35,7 +43,13 @@ def train(
         hadal train recipes/mini.toml
         hadal train recipes/mini.toml --set train.max_minutes=5 --out /tmp/try
         hadal train recipes/mini.toml --resume
+        hadal train recipes/mini.toml --resume --fp8-report
     """
+    if fp8_report:
+        _report(
+            recipe, fp8_report_steps, json, resume=resume, overrides=override or [], out=out, device=device
+        )
+        return
     from hadal.evals.in_training import examine
     from hadal.train.main import train as run
 
@@ -56,3 +70,16 @@ def train(
     say(f"{outcome.reason} at step {outcome.step}, {human_count(outcome.tokens)} tokens: {outcome.export}")
     if not outcome.finished:
         say(f"`hadal train {recipe} --resume` goes on.")
+
+
+def _report(recipe: Path, steps: int, json: bool, **options: Any) -> None:
+    from hadal.train.fp8_report import fp8_report, lines
+
+    report, path = fp8_report(recipe, steps=steps, **options)
+    if json:
+        print_json(asdict(report))
+        return
+    for line in lines(report):
+        say(line)
+    say()
+    say(f"written: {path}")

@@ -12,6 +12,7 @@ from hadal.config import ConfigError
 from hadal.data.shards import ShardError
 from hadal.evals.in_training import examine
 from hadal.text.tokenizer import TokenizerError
+from hadal.train.fp8_report import fp8_report, lines
 from hadal.train.main import train
 from hadal.train.nonfinite import NonFiniteError
 from hadal.train.recipe import RecipeError
@@ -29,8 +30,16 @@ def main() -> int:
     )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--fp8-report",
+        action="store_true",
+        help="tell what FP8 does to every product of a step; train nothing",
+    )
+    parser.add_argument("--fp8-report-steps", type=int, default=0, metavar="N", help="after N more steps")
     args = parser.parse_args()
     try:
+        if args.fp8_report:
+            return _fp8_report(args)
         train(
             args.recipe,
             resume=args.resume,
@@ -50,6 +59,19 @@ def main() -> int:
     ) as e:
         print(f"hadal train: {e}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _fp8_report(args: argparse.Namespace) -> int:
+    report, path = fp8_report(
+        args.recipe,
+        steps=args.fp8_report_steps,
+        resume=args.resume,
+        overrides=args.overrides,
+        out=args.out,
+        device=args.device,
+    )
+    print("\n".join([*lines(report), "", f"written: {path}"]))
     return 0
 
 

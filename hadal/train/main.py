@@ -83,6 +83,21 @@ def train(
 
     Raises RecipeError, CheckpointError, NonFiniteError, and what the data and the tokenizer raise.
     """
+    with open_run(recipe_path, resume, overrides, out, device, console, examine) as run:
+        return run.go()
+
+
+@contextmanager
+def open_run(
+    recipe_path: Path | str,
+    resume: bool,
+    overrides: Sequence[str],
+    out: Path | str | None,
+    device: str,
+    console: Console | None,
+    examine: Examine | None = None,
+) -> Iterator[Run]:
+    """A run where it is to begin, or to go on; see `train`."""
     recipe = recipes.load(Path(recipe_path), overrides)
     if recipe.log.accuracy_every_steps and examine is None:
         raise RecipeError(
@@ -99,7 +114,7 @@ def train(
     try:
         if checkpoint is not None:
             run.restore(checkpoint)
-        return run.go()
+        yield run
     finally:
         run.close()
 
@@ -318,6 +333,28 @@ class Run:
                 self._enter(occasions, before)
         self._enter(occasions, stage)
 
+    def rehearse(self, steps: int) -> Batch:
+        """Make `steps` steps of which nothing is logged or saved, and return the batch that comes next: of a
+        finished run its first. Raises NonFiniteError, and RecipeError where the run ends before."""
+        progress = self.trainer.progress
+        last = progress.step + steps
+        if steps and last >= self.steps:
+            raise RecipeError(f"the run has {self.steps} steps; there is none after step {last}")
+        at = (progress.step, progress.tokens) if progress.step < self.steps else (0, 0)
+        self.prefetcher = Prefetcher(self._stream(*at), self.device)
+        self.trainer.batches = self.prefetcher
+        while self.trainer.progress.step < last:
+            self._set_rope(stage_at(self.stages, self.trainer.progress.step))
+            self.trainer.step()
+        self.trainer.arrived(wait=True)
+        self._set_rope(stage_at(self.stages, min(last, self.steps - 1)))
+        return next(self.prefetcher)
+
+    def _set_rope(self, stage: Stage) -> ModelConfig:
+        config = config_at(self.config, self.stages, stage.index)
+        self.model.set_rope(config)
+        return config
+
     def _enter(self, occasions: Occasions, stage: Stage) -> None:
         """Be in `stage`: its rotary embedding, its held-out rows. The stage that ends here is seen off first;
         one that a call begins in the middle of says nothing."""
@@ -326,8 +363,7 @@ class Run:
         if self.stage is not None:
             occasions.leave(self.stage.name)
         self.stage = stage
-        config = config_at(self.config, self.stages, stage.index)
-        self.model.set_rope(config)
+        config = self._set_rope(stage)
         event = None
         if stage.index and self.trainer.progress.step == stage.first_step:
             rope = config.rope
