@@ -5,16 +5,13 @@ from __future__ import annotations
 from hadal.config import ModelConfig
 from hadal.plan.training import TrainingMemory, TrainingShape, training_memory
 from hadal.train.phases import stages
-from hadal.train.recipe import Recipe, RecipeError
+from hadal.train.recipe import Recipe
 
 
 def peak_memory(recipe: Recipe, config: ModelConfig, *, cuda: bool = True) -> TrainingMemory:
     """Bytes by part of the largest step of a run. `config` is the recipe's model
-    (`hadal.train.main.model_config`): its vocabulary comes from the tokenizer. Raises
-    RecipeError for `train.fp8`, whose kept codes are not counted yet."""
+    (`hadal.train.main.model_config`): its vocabulary comes from the tokenizer."""
     train = recipe.train
-    if train.fp8:
-        raise RecipeError("train.fp8 is true; the memory of FP8 training is not predicted, set it to false")
     auto = "bfloat16" if cuda else "float32"
     dtype = auto if train.dtype == "auto" else train.dtype
     return training_memory(
@@ -28,5 +25,11 @@ def peak_memory(recipe: Recipe, config: ModelConfig, *, cuda: bool = True) -> Tr
             masked=recipe.data.mask_documents,
             average=recipe.ema.rate > 0,
             snapshot=recipe.checkpoint.asynchronous,
+            fp8=train.fp8,
+            micro_batches=max(
+                stage.ramp.last * stage.context // stage.micro_tokens
+                for stage in stages(recipe)
+                if stage.steps
+            ),
         ),
     )
