@@ -73,6 +73,7 @@ def with_rope(folder: Path, target: Path, scaling: dict[str, Any]) -> Path:
     """A copy of an export whose config.json asks for another rotary embedding."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(folder, target)
+    (target / "manifest.json").unlink()  # it knows the sizes of the files that were copied
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config["rope_scaling"] = scaling
     (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -267,6 +267,7 @@ def write_needles(
     share: float = 0.5,
     haystack: Sequence[Path] = (),
     workers: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """`tokens` tokens, filled up to whole rows of `context`, as shards in `folder`: `share` of the rows hold
@@ -288,6 +289,7 @@ def write_needles(
         ).hexdigest(),
         "context": context,
         "rows": rows,
+        "rows_per_shard": max(1, shard_tokens // context),
         "seed": seed,
         "split": split,
         "share": share,
@@ -300,9 +302,10 @@ def write_needles(
             return found
         differs = sorted(k for k in made_by if found.made_by.get(k) != made_by[k])
         raise ShardError(f"{folder} holds other shards (they differ in {', '.join(differs)}); choose another")
-    count = -(-rows // max(1, SHARD_TOKENS // context))
+    per_shard = max(1, shard_tokens // context)
+    count = -(-rows // per_shard)
     texts = [str(path) for path in haystack]
-    job = Job(str(folder), str(tokenizer.resolve()), context, rows, seed, split, share, texts)
+    job = Job(str(folder), str(tokenizer.resolve()), context, rows, per_shard, seed, split, share, texts)
     _run(job, count, min(workers or os.cpu_count() or 1, count), progress or (lambda done, of: None))
     shards = []
     for number in range(count):
@@ -322,6 +325,7 @@ class Job:
     tokenizer: str
     context: int
     rows: int
+    per_shard: int
     seed: int
     split: str
     share: float
@@ -381,10 +385,10 @@ def _documents(job: Job, number: int, encoder: Encoder) -> list[Ids]:
     lines = text_lines(texts) if texts else puzzle_lines(rng.randrange(2**31), job.split)
     for _ in range(rng.randrange(10_000) if texts else 0):  # every shard begins elsewhere in the texts
         next(lines)
-    bank = fill_bank(lines, encoder, max(BANK_TOKENS, 4 * job.context))
-    per_shard = max(1, SHARD_TOKENS // job.context)
+    rows = min(job.rows, (number + 1) * job.per_shard) - number * job.per_shard
+    bank = fill_bank(lines, encoder, max(4 * job.context, min(BANK_TOKENS, rows * job.context)))
     documents: list[Ids] = []
-    for _ in range(min(job.rows, (number + 1) * per_shard) - number * per_shard):
+    for _ in range(rows):
         if rng.random() < job.share:
             documents += row(rng, bank, encoder, job.context, job.split)
         else:
