@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -28,7 +29,8 @@ def draw(steps: list[dict[str, Any]], held: list[dict[str, Any]], target: Path) 
     figure, (top, middle, bottom) = plt.subplots(
         3, 1, figsize=(8, 8), sharex=True, height_ratios=(3, 2, 2), layout="constrained"
     )
-    x, x_held = [s["tokens"] / 1e6 for s in steps], [h["step"] * tokens_a_step(steps) / 1e6 for h in held]
+    x = [s["tokens"] / 1e6 for s in steps]
+    x_held = np.interp([h["step"] for h in held], [s["step"] for s in steps], x)  # batches may grow
     top.semilogy(x, [s["loss"] for s in steps], color=BLUE, lw=1.2, label="training, next token")
     top.semilogy(
         x, [s["mtp_loss"] for s in steps], color=GREY, lw=1.0, label="training, token after next (MTP)"
@@ -52,10 +54,6 @@ def draw(steps: list[dict[str, Any]], held: list[dict[str, Any]], target: Path) 
         axes.spines[["top", "right"]].set_visible(False)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=120)
-
-
-def tokens_a_step(steps: list[dict[str, Any]]) -> float:
-    return steps[-1]["tokens"] / steps[-1]["step"]
 
 
 def main() -> None:

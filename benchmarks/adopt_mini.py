@@ -1,0 +1,286 @@
+"""A newly trained hadal-mini: measured, compared with the one on board, put in its place with all that tells
+of it.
+
+    python benchmarks/adopt_mini.py measure RUN       # accuracy of 4,500 problems, into RUN/accuracy.json
+    python benchmarks/adopt_mini.py compare RUN       # task by task; status 1 if the mean is lower
+    python benchmarks/adopt_mini.py adopt RUN         # all below; refuses a lower mean
+
+RUN is the folder of `hadal train recipes/mini.toml`, whole or without its checkpoints. Of `export` and
+`export-ema` the one with the lower held-out loss is taken: never the one that does better in the examination.
+`measure` needs what training needs, and runs on the card where the model was trained; elsewhere it takes
+minutes. `adopt` without an accuracy.json measures first.
+
+Written: hadal/assets/hadal-mini, docs/results/hadal-mini-*, docs/images/mini-training.png, the marked parts
+of docs/hadal-mini.md and docs/speculation.md, README's sentence, the quantisation table. Then the tests that
+look at the model on board. What only a person can rewrite is listed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+ON_BOARD = ROOT / "hadal" / "assets" / "hadal-mini"
+RESULTS = ROOT / "docs" / "results"
+PAGE, SPECULATION, README = (
+    ROOT / name for name in ("docs/hadal-mini.md", "docs/speculation.md", "README.md")
+)
+WEIGHTS = "model.safetensors"
+LARGEST = 16 * 2**20  # bytes of a file in the repository
+SAMPLES = 300
+TESTS = """
+test_docs.py config/test_docs.py engine/test_speculation.py engine/test_offload.py engine/test_defaults.py
+cli/test_models.py ui/test_real_server.py bench/test_load.py data/test_documents.py data/test_puzzle_source.py
+data/test_bpe.py data/test_prepare.py train/test_heldout.py train/test_recipe.py train/test_memory.py evals
+weights/test_info.py weights/test_hub.py
+""".split()
+BY_HAND = (
+    "docs/hadal-mini.md: what each run changed; docs/lab-notes.md: an entry; CHANGELOG.md",
+    "docs/speculation.md: the paragraph on the final norm tells of the model before",
+    "docs/images/chat.png, README's transcript: only if tests/test_docs.py finds another answer",
+)
+
+
+# --- a run ---
+def facts(export: Path) -> dict[str, Any]:
+    """What a run says of itself, from config.json."""
+    found: dict[str, Any] = json.loads((export / "config.json").read_text("utf-8"))["hadal"]
+    return found
+
+
+def chosen(run: Path) -> Path:
+    """The export with the lower held-out loss."""
+    there = [run / name for name in ("export", "export-ema") if (run / name / WEIGHTS).is_file()]
+    if not there:
+        raise SystemExit(f"{run} has neither export nor export-ema with {WEIGHTS}")
+    losses = {export.name: facts(export)["heldout_loss"] for export in there}
+    best = min(there, key=lambda export: losses[export.name])
+    print(f"held-out loss: {losses}; taken: {best.name}")
+    return best
+
+
+def digest(export: Path) -> str:
+    return hashlib.sha256((export / WEIGHTS).read_bytes()).hexdigest()
+
+
+# --- accuracy ---
+def measure(run: Path, device: str) -> dict[str, Any]:
+    """Accuracy of the chosen export; kept in accuracy.json with the digest of its weights."""
+    from hadal.engine import Engine
+    from hadal.evals.puzzles import evaluate
+
+    export = chosen(run)
+    engine = Engine.load(str(export), device=device, max_num_seqs=256 if device == "cuda" else 64)
+    tell = lambda done, of: print(f"{done} of {of}", flush=True)  # noqa: E731
+    report = dict(evaluate(engine, samples=SAMPLES, progress=tell))
+    text = json.dumps({"weights": digest(export), "report": report}, ensure_ascii=False, indent=1)
+    (run / "accuracy.json").write_text(text + "\n", "utf-8")
+    print(f"mean over tasks: {report['accuracy']:.2%}")
+    return report
+
+
+def measured(run: Path, device: str) -> dict[str, Any]:
+    """The accuracy of the chosen export: found, or measured."""
+    path = run / "accuracy.json"
+    if path.is_file():
+        found = json.loads(path.read_text("utf-8"))
+        if found["weights"] == digest(chosen(run)):
+            report: dict[str, Any] = found["report"]
+            return report
+        print(f"{path} is of other weights: measured again")
+    return measure(run, device)
+
+
+def compare(report: dict[str, Any]) -> bool:
+    """Print both tables side by side; whether the mean is at least that of the model on board."""
+    before = json.loads((RESULTS / "hadal-mini-accuracy.json").read_text("utf-8"))
+    old = {row["task"]: row for row in before["tasks"]}
+    for row in report["tasks"]:
+        was = old[row["task"]]
+        counts = (
+            f"{was['correct']:>5}{row['correct']:>5} of {row['total']}{row['correct'] - was['correct']:>+5}"
+        )
+        print(f"{row['task']:<16}{counts}{was['length']:>7.0f}{row['length']:>5.0f} tokens")
+    print(f"{'mean':<16}{before['accuracy']:.2%} {report['accuracy']:.2%}")
+    return bool(report["accuracy"] >= before["accuracy"])
+
+
+# --- the parts that tell of it ---
+def between(path: Path, name: str, body: str) -> None:
+    """Put `body` between the marks of `name` on a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    text = path.read_text("utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{path} needs the marks {begin} and {end}, once each")
+    head, rest = text.split(begin)
+    path.write_text(f"{head}{begin}\n{body.strip()}\n{end}{rest.split(end)[1]}", "utf-8")
+
+
+def replaced(path: Path, pattern: str, text: str) -> None:
+    """Replace what `pattern` finds, which must stand on the page once."""
+    page, count = re.subn(pattern, text, path.read_text("utf-8"))
+    if count != 1:
+        raise SystemExit(f"{path}: {pattern!r} is there {count} times, not once")
+    path.write_text(page, "utf-8")
+
+
+def assets(export: Path, section: str) -> None:
+    """The model into the package, its card with the accuracy."""
+    from hadal.train.export import set_accuracy
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (export / name).read_bytes() != (ON_BOARD / name).read_bytes():
+            raise SystemExit(f"{export / name} is not the one on board: the prompts of others would change")
+    for path in sorted(export.iterdir()):
+        if path.stat().st_size >= LARGEST:
+            raise SystemExit(
+                f"{path} has {path.stat().st_size:,} bytes; files of the repository have less than 16 MiB"
+            )
+        if export.resolve() != ON_BOARD.resolve():
+            shutil.copyfile(path, ON_BOARD / path.name)
+    set_accuracy(ON_BOARD / "README.md", section)
+
+
+def results(run: Path, report: dict[str, Any]) -> None:
+    """What docs/results keeps of the run, and the picture of its curves."""
+    text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+    (RESULTS / "hadal-mini-accuracy.json").write_text(text, "utf-8")
+    for name, target in (("recipe.json", "recipe.json"), ("metrics.jsonl", "training.jsonl"),
+                         ("data/train/report.json", "data.json")):  # fmt: skip
+        if (run / name).is_file():
+            shutil.copyfile(run / name, RESULTS / f"hadal-mini-{target}")
+    picture = ROOT / "docs" / "images" / "mini-training.png"
+    script(["benchmarks/plot_training.py", str(RESULTS / "hadal-mini-training.jsonl"), str(picture)])
+
+
+def told(lines: Sequence[dict[str, Any]], run: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """How the run went, from its log, what its export says, and its resolved recipe."""
+    steps = [x for x in lines if x["kind"] == "step"]
+    average = run.get("average") is not None
+    held = [x for x in lines if x["kind"] == ("heldout_ema" if average else "heldout")]
+    late = next((x for x in held if x["step"] >= 0.676 * run["steps"]), held[-1])
+    early = next((x for x in steps if x["step"] >= 0.1 * run["steps"]), steps[-1])
+    now, vio = held[-1], [x["max_violation"] for x in (steps[0], early, steps[-1])]
+    train = recipe["train"]
+    first = train.get("batch_tokens_start", 0)
+    batch = (f"{first:,} to " if first else "") + f"{train['batch_tokens']:,}"
+    what = f"{run['tokens'] / 1e6:.0f} million tokens in {run['steps']:,} steps of {batch}"
+    dtype = "FP8" if train.get("fp8") else "BF16"
+    rate = f"{run['tokens_per_second'] / 1e3:.0f} thousand tokens a second"
+    minutes = f"{run['seconds'] / 60:.1f} minutes in all, from writing the data to the export to FP8"
+    weights = " The weights are their moving average." if average else ""
+    loss = f"from {late['loss']:.4f} to {now['loss']:.4f} nats a token"
+    whole = f"from {late['exact']:.0%} to {now['exact']:.1%}"
+    return f"""The model on board: {what}, products in {dtype}, at {rate}; {minutes}.{weights}
+
+- The last third, where the rate falls, brings the held-out loss {loss}, and the share of held-out documents \
+that greedy decoding writes without one wrong token {whole}.
+- MaxVio, the overload of the busiest expert (mean over layers): {vio[0]:.2f} at first, {vio[1]:.2f} after a \
+tenth, {vio[2]:.2f} at the end."""
+
+
+def data_table(path: Path) -> str:
+    """What the data pipeline read, dropped and kept."""
+    from hadal.data.report import summary, tables
+
+    report = json.loads(path.read_text("utf-8"))
+    _, header, rows = tables(report)[0]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    exam = report["evaluations"]
+    left = f"Of the {exam['texts']:,} questions of the examination {exam['remaining']} remain."
+    return "\n".join([*lines, "", f"{summary(report)}. {left}"])
+
+
+def acceptance(model: str) -> str:
+    """The table of docs/speculation.md: how many drafts stand."""
+    from hadal.engine import Engine, SamplingParams
+    from hadal.evals.puzzles import problems
+
+    asked = [one.prompt for one in problems(6, seed=0)]
+    what = f"{len(asked)} held-out puzzles of all tasks and languages, answers of up to 200 tokens"
+    lines = [f"Acceptance on {what}:", "",
+             "| drafter | temperature 0: place 1, 2, 3 | tokens a step | temperature 1 | tokens a step |",
+             "|---|---|---:|---|---:|"]  # fmt: skip
+    drafters = (("mtp, 1 draft", "mtp", 1), ("mtp, 3 drafts", "mtp", 3), ("ngram, 3 drafts", "ngram", 3))
+    for name, method, number in drafters:
+        cells = [name]
+        for temperature in (0.0, 1.0):
+            engine = Engine.load(model, speculation=method, num_speculative_tokens=number,
+                                 speculation_adaptive=False, speculation_max_batch=32,
+                                 max_num_seqs=32)  # fmt: skip
+            prompts = [engine.encode_chat([{"role": "user", "content": text}]) for text in asked]
+            engine.generate(prompts, SamplingParams(temperature=temperature, max_tokens=200, seed=1))
+            stats = engine.stats().speculation
+            assert stats is not None and stats.tokens_per_step is not None
+            shares = zip(stats.accepted_by_place, stats.drafted_by_place, strict=True)
+            cells += [", ".join(f"{a / d:.1%}" for a, d in shares if d), f"{stats.tokens_per_step:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+def script(command: Sequence[str]) -> None:
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def adopt(run: Path, device: str, *, force: bool, samples: int) -> None:
+    """Everything, in an order that can be broken off and begun again."""
+    from hadal.evals.puzzles import accuracy_section
+
+    report, export = measured(run, device), chosen(run)
+    if not compare(report) and not force:
+        raise SystemExit("the model on board stays: it is better (--force takes the new one all the same)")
+    section = accuracy_section(report)  # type: ignore[arg-type]
+    assets(export, section)
+    results(run, report)
+    between(PAGE, "accuracy", section)
+    found = facts(ON_BOARD)
+    log = (RESULTS / "hadal-mini-training.jsonl").read_text("utf-8").splitlines()
+    recipe = json.loads((RESULTS / "hadal-mini-recipe.json").read_text("utf-8"))
+    between(PAGE, "training", told([json.loads(line) for line in log], found, recipe))
+    if (RESULTS / "hadal-mini-data.json").is_file():
+        between(PAGE, "data", data_table(RESULTS / "hadal-mini-data.json"))
+    minutes = f"{found['seconds'] / 60:.1f} minutes"
+    for page in (PAGE, README):
+        replaced(page, r"in (?:[a-z ]+|[\d.]+ )minutes on one H100", f"in {minutes} on one H100")
+    replaced(
+        README, r"It solves [\d.]+% of the held-out", f"It solves {report['accuracy']:.1%} of the held-out"
+    )
+    between(SPECULATION, "acceptance", acceptance(str(ON_BOARD)))
+    script(["benchmarks/quantisation.py", "--samples", str(samples)])
+    script(["benchmarks/report.py"])
+    script(["-m", "pytest", "-q", "-p", "no:xdist", *(f"tests/{name}" for name in TESTS)])
+    print("\nBy hand:", *BY_HAND, sep="\n- ")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("measure", "compare", "adopt"))
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--force", action="store_true", help="take a model with a lower mean, too")
+    parser.add_argument("--samples", type=int, default=100, help="problems a task, of the quantisation table")
+    args = parser.parse_args()
+    run = args.run.resolve()
+    if args.what == "measure":
+        measure(run, args.device)
+    elif args.what == "compare":
+        sys.exit(0 if compare(measured(run, args.device)) else 1)
+    else:
+        adopt(run, args.device, force=args.force, samples=args.samples)
+
+
+if __name__ == "__main__":
+    main()
