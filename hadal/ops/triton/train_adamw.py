@@ -1,4 +1,4 @@
-"""AdamW over flat buffers in one pass: 18 bytes read and 10 written a parameter. Reference:
+"""AdamW over flat buffers in one pass: 12 bytes read and 10 written a parameter. Reference:
 `hadal.train.optimizer.AdamW._update`.
 
 A dead step (`alive` 0) ends every program before it reads or writes anything else.
