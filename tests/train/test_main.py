@@ -163,8 +163,10 @@ def test_a_killed_run_resumes_bit_for_bit(short, tmp_path, monkeypatch, dtype):
     assert len(losses[0]) == 6
 
 
-DEATHS = [("state.save_file", 0), ("state._write_json", 0), ("state._write_json", 1), ("os.rename", 0),
+DEATHS = [("state.save_file", 0), ("state._write_json", 0), ("os.fsync", 0), ("os.open", 1),
+          ("state._write_json", 1), ("os.fsync", 3), ("os.rename", 0), ("os.fsync", 4), ("os.rename", 1),
           ("shutil.rmtree", 0)]  # fmt: skip
+REPLACED = {("os.fsync", 4), ("os.rename", 1), ("shutil.rmtree", 0)}  # the new checkpoint is in its place
 
 
 @pytest.mark.parametrize(("victim", "call"), DEATHS)
@@ -191,7 +193,7 @@ def test_a_run_killed_in_a_save_resumes_bit_for_bit(short, whole, tmp_path, monk
         patch.setattr(state, "save", counted)
         with pytest.raises(Killed):
             short(tmp_path / "run", "checkpoint.every_steps=2", "checkpoint.keep=1")
-    at = 4 if victim == "shutil.rmtree" else 2  # the last thing that a save does is to clear away
+    at = 4 if (victim, call) in REPLACED else 2
     assert state.latest(tmp_path / "run" / "checkpoints").step == at
     assert short(tmp_path / "run", "checkpoint.every_steps=2", "checkpoint.keep=1", resume=True).finished
     _assert_equal_runs(tmp_path / "run", whole)

@@ -253,20 +253,25 @@ def test_biases_move_once_a_step_by_gamma_from_all_micro_batches():
         torch.testing.assert_close(new - old, want, rtol=0, atol=1e-7)
 
 
-def test_the_bias_alone_balances_a_collapsed_model():
+@pytest.mark.parametrize("speed", [0.02, 0.0])
+def test_the_bias_alone_balances_a_collapsed_model(speed):
+    """A run that starts collapsed: three of eight experts take every token, MaxVio is 8/3 − 1 at each gate.
+    Without a balance loss the bias brings every gate below 0.2, over ten steps; without the bias it stays."""
     network = tiny.model()
     for bias in correction_biases(network):
         bias.zero_()
-        bias[:3] = 0.5  # three of eight experts take everything
-    trainer = tiny.trainer(network, rows=16, micro_rows=16, plain=True, alpha=0.0, rate=1e-4, speed=0.02)
+        bias[:3] = 0.5
+    trainer = tiny.trainer(network, rows=16, micro_rows=16, plain=True, alpha=0.0, rate=1e-4, speed=speed)
     first = trainer.step()[0]
     for _ in range(45):
         trainer.step()
     trainer.take_load()
     for _ in range(10):
         trainer.step()
-    assert first.max_violation > 1.0
-    assert max_violation(torch.tensor(trainer.take_load())).max() < 0.2
+    assert first.max_violation == first.max_violation_worst == pytest.approx(8 / 3 - 1)
+    violation_G = max_violation(torch.tensor(trainer.take_load()))
+    assert len(violation_G) == 3  # two layers and the MTP module
+    assert violation_G.max() < 0.2 if speed else violation_G.min() > 1.6
 
 
 def test_a_dense_model_trains():
