@@ -177,8 +177,11 @@ def equalise(chosen: Family, tables: Mapping[str, Json]) -> dict[str, Json]:
         model = dict(made["model"])
         if name != chosen.reference:
             here, further = (main_parameters(model | {key: model[key] + w}) for w in (0, WIDTH_STEP))
-            steps = round((wanted - here) / (further - here))
-            model[key] += WIDTH_STEP * steps
+            if further == here:
+                raise RecipeError(f"{chosen.name}/{name}: no layer of the model has the width {key}")
+            model[key] += WIDTH_STEP * round((wanted - here) / (further - here))
+            if model[key] < WIDTH_STEP:
+                raise RecipeError(f"{chosen.name}/{name}: {key} would have to be {model[key]}")
         for count in (parameters, active_parameters):
             off = count(model) / count(reference) - 1
             if abs(off) > TOLERANCE:

@@ -39,23 +39,24 @@ from hadal.cli.machine import usable_cores
 from hadal.data.documents import write_puzzles
 from hadal.data.shards import ShardError, read_manifest
 from hadal.data.strict import RecipeError
+from hadal.train.recipe import Recipe
 from hadal.train.runs import is_run, read
 from hadal.train.sources import ON_BOARD
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.3
 GRACE_SECONDS = 60  # between SIGTERM, which saves, and SIGKILL
-HELDOUT_TOKENS = 262_144  # of puzzles
 
 Json = dict[str, Any]
 
 
 # --- data ---
-def puzzles(folder: Path, tokens: int, say: Callable[[str], None]) -> Json:
-    """Puzzle shards for all runs, written unless they are there; keys of a recipe that reads them."""
-    for split, wanted in (("train", tokens), ("held-out", HELDOUT_TOKENS)):
-        say(f"puzzles: {wanted:,} tokens in {folder / split}")
-        write_puzzles(folder / split, ON_BOARD, tokens=wanted, seed=0, split=split)
+def puzzles(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> Json:
+    """Puzzle shards for runs such as `recipe`, written unless they are there; keys of a recipe that reads
+    them."""
+    for split, tokens in (("train", recipe.tokens_read), ("held-out", recipe.log.heldout_tokens)):
+        say(f"puzzles: {tokens:,} tokens in {folder / split}")
+        write_puzzles(folder / split, ON_BOARD, tokens=tokens, seed=0, split=split)
     return shards(folder / "train", folder / "held-out", "hadal-mini", mask=True)
 
 
@@ -358,7 +359,8 @@ def data_of(args: argparse.Namespace, made: Json, console: Console) -> tuple[Jso
     """(keys of a recipe that reads the data, what the data is)."""
     if args.data == "puzzles":
         title = args.data_title or "number puzzles with worked solutions, written by this package"
-        keys = puzzles(args.out / "data", tokens_of(made), lambda text: console.print(text, markup=False))
+        some = plan(family("balance"), [1], made)[0].recipe
+        keys = puzzles(args.out / "data", some, lambda text: console.print(text, markup=False))
     else:
         folder = Path(args.data)
         title = args.data_title or f"shards of {folder.name}"
@@ -397,11 +399,6 @@ def only(whole: Family, names: str) -> Family:
     wanted = set(names.split(",")) if names else {arm.name for arm in whole.arm}
     kept = tuple(arm for arm in whole.arm if arm.name in wanted | {whole.reference})
     return replace(whole, arm=kept)
-
-
-def tokens_of(made: Json) -> int:
-    """Tokens of a run, for the size of the data."""
-    return plan(family("balance"), [1], made)[0].recipe.tokens_read
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,10 +1,12 @@
-"""The results of benchmarks/results/*.json as tables in docs/benchmarks.md, their ratios in README.md.
+"""The results of benchmarks/results/*.json as tables: in docs/benchmarks.md, those of ablations in
+docs/ablations.md, ratios in README.md.
 
-    python benchmarks/report.py             # write both sections, each between two markers
+    python benchmarks/report.py             # write the sections, each between two markers
     python benchmarks/report.py --check     # only say whether it is up to date (status 1 if not)
 
 A result is {"machine": …, "races": […]} (race_transformers.py, race_llama_cpp.py) or a plain table
 {"machine": …, "title": …, "columns": […], "rows": [[…], …], "notes": …}; anything else is refused by name.
+Files called ablation_… are families of ablations, as benchmarks/ablations.py writes them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+ABLATIONS = ROOT / "docs" / "ablations.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTHING = "No results are kept yet."
@@ -64,10 +67,15 @@ def plain(result: dict[str, Any]) -> list[str]:
     return lines + (["", str(result["notes"])] if result.get("notes") else [])
 
 
+def files(folder: Path, *, ablations: bool = False) -> list[Path]:
+    """The result files of a folder: those of ablations, or all others."""
+    return [f for f in sorted(folder.glob("*.json")) if f.stem.startswith("ablation_") == ablations]
+
+
 def section(folder: Path = RESULTS) -> str:
     """All results of a folder, in the order of their names."""
     lines: list[str] = []
-    for file in sorted(folder.glob("*.json")):
+    for file in files(folder):
         result = json.loads(file.read_text("utf-8"))
         known = {"races"} <= result.keys() or {"title", "columns", "rows"} <= result.keys()
         if "machine" not in result or not known:
@@ -81,7 +89,7 @@ def section(folder: Path = RESULTS) -> str:
 def summary(folder: Path = RESULTS) -> str:
     """The ratios against transformers alone: a row a case, with the machine's name."""
     rows = []
-    for file in sorted(folder.glob("*.json")):
+    for file in files(folder):
         result = json.loads(file.read_text("utf-8"))
         machine = result["machine"].get("gpu") or result["machine"]["cpu"]
         for race in result.get("races", []):
@@ -92,6 +100,38 @@ def summary(folder: Path = RESULTS) -> str:
     lines = table(["shape", "machine", "times the tokens a second of `transformers`"], rows)
     lines[1] = lines[1].replace("---:", "---")  # all text
     return "\n".join([*(lines if rows else [NOTHING]), ""])
+
+
+def ablation(result: dict[str, Any], stem: str) -> list[str]:
+    """A family: what was asked, on what, the table, what it says, and its curves where they are drawn."""
+    scale, data = result["scale"], result["data"]
+    seeds, packing = ", ".join(map(str, result["seeds"])), "apart" if data["masked"] else "end to end"
+    how = (
+        f"{scale['steps']:,} steps of {scale['batch_tokens']:,} tokens in rows of {scale['context']:,}; "
+        f"seeds {seeds}. Data: {data['title']}; {data['tokens']:,} tokens, of which a run reads "
+        f"{scale['tokens']:,}; documents {packing}."
+    )
+    lines = ["", f"### {result['title']}", "", f"*{result['question']}*", "", machine_line(result["machine"])]
+    lines += [how, "", *table(result["columns"], result["rows"]), ""]
+    lines += [f"- {verdict}" for verdict in result["verdicts"]]
+    lines += [f"- **Failed:** {fault}" for fault in result["faults"]]
+    image = f"images/{stem.replace('_', '-')}.png"
+    if (ABLATIONS.parent / image).is_file():
+        lines += ["", f"![{result['title']}: curves, mean of the seeds and deviation]({image})"]
+    return [*lines, "", f"`benchmarks/results/{stem}.json`"]
+
+
+def ablation_section(folder: Path = RESULTS) -> str:
+    """All families of a folder."""
+    lines: list[str] = []
+    for file in files(folder, ablations=True):
+        lines += ablation(json.loads(file.read_text("utf-8")), file.stem)
+    return "\n".join(lines or ["", NOTHING]) + "\n\n"
+
+
+def pages() -> list[tuple[Path, str]]:
+    """Every page with results, and what stands between its markers."""
+    return [(PAGE, section()), (ABLATIONS, ablation_section()), (README, summary())]
 
 
 def page_with(text: str, body: str) -> str:
@@ -108,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="compare only")
     check = parser.parse_args().check
-    for page, body in ((PAGE, section()), (README, summary())):
+    for page, body in pages():
         text = page.read_text("utf-8")
         wanted = page_with(text, body)
         if check and text != wanted:

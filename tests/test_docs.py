@@ -81,7 +81,7 @@ def report_script() -> ModuleType:
 
 def test_the_benchmark_tables_are_those_of_the_result_files() -> None:
     report = report_script()
-    for page, body in ((report.PAGE, report.section()), (report.README, report.summary())):
+    for page, body in report.pages():
         text = page.read_text("utf-8")
         assert report.page_with(text, body) == text, f"{page.name}: run benchmarks/report.py"
 
