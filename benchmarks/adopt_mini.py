@@ -44,7 +44,7 @@ data/test_bpe.py data/test_prepare.py train/test_heldout.py train/test_recipe.py
 weights/test_info.py weights/test_hub.py
 """.split()
 BY_HAND = (
-    "docs/hadal-mini.md: what each run changed; docs/lab-notes.md: an entry; CHANGELOG.md",
+    "docs/hadal-mini.md: what each run changed, and 'What it cannot do'; docs/lab-notes.md; CHANGELOG.md",
     "docs/speculation.md: the paragraph on the final norm tells of the model before",
     "docs/images/chat.png, README's transcript: only if tests/test_docs.py finds another answer",
 )

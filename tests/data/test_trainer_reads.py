@@ -8,6 +8,7 @@ import pytest
 
 from hadal.data.prepare import prepare
 from hadal.data.recipe import load
+from hadal.data.report import read_report
 from hadal.data.shards import Manifest, ShardError, write_manifest, write_shard
 from hadal.data.stream import PackedRows, StreamRows
 from hadal.train import recipe as training
@@ -65,3 +66,20 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     for mask in (True, False):
         with pytest.raises(ShardError, match="the shards were written with another"):
             sources(tmp_path, mask)
+
+
+def test_puzzles_of_a_run_come_with_the_report_of_the_pipeline(tmp_path: Path) -> None:
+    recipe = training.from_dict(
+        {"run": {"name": "r", "seed": 2}, "data": {"source": "puzzles", "examined": 3, "workers": 1},
+         "model": MODEL, "learning_rate": {"peak": 1e-3},
+         "train": {"tokens": 20_480, "context": 512, "batch_tokens": 1024}, "log": {"heldout_tokens": 2048}}
+    )  # fmt: skip
+    said: list[str] = []
+    first, again = (open_sources(recipe, tmp_path, said.append) for _ in range(2))
+    report = read_report(tmp_path / "train")
+    assert report["evaluations"]["texts"] == 45 and report["evaluations"]["remaining"] == 0
+    assert set(report["sources"]) >= {"addition", "countdown-4", "chat"}
+    assert first.train.manifest == again.train.manifest, "what lies there is kept"
+    assert any("the examination of 45 questions" in line for line in said)
+    assert first.heldout is not None and first.heldout.manifest.made_by["split"] == "held-out"
+    assert isinstance(first.train, PackedRows) and first.train.rows(0, 2).padding.count(False) > 3
