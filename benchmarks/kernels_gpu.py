@@ -23,12 +23,13 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import kernels_fp8_train
 import kernels_train
 import torch
 from common import machine, save
 from torch import Tensor
 
-from hadal.ops import absorbed, fp8_training, latent_fp8, paged
+from hadal.ops import absorbed, latent_fp8, paged
 from hadal.ops import attention as attention_op
 from hadal.ops import experts as expert_op
 from hadal.ops import rope as rope_op
@@ -36,9 +37,8 @@ from hadal.ops.fp8 import dequantise_activations
 from hadal.ops.mla import absorbed_query
 from hadal.ops.packed import KINDS, Kind, Packed, linear_reference, pack
 from hadal.ops.packed import experts_reference as packed_experts
-from hadal.ops.triton import decode, flash, fp8, fp8_train, latent, packed, packed_gemv, route
+from hadal.ops.triton import decode, flash, fp8, latent, packed, packed_gemv, route
 from hadal.ops.triton import experts as few_experts
-from hadal.ops.triton import fp8_train_products as fp8_products
 from hadal.ops.triton import heads as head_kernels
 from hadal.ops.triton import linear as few_rows
 from hadal.ops.triton import mla as around_mla
@@ -818,6 +818,7 @@ def quantisers(bench: Bench) -> None:
 PARTS: dict[str, Callable[[Bench], None]] = {
     "mla": mla, "gqa": gqa, "prefill": prefill, "grouped": grouped, "experts": experts, "linear": linear,
     "train": kernels_train.train, "attention-train": kernels_train.attention_train,
+    "fp8train": kernels_fp8_train.fp8train,
 }  # fmt: skip
 
 

@@ -156,37 +156,50 @@ def _grouped(a: Tensor, b: Tensor, rows: Rows) -> Tensor:
 
 # --- dyᵀ · x ------------------------------------------------------------------------------------------------
 class OuterConfig(NamedTuple):
-    """A tile is 128 × `wide` of one expert's gradient."""
+    """A tile is 128 × `halves` · `half` of one expert's gradient. `beside`: programs of a multiprocessor."""
 
-    wide: int = 128
+    half: int = 128
+    halves: int = 1
     warps: int = 8
     stages: int = 4
+    beside: int = 1
 
 
 @triton.jit
 def _outer_kernel(
     a, b, c, a_scale, b_scale, end, N, K, n_experts,
-    WIDE: tl.constexpr, PROGRAMS: tl.constexpr,
+    HALF: tl.constexpr, HALVES: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     n_tiles = tl.cdiv(N, GROUP)
-    k_tiles = tl.cdiv(K, WIDE)
+    k_tiles = tl.cdiv(K, HALF * HALVES)
     for tile in range(tl.program_id(0), n_experts * n_tiles * k_tiles, PROGRAMS):
         e = tile // (n_tiles * k_tiles)
         inside = tile % (n_tiles * k_tiles)
         n = inside % n_tiles * GROUP
-        k = inside // n_tiles * WIDE
+        k = inside // n_tiles * (HALF * HALVES)
         first = tl.load(end + e - 1, mask=e > 0, other=0) // GROUP
         last = tl.load(end + e) // GROUP
         row = n + tl.arange(0, GROUP)
-        column = k + tl.arange(0, WIDE)
-        acc = tl.zeros([GROUP, WIDE], tl.float32)
+        acc_0 = tl.zeros([GROUP, HALF], tl.float32)
+        acc_1 = tl.zeros([GROUP, HALF], tl.float32)
         for t in range(first, last):
             at = tl.cast(t, tl.int64)
             sa = tl.load(a_scale + at * N + row, mask=row < N, other=0.0)
-            sb = tl.load(b_scale + at * K + column, mask=column < K, other=0.0)
-            part = tl.dot(a.load([n, t * GROUP]), b.load([k, t * GROUP]).T)
-            acc += part * (sa[:, None] * sb[None, :])
-        c.store([e * N + n, k], acc.to(c.dtype))
+            x = a.load([n, t * GROUP])
+            part = tl.dot(x, b.load([k, t * GROUP]).T)
+            acc_0 += part * sa[:, None] * _column_scales(b_scale + at * K, k, K, HALF)[None, :]
+            if HALVES == 2:
+                part = tl.dot(x, b.load([k + HALF, t * GROUP]).T)
+                acc_1 += part * sa[:, None] * _column_scales(b_scale + at * K, k + HALF, K, HALF)[None, :]
+        c.store([e * N + n, k], acc_0.to(c.dtype))
+        if HALVES == 2:
+            c.store([e * N + n, k + HALF], acc_1.to(c.dtype))
+
+
+@triton.jit
+def _column_scales(scale, k, K, HALF: tl.constexpr):
+    column = k + tl.arange(0, HALF)
+    return tl.load(scale + column, mask=column < K, other=0.0)
 
 
 def outer(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
@@ -199,6 +212,11 @@ def outer(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
         return scaled_mm(a.q, b.q.t(), a.scale.t(), kind, b.scale.t(), kind, output_dtype=dtype)
     if path == "triton":
         return outer_by_tiles(a, b, dtype, rows)
+    return outer_emulated(a, b, dtype, rows)
+
+
+def outer_emulated(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
+    """The product of dequantised codes."""
     if not (a.power and b.power):
         return fp8_tiles.outer(a, b, dtype, rows)
     a_NR, b_KR = dequantise(a, dtype), dequantise(b, dtype)
@@ -225,12 +243,13 @@ def outer_by_tiles(
         raise ValueError(f"{N} outputs of each expert: need a multiple of {TILE}")
     end = torch.full((1,), R, dtype=torch.int32, device=device) if rows is None else rows.end_E
     out = torch.empty((end.numel() * N, K), dtype=dtype, device=device)
-    programs = fp8._programs(device)
+    programs = fp8._programs(device) * config.beside
     _outer_kernel[(programs,)](
         TensorDescriptor.from_tensor(a.q, [TILE, TILE]),
-        TensorDescriptor.from_tensor(b.q, [config.wide, TILE]),
-        TensorDescriptor.from_tensor(out, [TILE, config.wide]),
-        a.scale, b.scale, end, N, K, end.numel(), WIDE=config.wide, PROGRAMS=programs,
+        TensorDescriptor.from_tensor(b.q, [config.half, TILE]),
+        TensorDescriptor.from_tensor(out, [TILE, config.half]),
+        a.scale, b.scale, end, N, K, end.numel(), HALF=config.half, HALVES=config.halves,
+        PROGRAMS=programs,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out if rows is None else out.view(-1, N, K)
