@@ -291,8 +291,8 @@ def draw(grids: Sequence[Grid], path: Path) -> Path:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("pictures need matplotlib: pip install 'hadal[train]'") from None
-    colours = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
-    colours.set_bad("#DDDDDD")
+    traffic_light = LinearSegmentedColormap.from_list("needle", ["#F0496E", "#EBB839", "#0CD79F"])
+    colours = traffic_light.with_extremes(bad="#DDDDDD")
     widest = max(len(columns(grid)) for grid in grids)
     figure = Figure(figsize=(max(6.0, 0.55 * widest + 3), 2.9 * len(grids)), layout="constrained")
     axes = figure.subplots(len(grids), 1, squeeze=False)[:, 0]
