@@ -1,23 +1,31 @@
-"""Decode steps as CUDA graphs: static shapes for a few batch sizes, captured on first use or at start.
+"""Steps as CUDA graphs: static shapes for a few batch sizes, captured on first use or at start.
 
 A step of n rows (a sequence's next token, or one of its drafts) is padded to the next size; a padding row
 computes token 0 on the scratch page (page 0), which nobody reads. The graph covers embedding to last block
 and leaves hidden states; head and sampling follow outside, on the n real rows. Inputs are two static
 buffers, filled by one copy each, and the block table on the device. All graphs share one memory pool.
+
+Short prompts are bound by the host's launches, not by the GPU: a whole prompt of up to a few hundred tokens
+runs as a graph as well (`PromptGraphs`).
 """
 
 from __future__ import annotations
 
 import bisect
 import logging
+from collections import Counter
 
 import torch
 from torch import Tensor
 
 from hadal.model.context import Cache, Context
 from hadal.model.transformer import Transformer
+from hadal.ops.kept import keeping
 
 logger = logging.getLogger(__name__)
+
+PROMPT_SIZES = (32, 64, 128, 192, 256, 384, 512)
+"""Tokens of a prompt that is replayed; longer ones keep the GPU busy by themselves."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -32,6 +40,8 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 class DecodeGraphs:
     """`table_SP`: the block table on the device, one row a slot and a last row of zeros for padding."""
+
+    what = "decode steps"
 
     def __init__(self, model: Transformer, cache: Cache, table_SP: Tensor, max_rows: int) -> None:
         self.model, self.cache, self.table_SP = model, cache, table_SP
@@ -64,10 +74,10 @@ class DecodeGraphs:
 
         host_long: tokens, positions, slots (3 · size); host_int: visible lengths, table rows (2 · size). A
         size that cannot be captured turns graphs off with a warning, and this and all later steps run
-        without.
+        without. (Of `PromptGraphs`, host_int is empty.)
         """
         self._long[: 3 * size].copy_(host_long, non_blocking=True)
-        self._int[: 2 * size].copy_(host_int, non_blocking=True)
+        self._int[: len(host_int)].copy_(host_int, non_blocking=True)
         return self._replay(size)
 
     def _replay(self, size: int) -> Tensor:
@@ -122,8 +132,8 @@ class DecodeGraphs:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            self.broken = f"capture of batch size {size} failed: {error}"
-            logger.warning("CUDA graphs are off, decode is slower: %s", self.broken)
+            self.broken = f"capture of size {size} failed: {error}"
+            logger.warning("CUDA graphs of %s are off, which is slower: %s", self.what, self.broken)
 
     def _capture(self, size: int) -> None:
         """Warm up beside the main stream (kernels compile, libraries allocate), then record."""
@@ -139,6 +149,44 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             hidden_BD = self._forward(size)
         self._graphs[size] = (graph, hidden_BD)
+
+
+class PromptGraphs(DecodeGraphs):
+    """A whole prompt of one sequence with nothing cached before it: `size` tokens, those behind the prompt's
+    end on the scratch page, where causal attention lets no token of the prompt see them.
+
+    A size is captured when it is asked for the second time; the first prompt of a size runs without.
+    """
+
+    what = "prompts"
+
+    def __init__(self, model: Transformer, cache: Cache, table_SP: Tensor, max_tokens: int) -> None:
+        super().__init__(model, cache, table_SP, max(PROMPT_SIZES))
+        longest = min(max_tokens, model.max_positions, self.sizes[-1])
+        self.sizes = [size for size in PROMPT_SIZES if size <= longest]
+        self._asked: Counter[int] = Counter()
+        self._held: list[Tensor] = []
+
+    def size_for(self, rows: int) -> int | None:
+        size = super().size_for(rows) if self.sizes else None
+        if size is None or size in self._graphs:
+            return size
+        self._asked[size] += 1
+        return size if self._asked[size] > 1 else None
+
+    def _forward(self, size: int) -> Tensor:
+        token_B, position_B, slot_B = self._long[: 3 * size].view(3, size)
+        context = Context(
+            position_T=position_B,
+            cu_seqlens=[0, size],
+            cache=self.cache,
+            slot_T=slot_B,
+            block_table_SP=self.table_SP[-1:],
+            context_len_S=self._int[:1],
+            context_lens=[size],
+        )
+        with keeping(self._held):
+            return self._compute(token_B, context)
 
 
 class MtpGraphs(DecodeGraphs):

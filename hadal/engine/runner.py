@@ -22,12 +22,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hadal.engine.graphs import DecodeGraphs, MtpGraphs
+from hadal.engine.graphs import DecodeGraphs, MtpGraphs, PromptGraphs
 from hadal.engine.request import Request, TokenLogprob
 from hadal.engine.scheduler import Schedule, ScheduledSequence
 from hadal.model.context import Cache, Context
 from hadal.model.transformer import Transformer
 from hadal.ops import sampling
+from hadal.ops.exact import is_exact
 
 Array = npt.NDArray[np.int64]
 
@@ -115,11 +116,15 @@ class Runner:
         ]
         self._ahead: Ahead | None = None
         self.graphs: DecodeGraphs | None = None
+        self.prompt_graphs: PromptGraphs | None = None
         self._mtp_graphs: MtpGraphs | None = None
         if on_gpu and cuda_graphs:
             self.graphs = DecodeGraphs(model, cache, self._device_table, max_rows)
-            if capture_at_start:
-                self.graphs.capture_all()
+            if any(layer.dtype != torch.uint8 for layer in cache.layers):  # FP8 prompts read the cache back
+                self.prompt_graphs = PromptGraphs(model, cache, self._device_table, longest)
+            for graphs in (self.graphs, self.prompt_graphs) if capture_at_start else ():
+                if graphs is not None:
+                    graphs.capture_all()
         self._capture_at_start = capture_at_start
 
     # --- one step ---
@@ -145,12 +150,26 @@ class Runner:
             hidden_TD = self.graphs.run(size, self._host_long[: 3 * size], self._host_int[: 2 * size])
             self._record_copies()
             return self._decoded(plan, hidden_TD[: plan.num_tokens], None)
+        if (size := self._prompt_size(plan)) is not None and self.prompt_graphs is not None:
+            self._fill_prompt(sequences[0], size)
+            hidden_TD = self.prompt_graphs.run(size, self._host_long[: 3 * size], self._host_int[:0])
+            self._record_copies()
+            return self._output(plan, None, hidden_TD[: plan.num_tokens])
         context, token_T = self._context(plan)
         self._record_copies()
         hidden_TD = self.model(token_T, context)
         if plain:
             return self._decoded(plan, hidden_TD, context)
         return self._output(plan, context, hidden_TD)
+
+    def _prompt_size(self, plan: Schedule) -> int | None:
+        """The size of the graph that computes this plan, if it is one short prompt whole, and nothing else is
+        asked of its hidden states."""
+        s = plan.sequences[0]
+        alone = len(plan.sequences) == 1 and s.start == 0 and s.num_tokens > 1 and not s.num_drafts
+        if self.prompt_graphs is None or not alone or s.request.pooling is not None or is_exact():
+            return None
+        return self.prompt_graphs.size_for(s.num_tokens)
 
     def _decoded(self, plan: Schedule, hidden_TD: Tensor, context: Context | None) -> StepOutput:
         """The output of a step of single tokens and drafts alone: every row's logits."""
@@ -283,6 +302,13 @@ class Runner:
         row[n:] = self.max_num_seqs
         np.add(position, 1, out=length, casting="unsafe")
 
+    def _fill_prompt(self, s: ScheduledSequence, size: int) -> None:
+        """A prompt into the host buffers, padded to `size` tokens at position 0 of the scratch page."""
+        token, position, slot = self._long[: 3 * size].reshape(3, size)
+        n = s.num_tokens
+        token[n:] = position[n:] = slot[n:] = 0
+        self._fill_tokens(s, token[:n], position[:n], slot[:n])
+
     def _context(self, plan: Schedule) -> tuple[Context, Tensor]:
         """Inputs of any plan: single tokens and drafts, a row each, then chunks."""
         T = plan.num_tokens
@@ -334,6 +360,7 @@ class Runner:
 
     def use_mtp(self) -> None:
         """Get ready to run MTP block 0, whose cache layer follows the model's."""
+        self.prompt_graphs = None  # the MTP block follows a prompt by its context
         if self.graphs is not None:
             self._mtp_graphs = MtpGraphs(self.model, self.cache, self._device_table, self._max_rows)
             if self._capture_at_start:
@@ -375,12 +402,13 @@ class Runner:
 
     # --- what is asked of the hidden states ---
 
-    def _output(self, plan: Schedule, context: Context, hidden_TD: Tensor) -> StepOutput:
+    def _output(self, plan: Schedule, context: Context | None, hidden_TD: Tensor) -> StepOutput:
         out = StepOutput(hidden_TD=hidden_TD, context=context)
         begin = 0
         for s in plan.sequences:
             request, end = s.request, begin + s.num_tokens
             if request.pooling is not None:
+                assert context is not None
                 self._pool(s, context.captured[self._layer(request)][begin:end], out)
             else:
                 if request.params.prompt_logprobs is not None and s.start < request.prompt_len:

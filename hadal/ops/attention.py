@@ -19,6 +19,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from hadal.ops.dispatch import forced_reference, needs_grad, use_triton
 from hadal.ops.heads import mla_heads, rotate_queries
+from hadal.ops.kept import kept
 from hadal.ops.recompute import recomputed
 
 
@@ -167,7 +168,7 @@ def _varlen(
     width_V = v_NGV.shape[2]
     if width_V < q_THC.shape[2]:  # flash kernels want equal widths; zero columns add nothing
         v_NGV = recomputed("up", pad, v_NGV, (0, q_THC.shape[2] - width_V))
-    q_start, k_start = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
+    q_start, k_start = (kept(_starts(tuple(lengths), q_THC.device)) for lengths in (q_len, k_len))
     q, k, v = q_THC.contiguous(), k_NGC.contiguous(), v_NGV.contiguous()
     out: Tensor = function(q, k, v, q_start, k_start, max(q_len), max(k_len), scale=scale, **options)
     return out[..., :width_V]

@@ -48,6 +48,37 @@ def test_graphs_change_nothing(config: object, at_start: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [MLA, GQA], ids=["mla", "gqa"])
+@pytest.mark.parametrize("at_start", [False, True])
+def test_replayed_prompts_change_nothing(config: object, at_start: bool) -> None:
+    """Alone, so that each is a step of its own; three times, since a size is captured at its second; with a
+    first token of the whole vocabulary's log-probabilities."""
+    from hadal.engine.engine import Engine
+    from hadal.model.transformer import Transformer
+
+    model = Transformer(config, dtype=torch.float32, device="cuda").init_weights(1).eval()  # type: ignore[arg-type]
+    options = {"page_size": 16, "cache_bytes": 2**22, "max_model_len": 256, "prefix_caching": False}
+    eager = Engine(model, cuda_graphs=False, **options)  # type: ignore[arg-type]
+    replayed = Engine(model, capture_at_start=at_start, **options)  # type: ignore[arg-type]
+    graphs = replayed.runner.prompt_graphs
+    assert graphs is not None and eager.runner.prompt_graphs is None
+    asked = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=5, prompt_logprobs=0)
+    for length in (2, 31, 32, 33, 100):
+        prompt = [3 + (7 * i + length) % 50 for i in range(length)]
+        want = eager.generate(prompt, asked)
+        for _ in range(3):
+            got = replayed.generate(prompt, asked)
+            assert got.token_ids == want.token_ids
+            for ours, theirs in ((got.logprobs, want.logprobs), (got.prompt_logprobs, want.prompt_logprobs)):
+                assert ours is not None and theirs is not None and len(ours) == len(theirs)
+                for a, b in zip(ours, theirs, strict=True):
+                    assert (a is None) == (b is None)
+                    assert a is None or b is None or a.logprob == pytest.approx(b.logprob, abs=1e-4)
+    assert graphs.broken is None and graphs.captured == (graphs.sizes if at_start else [32, 64, 128])
+    replayed.check_integrity()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_steps_started_ahead_change_nothing(seed: int) -> None:
     """Requests of other lengths come, go and are aborted while the next step is already under way; seeded and

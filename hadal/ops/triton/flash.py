@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hadal.ops.kept import kept
 from hadal.ops.triton.sizes import power_of_2
 
 LOG2_E = 1.4426950408889634
@@ -169,7 +170,7 @@ def attention(
             "keys of both parts together must be as wide as queries, all with rows that lie flat"
         )
     out = torch.empty((T, H, value), dtype=q_THC.dtype, device=q_THC.device)
-    blocks = _blocks(tuple(q_len), tuple(k_len), config.queries, q_THC.device)
+    blocks = kept(_blocks(tuple(q_len), tuple(k_len), config.queries, q_THC.device))
     _flash_kernel[(H, blocks.shape[0])](
         q_THC, k_NGC, second if rest else k_NGC, v_NGV, out, blocks, q_THC.stride(0), q_THC.stride(1),
         k_NGC.stride(0), k_NGC.stride(1), r_stride, r_head, v_NGV.stride(0), v_NGV.stride(1), out.stride(0),
