@@ -19,7 +19,7 @@ from hadal.ops import cpu
 from hadal.ops.dispatch import use_cpu_kernels
 from hadal.ops.exact import is_exact
 from hadal.ops.experts import experts
-from hadal.ops.gate import gate, gate_normed
+from hadal.ops.gate import gate, gate_normed, gate_with_scores
 from hadal.ops.linear import SMALL_M, Norm
 from hadal.ops.packed import Packed
 from hadal.ops.rms_norm import rms_norm
@@ -120,10 +120,8 @@ class Moe(nn.Module):
         return self.experts(x_TD, expert_TK, weight_TK, self.shared_experts, residual_TD)
 
     def _recorded(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        from hadal.ops.gate import gate_reference
-
         if is_exact():
             expert_TK, weight_TK, score_TE = self.gate(x_TD)
             assert score_TE is not None
             return expert_TK, weight_TK, score_TE
-        return gate_reference(x_TD, self.gate.weight, self.gate.e_score_correction_bias, self.gate.moe)
+        return gate_with_scores(x_TD, self.gate.weight, self.gate.e_score_correction_bias, self.gate.moe)

@@ -94,6 +94,17 @@ def gate_reference(
     return expert_TK, weigh(score_TE, expert_TK, moe), score_TE
 
 
+def gate_with_scores(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gate_reference`; in training on CUDA in two kernels and a product."""
+    if x_TD.dtype == torch.bfloat16 and train_triton(x_TD, weight_ED):
+        from hadal.ops.triton.train_gate import gate as fast
+
+        return fast(_logits(x_TD, weight_ED), bias_E, moe)
+    return gate_reference(x_TD, weight_ED, bias_E, moe)
+
+
 def gate(
     x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, moe: Moe
 ) -> tuple[Tensor, Tensor, Tensor | None]:

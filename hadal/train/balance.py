@@ -25,6 +25,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hadal.ops.dispatch import train_triton
+
 
 def expert_counts(expert_TK: Tensor, n_experts: int, counted_T: Tensor | None = None) -> Tensor:
     """How many of the counted tokens chose each expert, count_E in int64. `counted_T` (bool) leaves out
@@ -89,6 +91,10 @@ def sequence_loss(score_TE: Tensor, top_k: int, rows: int, counted_T: Tensor | N
         raise ValueError(f"{tokens} tokens do not divide into {rows} rows")
     if counted_T is None:
         counted_T = torch.ones(tokens, dtype=torch.bool, device=score_TE.device)
+    if train_triton(score_TE):
+        from hadal.ops.triton.train_gate import sequence_loss as fast
+
+        return fast(score_TE, top_k, rows, counted_T)
     hit_TE = (
         _membership(score_TE.detach().topk(top_k, -1, sorted=False).indices, experts) & counted_T[:, None]
     )

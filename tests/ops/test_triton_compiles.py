@@ -304,6 +304,20 @@ def train_heads(heads: int, nope: int, rope: int, value: int) -> None:
     backward(*op.gqa_heads(kv, torch.empty(2, 2, (nope + value) // 2), 2))
 
 
+def train_gate() -> None:
+    from hadal.ops.triton import train_gate as op
+
+    for name in ("hadal-mini", "deepseek-v2-lite", "deepseek-v3"):
+        moe = preset(name).config.moe
+        assert moe is not None
+        E = moe.n_routed_experts
+        logit = torch.empty(512, E, requires_grad=True)
+        _, weight, score = op.gate(logit, torch.zeros(E) if moe.topk_method == "noaux_tc" else None, moe)
+        backward(weight, score)
+        counted = torch.ones(512, dtype=torch.bool)
+        backward(op.sequence_loss(score.detach().requires_grad_(), moe.num_experts_per_tok, 2, counted))
+
+
 def loss(vocabulary: int) -> None:
     from hadal.ops.triton.train_loss import loss_and_gradient
 
@@ -363,6 +377,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "training: experts, V2-Lite": (train_experts, (2048, 1408, 6), 6),
     "training: experts, mini": (train_experts, (256, 96, 4), 6),
     "training: AdamW": (adamw, (), 2),
+    "training: gates": (train_gate, (), 12),
     "training: heads, V2-Lite": (train_heads, (16, 128, 64, 128), 6),
     "training: heads, V3": (train_heads, (128, 128, 64, 128), 6),
     "training: heads, mini": (train_heads, (8, 32, 32, 32), 6),

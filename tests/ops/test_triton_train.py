@@ -13,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hadal.config import Moe
 from hadal.ops import experts as expert_op
+from hadal.ops import gate as gate_op
 from hadal.ops import rope as rope_op
+from hadal.train import balance
 
 pytest.importorskip("triton")
 
@@ -37,7 +40,7 @@ def test_training_kernels_in_the_interpreter():
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -162,6 +165,52 @@ def test_heads_of_gqa(tokens, heads, groups, width, dtype):
 
     inputs = [draw(tokens, heads + 2 * groups, width, dtype=dtype)]
     agree(lambda qkv: gqa_heads(qkv, rotation, groups), reference, inputs, dtype)
+
+
+MOES = {
+    "v3": Moe(16, 1, 4, 8, n_group=4, topk_group=2, norm_topk_prob=True, routed_scaling_factor=2.5),
+    "mini": Moe(16, 1, 4, 8, routed_scaling_factor=2.0),
+    "v2-lite": Moe(12, 1, 3, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False),
+    "v2": Moe(
+        12, 1, 3, 8, scoring_func="softmax", topk_method="group_limited_greedy", n_group=3, topk_group=2
+    ),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("moe", MOES.values(), ids=MOES)
+def test_gate(moe):
+    from hadal.ops.triton.train_gate import gate
+
+    E = moe.n_routed_experts
+    logit, bias = draw(37, E), draw(E, scale=0.1) if moe.topk_method == "noaux_tc" else None
+
+    def score_of(z: Tensor) -> Tensor:
+        return z.sigmoid() if moe.scoring_func == "sigmoid" else z.softmax(-1)
+
+    expert = gate(logit, bias, moe)[0]
+    host_bias = None if bias is None else bias.cpu()
+    want = gate_op.choose(score_of(logit.cpu()), host_bias, moe)
+    assert torch.equal(expert.cpu().sort(-1).values, want.sort(-1).values)
+    chosen = expert.cpu()
+
+    def reference(z: Tensor) -> tuple[Tensor, Tensor]:
+        score = score_of(z)
+        return gate_op.weigh(score, chosen, moe), score
+
+    agree(lambda z: gate(z, bias, moe)[1:], reference, [logit], torch.float32)
+    agree(lambda z: gate(z, bias, moe)[1], lambda z: reference(z)[0], [logit], torch.float32)
+
+
+@needs_triton
+@pytest.mark.parametrize("rows,length,experts,K", [(1, 5, 6, 2), (3, 300, 16, 4), (2, 40, 60, 6)])
+def test_sequence_loss(rows, length, experts, K):
+    from hadal.ops.triton.train_gate import sequence_loss
+
+    score, counted = torch.rand(rows * length, experts).to(DEVICE), torch.rand(rows * length) < 0.8
+    counted[-length:] = rows == 1  # the last of several sequences is all padding
+    kernel = lambda s: sequence_loss(s, K, rows, counted.to(DEVICE))  # noqa: E731
+    agree(kernel, lambda s: balance.sequence_loss(s, K, rows, counted), [score], torch.float32)
 
 
 @needs_triton
