@@ -4,7 +4,6 @@ the sizes of V2-Lite; then a layer of experts and a dense network, forward and b
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 

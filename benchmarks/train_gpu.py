@@ -122,12 +122,14 @@ def measure(name: str, case: Case, fp8: bool, seconds: float, top: int) -> dict[
     warm = time.perf_counter() - begin
     step = timed(run.step, seconds)
     flops = step_flops(case.config, batch.tokens, batch.attended_pairs)
-    shape = TrainingShape(case.micro * case.context, recompute=case.recompute)
+    shape = TrainingShape(
+        case.micro * case.context, recompute=case.recompute, fp8=fp8, micro_batches=len(batch.micros)
+    )
     found = {
         "tokens_per_second": batch.tokens / step, "step_ms": 1000 * step, "warm_up_s": warm,
         "mfu": flops / step / peak(torch.device("cuda"), torch.bfloat16).flops,
         "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
-        "predicted_gib": None if fp8 else training_memory(case.config, shape).peak / 2**30,
+        "predicted_gib": training_memory(case.config, shape).peak / 2**30,
         "tokens_a_step": batch.tokens, "loss": run.arrived(wait=True)[-1].loss,
     }  # fmt: skip
     print(f"{name}{' FP8' if fp8 else ''}: {found}", flush=True)
