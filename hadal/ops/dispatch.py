@@ -50,8 +50,8 @@ def use_triton(first: Tensor, *others: Tensor | Packed) -> bool:
 
 
 def train_triton(first: Tensor, *others: Tensor | None) -> bool:
-    """Training on CUDA with Triton present: something needs a gradient, and no mode forbids the kernels. Inside
-    `torch.compile` the compiler makes its own from the references."""
+    """Training on CUDA with Triton present: something needs a gradient, and no mode forbids the kernels.
+    Inside `torch.compile` the compiler makes its own from the references."""
     if is_exact() or not first.is_cuda or first.dtype == torch.float64 or torch.compiler.is_compiling():
         return False
     return has_triton() and not forced_reference() and needs_grad(first, *others)

@@ -183,7 +183,8 @@ class _Keep:
         return FP32 * heads + self.b * heads * (key + (value if copy else 0))
 
     def swiglu(self, width: int) -> int:
-        return self.b * width * (2 if self.again("swiglu") else 4)
+        """Gate and up; the product, which the next one reads; and silu(gate) without the kernel."""
+        return self.b * width * (2 if self.again("swiglu") else 3 if self.shape.fused else 4)
 
     def mlp(self, config: ModelConfig, layer: int) -> int:
         m, D, b = config.moe, config.hidden_size, self.b
@@ -193,7 +194,7 @@ class _Keep:
         copied = b != FP32 and not self.shape.fused and not self.again("norm")  # x in FP32
         gate = FP32 * m.n_routed_experts + (FP32 * D if copied else 0)
         gate += (20 if self.shape.fused else 28) * K + (
-            FP32 * (K + 1) if m.norm_topk_prob and K > 1 else 0
+            FP32 * (K + 1) if m.norm_topk_prob and K > 1 and not self.shape.fused else 0
         )  # ids, places, weights
         shared = self.swiglu(m.n_shared_experts * m.moe_intermediate_size) if m.n_shared_experts else 0
         back = b if self.shape.fused else 0 if self.again("rows") else FP32  # what the weighted sum keeps
