@@ -324,6 +324,6 @@ def _draw(report: Report, figure: Any, path: Path) -> None:
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(columns)), columns, fontsize=7, rotation=90 if len(columns) > 12 else 0)
         axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
-        figure.colorbar(image, ax=axis, format="{x:.2%}").ax.tick_params(labelsize=7)
+        figure.colorbar(image, ax=axis, format="{x:.3%}").ax.tick_params(labelsize=7)
     figure.suptitle(f"FP8 at step {report.step}, scales {report.scales}; layers to the right", fontsize=10)
     figure.savefig(path, dpi=110)
