@@ -26,7 +26,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from hadal.cli.needle import heat_lines
 from hadal.evals import needle
 from hadal.train import recipe as recipes
 from hadal.train.main import train
@@ -156,7 +155,7 @@ def main() -> int:
             known["seconds"] |= {name: seconds(out / name) for name in ("base", "yarn", "no-yarn")}
             result.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         print(f"\n{title}")
-        print("\n".join(heat_lines(known["grids"][key], colour=False)))
+        print("\n".join(needle.heat_lines(known["grids"][key], colour=False)))
     try:
         print(needle.draw(list(known["grids"].values()), out / "needle.png"))
     except ValueError as error:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from hadal.cli import options as o
 from hadal.cli.terminal import bar, has_colour, human_seconds, note, print_json, say
-
-if TYPE_CHECKING:
-    from hadal.evals.needle import Grid
 
 
 def needle(
@@ -91,29 +88,7 @@ def needle(
     if json:
         print_json(grid)
         return
-    for line in heat_lines(grid, colour=has_colour(sys.stdout)):
+    for line in needles.heat_lines(grid, colour=has_colour(sys.stdout)):
         say(line)
     seconds = grid["settings"]["seconds"]
     note(f"found {100 * grid['accuracy']:.1f}% in {human_seconds(seconds)}")
-
-
-def heat_lines(grid: Grid, *, colour: bool) -> list[str]:
-    """The grid as text: a column a length, a line a depth, per cent found; `-` beyond the model's reach."""
-    from hadal.evals.needle import by_length, columns, shares, short
-
-    lengths, means = columns(grid), by_length(grid)
-    lines = ["depth " + "".join(f"{short(n):>6}" for n in lengths)]
-    for depth, row in zip(grid["depths"], shares(grid), strict=True):
-        lines.append(f"{depth:>4}% " + "".join(_square(share, colour) for share in row))
-    total = "".join("     -" if n not in means else f"{100 * means[n]:>6.0f}" for n in lengths)
-    return [*lines, f"{'all':>5} {total}"]
-
-
-def _square(share: float | None, colour: bool) -> str:
-    if share is None:
-        return "     -"
-    text = f"{100 * share:>5.0f} "
-    if not colour:
-        return " " + text[:-1]
-    shade = 203 if share < 0.25 else 215 if share < 0.5 else 221 if share < 0.75 else 149 if share < 1 else 78
-    return f"\x1b[30;48;5;{shade}m{text}\x1b[0m"

@@ -280,6 +280,26 @@ def short(length: int) -> str:
     return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)
 
 
+def heat_lines(grid: Grid, *, colour: bool) -> list[str]:
+    """The grid as text: a column a length, a line a depth, per cent found; `-` beyond the model's reach."""
+    lengths, means = columns(grid), by_length(grid)
+    lines = ["depth " + "".join(f"{short(n):>6}" for n in lengths)]
+    for depth, row in zip(grid["depths"], shares(grid), strict=True):
+        lines.append(f"{depth:>4}% " + "".join(_square(share, colour) for share in row))
+    total = "".join("     -" if n not in means else f"{100 * means[n]:>6.0f}" for n in lengths)
+    return [*lines, f"{'all':>5} {total}"]
+
+
+def _square(share: float | None, colour: bool) -> str:
+    if share is None:
+        return "     -"
+    text = f"{100 * share:>5.0f} "
+    if not colour:
+        return " " + text[:-1]
+    shade = 203 if share < 0.25 else 215 if share < 0.5 else 221 if share < 0.75 else 149 if share < 1 else 78
+    return f"\x1b[30;48;5;{shade}m{text}\x1b[0m"
+
+
 def draw(grids: Sequence[Grid], path: Path) -> Path:
     """Heat maps one below the other, as the report draws them: lengths to the right, depth downwards, green
     where the needle is found. PNG, SVG or PDF, by the file's ending. Raises ValueError without grids or

@@ -11,9 +11,19 @@ from typing import Any
 
 import pytest
 
-from hadal.cli.needle import heat_lines
 from hadal.data.needles import Fact, is_held_out
-from hadal.evals.needle import by_length, columns, draw, evaluate, gather, plant, powers, shares, short
+from hadal.evals.needle import (
+    by_length,
+    columns,
+    draw,
+    evaluate,
+    gather,
+    heat_lines,
+    plant,
+    powers,
+    shares,
+    short,
+)
 from hadal.text.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "hadal" / "assets" / "hadal-mini"
