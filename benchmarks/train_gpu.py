@@ -129,7 +129,7 @@ def measure(name: str, case: Case, fp8: bool, seconds: float, top: int) -> dict[
         "mfu": flops / step / peak(torch.device("cuda"), torch.bfloat16).flops,
         "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
         "predicted_gib": training_memory(case.config, shape).peak / 2**30,
-        "tokens_a_step": batch.tokens, 
+        "tokens_a_step": batch.tokens,
         "losses": [stats.loss for few in [*arrived, run.arrived(wait=True)] for stats in few][:3],
     }  # fmt: skip
     print(f"{name}{' FP8' if fp8 else ''}: {found}", flush=True)
