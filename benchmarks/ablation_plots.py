@@ -43,7 +43,7 @@ def draw(result: dict[str, Any], folder: Path, name: str = "") -> Path:
     figure.suptitle(f"{result['title']}: mean of {len(result['seeds'])} seeds ± one deviation", fontsize=11)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name or 'ablation-' + result['family']}.png"
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=90)
     plt.close(figure)
     return target
 

@@ -24,6 +24,7 @@ ABLATIONS = ROOT / "docs" / "ablations.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 NOTHING = "No results are kept yet."
+SMALL = "Not run on a GPU yet: these are shorter runs of a smaller model on a CPU, a trial of the method."
 
 
 def machine_line(m: dict[str, Any]) -> str:
@@ -122,10 +123,12 @@ def ablation(result: dict[str, Any], stem: str) -> list[str]:
 
 
 def ablation_section(folder: Path = RESULTS) -> str:
-    """All families of a folder."""
-    lines: list[str] = []
-    for file in files(folder, ablations=True):
-        lines += ablation(json.loads(file.read_text("utf-8")), file.stem)
+    """All families of a folder, and a word where none of them ran on a GPU."""
+    found = [(json.loads(file.read_text("utf-8")), file.stem) for file in files(folder, ablations=True)]
+    on_gpu = any(result["machine"].get("gpu") for result, _ in found)
+    lines = ["", SMALL] if found and not on_gpu else []
+    for result, stem in found:
+        lines += ablation(result, stem)
     return "\n".join(lines or ["", NOTHING]) + "\n\n"
 
 

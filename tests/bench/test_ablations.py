@@ -228,6 +228,10 @@ def test_the_page_shows_tables_verdicts_and_failures(tmp_path: Path) -> None:
         "rows": [["a", "1.0 ± 0.1"]], "verdicts": ["a − b: lower"], "faults": ["b, seed 2: boom"],
     }  # fmt: skip
     (tmp_path / "ablation_t.json").write_text(json.dumps(result))
+    assert report.SMALL not in report.ablation_section(tmp_path)
+    result["machine"] = {"cpu": "C", "threads": 1, "cores": 1, "date": "2026-11-22"}
+    (tmp_path / "ablation_t.json").write_text(json.dumps(result))
+    assert report.ablation_section(tmp_path).count(report.SMALL) == 1
     (tmp_path / "other.json").write_text(json.dumps({"machine": {}, "races": []}))
     text = report.ablation_section(tmp_path)
     assert (
