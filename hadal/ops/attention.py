@@ -113,13 +113,13 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
     return out.transpose(1, 2).flatten(0, 1)[..., :width_V]
 
 
-def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.device, torch.dtype, int, int, int, int]:
-    return q.device, q.dtype, q.shape[1], k.shape[1], q.shape[3], v.shape[3]
+def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.device, torch.dtype, int, int, int, int, int]:
+    return q.device, q.dtype, q.shape[2], q.shape[1], k.shape[1], q.shape[3], v.shape[3]
 
 
 @functools.cache
 def _cudnn_trains(
-    device: torch.device, dtype: torch.dtype, heads: int, groups: int, width: int, width_V: int
+    device: torch.device, dtype: torch.dtype, length: int, heads: int, groups: int, width: int, width_V: int
 ) -> bool:
     """Whether cuDNN takes these heads forward and backward, by trying. On Hopper its attention is up to twice
     as fast as torch's own (FlashAttention 2), and takes values narrower than keys as they are. It is planned
@@ -127,7 +127,9 @@ def _cudnn_trains(
     if torch.cuda.get_device_capability(device)[0] != 9 or dtype not in (torch.bfloat16, torch.float16):
         return False
     shapes = ((heads, width), (groups, width), (groups, width_V))
-    q, k, v = (torch.zeros(1, n, 256, w, device=device, dtype=dtype, requires_grad=True) for n, w in shapes)
+    q, k, v = (
+        torch.zeros(1, n, length, w, device=device, dtype=dtype, requires_grad=True) for n, w in shapes
+    )
     try:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != groups)
