@@ -84,6 +84,9 @@ def expert_products(bench: Bench, draw: Draw, tokens: int, name: str) -> None:
     emulated = functools.partial(products.outer_emulated, d_columns, columns, dtype, rows)
     bench.race("fp8train", f"{tokens}, experts, {name}", "Wgrad, BF16 of codes", [emulated],
                flops=2 * tokens * top * N * K)  # fmt: skip
+    own = functools.partial(products.outer_by_tiles, d_columns, columns, dtype, rows)
+    bench.race("fp8train", f"{tokens}, experts, {name}", "Wgrad, FP8, triton", [own],
+               flops=2 * tokens * top * N * K, rate="fp8")  # fmt: skip
     swiglu(bench, draw, rows, tokens, width)
     if bench.tune:
         from kernels_gpu import best_of
@@ -91,8 +94,7 @@ def expert_products(bench: Bench, draw: Draw, tokens: int, name: str) -> None:
         sizes = [(128, 1, 8, 3), (128, 1, 8, 4), (128, 1, 8, 5), (64, 2, 8, 4), (128, 2, 8, 3), (64, 1, 8, 4)]
         beside = [(64, 1, 4, 3, 2), (64, 1, 8, 3, 2), (128, 1, 4, 3, 1)]
         configs = [products.OuterConfig(*sizes) for sizes in (*sizes, *beside)]
-        outer = functools.partial(products.outer_by_tiles, d_columns, columns, dtype, rows)
-        best_of(bench, f"Wgrad {name}", configs, lambda config: [lambda: outer(config)])
+        best_of(bench, f"Wgrad {name}", configs, lambda config: [lambda: own(config)])
 
 
 def race(bench: Bench, case: str, flops: float, *rows: tuple[str, str, Call, Call, Call | None]) -> None:

@@ -129,6 +129,10 @@ def test_grouped_products_of_experts(name):
     want = plain.outer(a, b, torch.float32, rows)
     out = products.outer(a, b, torch.bfloat16, rows)
     assert error(out, want) < 4e-3 and not out[-1].any()
+    assert products.outer_path(a, b, rows) == ("gluon" if path == "gluon" else "emulated")
+    if N % 128 == 0:
+        out = products.outer_by_tiles(a, b, torch.bfloat16, rows)
+        assert error(out, want) < 4e-3 and not out[-1].any()
     a_wide, b_wide = (products.dequantise(c, torch.bfloat16) for c in (a, b))
     assert error(products._grouped(a_wide, b_wide.t(), rows), want) < 4e-3
 

@@ -192,6 +192,7 @@ def fp8_training(width: int, power: bool) -> None:
 
 def fp8_training_products() -> None:
     from hadal.ops import fp8_tiles
+    from hadal.ops.triton import fp8_outer_gluon
     from hadal.ops.triton import fp8_train as op
     from hadal.ops.triton import fp8_train_products as products
 
@@ -206,6 +207,7 @@ def fp8_training_products() -> None:
     products.dequantise_weight(weight, BF16)
     a, b = (op._empty(n, R, True, rows.used.device) for n in (2816, 2048))
     products.outer_by_tiles(a, b, BF16, rows)
+    fp8_outer_gluon.outer(a, b, rows)
 
 
 def gate() -> None:
@@ -363,7 +365,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "FP8 training, experts": (fp8_training, (1408, True), 11),
     "FP8 training, V3's scales": (fp8_training, (1408, False), 11),
     "FP8 training, odd widths": (fp8_training, (10944, True), 13),
-    "FP8 training, products": (fp8_training_products, (), 5),
+    "FP8 training, products": (fp8_training_products, (), 6),
     "gate": (gate, (), 4),
     "linear, 1 row": (few_rows, (1,), 8),
     "linear, 32 rows": (few_rows, (32,), 5),

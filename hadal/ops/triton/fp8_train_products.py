@@ -2,7 +2,7 @@
 
     dense, 1×128 by 128×128 and by 1×128    torch's scaled_mm (cuBLASLt) on Hopper, channels in whole groups
     rows by expert, 1×128 by 128×128        fp8_gluon.py on Hopper, else fp8.py
-    tokens by expert, 1×128 by 1×128        the kernel here, 128 tokens after 128
+    tokens by expert, 1×128 by 1×128        fp8_outer_gluon.py on Hopper, else the kernel here
     small or odd shapes, other GPUs         a BF16 product of dequantised codes: exact in, FP32 sums
 
 The choice is by shape and device alone. The last path needs scales that are powers of two to be the recipe's
@@ -28,6 +28,7 @@ from hadal.ops.triton.pdl import on_hopper
 from hadal.ops.triton.sizes import ceil_div
 
 GROUP = tl.constexpr(128)
+OUTER_IN_GLUON = True  # or else the Triton kernel of gradients of experts' weights
 WORTH = 256  # outputs and inputs from which FP8 products beat BF16 ones of dequantised codes
 
 
@@ -210,7 +211,11 @@ def outer(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
 
         kind = ScalingType.BlockWise1x128
         return scaled_mm(a.q, b.q.t(), a.scale.t(), kind, b.scale.t(), kind, output_dtype=dtype)
-    if path == "triton":
+    if path == "gluon" and rows is not None and dtype == torch.bfloat16:
+        from hadal.ops.triton import fp8_outer_gluon
+
+        return fp8_outer_gluon.outer(a, b, rows)
+    if path in ("gluon", "triton"):
         return outer_by_tiles(a, b, dtype, rows)
     return outer_emulated(a, b, dtype, rows)
 
@@ -230,7 +235,9 @@ def outer_path(a: Codes, b: Codes, rows: Rows | None) -> str:
         return "emulated"
     if rows is None:
         return "torch" if fp8._torch_multiplies_blocks(a.q.device) else "triton"
-    return "triton" if N % TILE == 0 else "emulated"
+    if N % TILE:
+        return "emulated"
+    return "gluon" if OUTER_IN_GLUON and K % TILE == 0 and on_hopper(a.q.device) else "triton"
 
 
 def outer_by_tiles(
