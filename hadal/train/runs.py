@@ -107,6 +107,8 @@ class Run:
         exam = (self.kind("accuracy") or [{}])[-1]
         rates = sorted(self.curve("tokens_per_second")[1])
         tokens, planned = step.get("tokens", 0), self.recipe.get("train", {}).get("tokens")
+        if planned is not None:
+            planned += sum(phase["tokens"] for phase in self.recipe.get("phases", []))
         return {
             "name": self.name,
             "folder": str(self.folder),

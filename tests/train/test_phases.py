@@ -19,6 +19,7 @@ from hadal.train.main import model_config, train
 from hadal.train.memory import peak_memory
 from hadal.train.phases import begun, config_at, recipe_at, stage_at, stages
 from hadal.train.recipe import RecipeError
+from hadal.train.runs import read
 from hadal.train.sources import open_stages
 from hadal.train.trainer import Trainer
 from tests.train import tiny
@@ -178,6 +179,7 @@ def test_a_run_through_its_phases(whole):
     assert main["rope_scaling"] is None and main["max_position_embeddings"] == 2048
     assert first["rope_scaling"]["factor"] == last["rope_scaling"]["factor"] == 16.0
     assert last["rope_scaling"]["type"] == "yarn" and last["rope_scaling"]["mscale_all_dim"] == 1.0
+    assert read(whole).summary()["planned_tokens"] == 1024 + 2048 + 4096
     assert "2,048 tokens in training" in (whole / "export" / "README.md").read_text()
     assert "128 tokens in training" in (whole / "export-main" / "README.md").read_text()
     tensors, _ = state.load(state.latest(whole / "checkpoints"))
