@@ -142,6 +142,25 @@ def test_gate(moe, tokens):
 
 
 @needs_triton
+@pytest.mark.parametrize("moe", GATES, ids=lambda m: f"{m.topk_method}-{m.n_routed_experts}")
+def test_the_gate_of_one_token_with_its_norm(moe):
+    from hadal.ops.triton.gate import gate_normed
+
+    x, norm = draw(1, 90, dtype=torch.float32, scale=3.0), draw(90, dtype=torch.float32)
+    weight = draw(moe.n_routed_experts, 90, dtype=torch.float32, scale=0.3)
+    bias = draw(moe.n_routed_experts, dtype=torch.float32) - 1.0 if moe.topk_method == "noaux_tc" else None
+    for _ in range(2):  # the second finds the counters as the first left them
+        normed, expert, weights = gate_normed(x, (norm, 1e-6), weight, bias, moe)
+        want = rms_norm_reference(x, norm, 1e-6)
+        close(normed, want, torch.float32)
+        want_expert, want_weights, _ = gate_op.gate_reference(want, weight, bias, moe)
+        order, want_order = expert.argsort(-1), want_expert.argsort(-1)
+        assert torch.equal(expert.gather(1, order), want_expert.gather(1, want_order))
+        close(weights.gather(1, order), want_weights.gather(1, want_order), torch.float32)
+    assert not arrivals.counters(x.device).any()
+
+
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("hidden,width,n_experts,K", [(48, 20, 6, 2), (96, 48, 16, 4)])

@@ -220,6 +220,9 @@ def gate() -> None:
         bias = torch.zeros(moe.n_routed_experts) if moe.topk_method == "noaux_tc" else None
         weight = torch.empty(moe.n_routed_experts, config.hidden_size, dtype=BF16)
         apart.gate(torch.empty(2, config.hidden_size, dtype=BF16), weight, bias, moe)
+        if config.hidden_size <= 4096:
+            norm = torch.empty(config.hidden_size, dtype=BF16), 1e-6
+            apart.gate_normed(torch.empty(1, config.hidden_size, dtype=BF16), norm, weight, bias, moe)
 
 
 def few_rows(rows: int) -> None:
@@ -366,7 +369,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "FP8 training, V3's scales": (fp8_training, (1408, False), 11),
     "FP8 training, odd widths": (fp8_training, (10944, True), 13),
     "FP8 training, products": (fp8_training_products, (), 6),
-    "gate": (gate, (), 4),
+    "gate": (gate, (), 5),
     "linear, 1 row": (few_rows, (1,), 8),
     "linear, 32 rows": (few_rows, (32,), 5),
     "experts, 1 token": (few_experts, (1,), 2),

@@ -1,6 +1,7 @@
 """Group-limited top-k routing in one kernel behind one matrix product. Reference: `hadal.ops.gate`.
 
-One program a token holds its scores as [groups, experts of a group], both padded to powers of two.
+One program a token holds its scores as [groups, experts of a group], both padded to powers of two. One token
+alone takes a single launch, with the norm before it: an expert a program, and the last to finish chooses.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from hadal.config import Moe
 from hadal.ops.triton import gemv, pdl
 from hadal.ops.triton import linear as few_rows
+from hadal.ops.triton.arrivals import counters
 from hadal.ops.triton.sizes import power_of_2
 
 
@@ -93,6 +95,33 @@ def _gate_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _gate_one_kernel(
+    x, norm, w, bias, normed, logit, expert, weight, arrived, hidden, eps, n_experts, scale,
+    GROUPS: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr,
+    K: tl.constexpr, TOPK_GROUP: tl.constexpr, SIGMOID: tl.constexpr, BIASED: tl.constexpr,
+    SUM_OF_TWO: tl.constexpr, NORMALISE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    pdl.begin(PDL)
+    n = tl.program_id(0) + tl.arange(0, 1)
+    row = w + n[:, None].to(tl.int64) * hidden
+    value, _ = gemv.normed_products(x, norm, normed, row, row, hidden, eps, False, True, BLOCK_D, PDL)
+    tl.store(logit + n[:, None], value)
+    tl.debug_barrier()  # the logit is written before anybody is told
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == n_experts - 1:
+        tl.store(arrived, 0)  # for the next launch
+        g = tl.arange(0, BLOCK_G)
+        p = tl.arange(0, BLOCK_P)
+        index = g[:, None] * PER_GROUP + p[None, :]
+        real = (g[:, None] < GROUPS) & (p[None, :] < PER_GROUP)
+        all_of_them = tl.load(logit + index, mask=real, other=float("-inf"), cache_modifier=".cg")
+        _choose(
+            all_of_them, bias, expert, weight, 0, index, real, g, p, n_experts, scale, GROUPS, BLOCK_G,
+            BLOCK_P, K, TOPK_GROUP, SIGMOID, BIASED, SUM_OF_TWO, NORMALISE, BLOCK_K,
+        )  # fmt: skip
+
+
 def gate_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """FP32 router logits. BF16 products are exact in FP32: a BF16 product with FP32 output loses nothing."""
     if few_rows.wants(x_TD, weight_ED):
@@ -112,10 +141,18 @@ def gate_normed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(RMSNorm(x), its experts and weights) of one token (`linear.takes_norm`): the router's product norms,
     and leaves the normed row for the experts."""
-    normed_TD = torch.empty_like(x_TD)
-    how = gemv.Norm(*norm, normed_TD)
-    logit_TE = few_rows.linear(x_TD, weight_ED, dtype=torch.float32, norm=how)
-    return normed_TD, *route(logit_TE, bias_E, moe)
+    n_experts, hidden = weight_ED.shape
+    normed_TD, x_TD, K = torch.empty_like(x_TD), x_TD.contiguous(), moe.num_experts_per_tok
+    logit_E, weight_TK = (x_TD.new_empty(size, dtype=torch.float32) for size in ((n_experts,), (1, K)))
+    expert_TK = x_TD.new_empty((1, K), dtype=torch.int64)
+    block = power_of_2(hidden)
+    _gate_one_kernel[(n_experts,)](
+        x_TD, norm[0], weight_ED, bias_E if bias_E is not None else logit_E, normed_TD, logit_E, expert_TK,
+        weight_TK, counters(x_TD.device), hidden, norm[1], n_experts, weight_factor(moe),
+        **constants(moe, n_experts, bias_E is not None), BLOCK_D=block,
+        num_warps=1 if block <= 2048 and n_experts <= 64 else 2, **pdl.options(x_TD),
+    )  # fmt: skip
+    return normed_TD, expert_TK, weight_TK
 
 
 def route(logit_TE: Tensor, bias_E: Tensor | None, moe: Moe) -> tuple[Tensor, Tensor]:

@@ -86,9 +86,9 @@ def _normed(x, weight, out, K, eps, BLOCK_K: tl.constexpr, STORE: tl.constexpr):
 
 
 @triton.jit
-def _normed_products(
-    x, weight, normed, row, up_row, K, eps, SWIGLU: tl.constexpr, STORE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, WAIT: tl.constexpr,
+def normed_products(
+    x, weight, normed, row, up_row, K, eps, SWIGLU: tl.constexpr, STORE: tl.constexpr, BLOCK_K: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """`stream` of one normed row that a block holds."""
     k = tl.arange(0, BLOCK_K)
@@ -149,7 +149,7 @@ def _gemv_kernel(
     row = w + tl.minimum(n, N - 1)[:, None].to(tl.int64) * K
     up_row = row + tl.cast(N, tl.int64) * K
     if NORM:
-        acc, up = _normed_products(x, norm, normed, row, up_row, K, eps, SWIGLU, STORE, BLOCK_N, BLOCK_K, PDL)
+        acc, up = normed_products(x, norm, normed, row, up_row, K, eps, SWIGLU, STORE, BLOCK_K, PDL)
     else:
         acc, up = stream(x, M, x_stride, row, up_row, K, ROWS, SWIGLU, BLOCK_N, BLOCK_K, PDL)
     m = tl.arange(0, ROWS)
