@@ -1,0 +1,1 @@
+"""Post-training: supervised fine-tuning, reinforcement learning, its tasks and rewards, on the same `Transformer`."""
