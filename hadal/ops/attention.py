@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ from hadal.ops.dispatch import forced_reference, needs_grad, use_triton
 from hadal.ops.heads import mla_heads, rotate_queries
 from hadal.ops.kept import kept
 from hadal.ops.recompute import recomputed
+
+
+class Spans(NamedTuple):
+    """Sequences whose lengths the host does not know, as a CUDA graph wants them: offsets in a tensor of
+    fixed size. Sequences of length 0 at the end fill it up."""
+
+    start_S: Tensor  # int32 [S + 1]; the last is T
+    longest: int  # at most so many tokens in each
+
+    def lengths(self) -> list[int]:
+        """Those of the sequences that are not empty, on the host (which waits for the device)."""
+        return [n for n in self.start_S.diff().tolist() if n]
 
 
 def attention_reference(
@@ -63,12 +75,25 @@ def attention(
     if alike and not (masked and varlen_available(q_THC)):
         return _uniform(q_THC, k_NGC, v_NGV, len(q_len), scale)
     if varlen_available(q_THC):
-        return _varlen(q_THC, k_NGC, v_NGV, q_len, k_len, scale)
-    parts, t, n = [], 0, 0
-    for Q, N in zip(q_len, k_len, strict=True):
-        parts.append(_uniform(q_THC[t : t + Q], k_NGC[n : n + N], v_NGV[n : n + N], 1, scale))
-        t, n = t + Q, n + N
-    return torch.cat(parts)
+        starts = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
+        return _varlen(q_THC, k_NGC, v_NGV, starts, (max(q_len), max(k_len)), scale)
+    q_len, k_len = list(q_len), list(k_len)
+    pieces = zip(q_THC.split(q_len), k_NGC.split(k_len), v_NGV.split(k_len), strict=True)
+    # split, since the gradient of every slice is as large as the stream
+    return torch.cat([_uniform(q, k, v, 1, scale) for q, k, v in pieces])
+
+
+def self_attention(
+    q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, spans: Sequence[int] | Spans, scale: float
+) -> Tensor:
+    """`attention` of sequences that see themselves alone, [T, H, V]; their lengths may lie on the device."""
+    if not isinstance(spans, Spans):
+        return attention(q_THC, k_TGC, v_TGV, spans, spans, scale)
+    if not varlen_available(q_THC):
+        lengths = spans.lengths()
+        return attention(q_THC, k_TGC, v_TGV, lengths, lengths, scale)
+    starts = (spans.start_S, spans.start_S)
+    return _varlen(q_THC, k_TGC, v_TGV, starts, (spans.longest, spans.longest), scale)
 
 
 def mla_attention(
@@ -156,8 +181,9 @@ def varlen_available(q: Tensor) -> bool:
 
 
 def _varlen(
-    q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, q_len: Sequence[int], k_len: Sequence[int], scale: float
-) -> Tensor:
+    q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int],
+    scale: float,
+) -> Tensor:  # fmt: skip
     found = _varlen_function()
     assert found is not None  # `varlen_available` looked
     function, names = found
@@ -170,9 +196,9 @@ def _varlen(
     width_V = v_NGV.shape[2]
     if width_V < q_THC.shape[2]:  # flash kernels want equal widths; zero columns add nothing
         v_NGV = recomputed("up", pad, v_NGV, (0, q_THC.shape[2] - width_V))
-    q_start, k_start = (kept(_starts(tuple(lengths), q_THC.device)) for lengths in (q_len, k_len))
+    q_start, k_start = (kept(start) for start in starts)
     q, k, v = q_THC.contiguous(), k_NGC.contiguous(), v_NGV.contiguous()
-    out: Tensor = function(q, k, v, q_start, k_start, max(q_len), max(k_len), scale=scale, **options)
+    out: Tensor = function(q, k, v, q_start, k_start, *longest, scale=scale, **options)
     return out[..., :width_V]
 
 
