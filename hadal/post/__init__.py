@@ -1,1 +1,1 @@
-"""Post-training: supervised fine-tuning, reinforcement learning, its tasks and rewards, on the same `Transformer`."""
+"""Post-training: fine-tuning, reinforcement learning, tasks and rewards, on the same `Transformer`."""
