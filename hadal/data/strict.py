@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,7 +109,10 @@ def _convert(kind: Any, value: object, path: str) -> Any:
             return float(value)
     if kind in (str, bool) and isinstance(value, kind):
         return value
+    if origin is types.UnionType and type(value) in items:
+        return value
     wanted = kind.__name__ if isinstance(kind, type) else "a table" if origin is not tuple else "a list"
+    wanted = str(kind) if origin is types.UnionType else wanted
     raise RecipeError(f"{path} is {value!r}; {wanted} is wanted")
 
 

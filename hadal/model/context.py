@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import Mla, ModelConfig
+from hadal.ops.attention import Spans
 from hadal.ops.invariant import Stream
 from hadal.ops.latent_fp8 import entry_bytes
 
@@ -47,6 +48,7 @@ class Context:
     captured: dict[int, Tensor] = field(default_factory=dict)
     # what the fused CPU kernel reads in every layer (hadal/model/fused.py), and the tensors that it is in
     cpu_step: tuple[tuple[Tensor | Cache | None, ...], list[int]] | None = None
+    spans: Spans | None = None  # without a cache: instead of cu_seqlens, which then is empty
     rotation_T2r: Tensor | None = None  # cos and sin of the positions, set by the Transformer once a pass
     _stream: Stream | None = field(default=None, init=False, repr=False)
 
@@ -69,6 +71,10 @@ class Context:
             page = 0 if self.cache is None else self.cache.page_size
             self._stream = Stream.build(self.position_T, self.cu_seqlens, self.block_table_SP, page)
         return self._stream
+
+    def packed_lengths(self) -> Sequence[int] | Spans:
+        """Of all sequences, for `self_attention`."""
+        return self.lengths() if self.spans is None else self.spans
 
     def lengths(self, first: int = 0) -> list[int]:
         """Query tokens of each sequence from number `first` on."""

@@ -14,7 +14,7 @@ from hadal.config import Gqa, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear
 from hadal.ops import invariant
-from hadal.ops.attention import attention
+from hadal.ops.attention import attention, self_attention
 from hadal.ops.exact import is_exact
 from hadal.ops.heads import gqa_heads
 from hadal.ops.linear import Norm
@@ -46,9 +46,8 @@ class GqaAttention(nn.Module):
             q_THC, k_TGC, v_TGC = gqa_heads(qkv_THC, ctx.rotation_T2r, G)
             out = self._exact(q_THC, torch.stack([k_TGC, v_TGC], 1), ctx)
         elif ctx.cache is None:
-            lengths = ctx.lengths()
             heads = gqa_heads(qkv_THC, ctx.rotation_T2r, G)
-            out = attention(*heads, lengths, lengths, self.scale)
+            out = self_attention(*heads, ctx.packed_lengths(), self.scale)
         else:
             heads = gqa_heads(qkv_THC, ctx.rotation_T2r, G, ctx.cache.layers[self.layer], ctx.slot_T)
             out = self._cached(*heads, ctx)

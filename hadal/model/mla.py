@@ -18,7 +18,7 @@ from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.ops import absorbed, invariant, latent_fp8
-from hadal.ops.attention import attention, mla_attention
+from hadal.ops.attention import mla_attention, self_attention
 from hadal.ops.dispatch import needs_grad
 from hadal.ops.exact import is_exact
 from hadal.ops.heads import keys_and_values, rotate_queries
@@ -102,8 +102,8 @@ class MlaAttention(nn.Module):
         kv_TC = self.kv_a_proj_with_mqa(x_TD)
         entry_TC = recomputed("norm", latent_entry, kv_TC, norm.weight, norm.eps, rotation_T2r)
         k_THC, v_THv = recomputed("up", self._keys_and_values, entry_TC, self.kv_b_proj.matrix)
-        lengths = ctx.lengths()
-        return self.o_proj(attention(q_THC, k_THC, v_THv, lengths, lengths, self.scale).flatten(1))
+        out_THv = self_attention(q_THC, k_THC, v_THv, ctx.packed_lengths(), self.scale)
+        return self.o_proj(out_THv.flatten(1))
 
     def _queries(self, latent_TL: Tensor, up_OL: Tensor, rotation_T2r: Tensor) -> Tensor:
         """Rotated queries of all heads [T, H, n + R]."""

@@ -97,11 +97,18 @@ class _Quantised:
         return made
 
 
+WeightCodes = dict[tuple[Any, ...], _Quantised]
+"""Codes of weights, by where these lie."""
+
+
 @contextmanager
-def constant_weights(on: bool = True) -> Iterator[None]:
+def constant_weights(on: bool = True, codes: WeightCodes | None = None) -> Iterator[None]:
     """Weights do not change inside the block: each is quantised once, and both its forms are kept till the
-    end. Raises RuntimeError where a weight is seen to have changed."""
-    token = _CONSTANT.set({} if on else None)
+    end, or as long as `codes`, which says what is quantised already. Raises RuntimeError where a weight is
+    seen to have changed."""
+    for known in (codes or {}).values():
+        known.version = known.source._version
+    token = _CONSTANT.set(({} if codes is None else codes) if on else None)
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hadal.data.stream import Rows
 from hadal.model.context import Context
+from hadal.ops.attention import Spans
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -46,8 +47,10 @@ class MicroBatch:
         Tensor  # bool [D+1, T]: the embedded token exists and is no padding; others leave no statistics
     )
     position_T: Tensor  # int64
+    start_S: Tensor  # int32: cu_seqlens, as a tensor like the others
     cu_seqlens: list[int]
     rows: int
+    spans: Spans | None = None  # where only the device knows lengths (hadal/train/graphs.py)
 
     @property
     def tokens(self) -> int:
@@ -55,7 +58,13 @@ class MicroBatch:
 
     def context(self, *, record_routing: bool = False) -> Context:
         """A fresh context for one forward pass."""
-        return Context(self.position_T, self.cu_seqlens, record_routing=record_routing)
+        return Context(self.position_T, self.cu_seqlens, record_routing=record_routing, spans=self.spans)
+
+    @property
+    def documents(self) -> int:
+        """Stretches that attention covers, where they are not whole rows; 0 where they are."""
+        count = len(self.cu_seqlens) - 1
+        return 0 if self.cu_seqlens == list(range(0, self.tokens + 1, self.tokens // self.rows)) else count
 
     def to(self, device: torch.device) -> MicroBatch:
         """On the device; from pinned memory this does not wait."""
@@ -68,7 +77,7 @@ class MicroBatch:
     def _each(self, f: Callable[[Tensor], Tensor]) -> MicroBatch:
         return MicroBatch(
             f(self.token_KT), f(self.target_KT), f(self.weight_KT), f(self.counted_KT), f(self.position_T),
-            self.cu_seqlens, self.rows,
+            f(self.start_S), self.cu_seqlens, self.rows,
         )  # fmt: skip
 
 
@@ -129,6 +138,7 @@ def build(rows: Rows, *, depths: int, mask_documents: bool) -> MicroBatch:
         weight_KT=torch.from_numpy(np.stack(weight[1:]).astype(np.float32)),
         counted_KT=torch.from_numpy(np.stack(counted[:-1])),
         position_T=torch.from_numpy(at_T - np.repeat(starts[:-1], stretches)),
+        start_S=torch.from_numpy(starts.astype(np.int32)),
         cu_seqlens=starts.tolist(),
         rows=count,
     )

@@ -50,10 +50,10 @@ class Losses:
     balance: Tensor  # without α; 0 where α = 0, or without gates
     count_GE: Tensor  # int64: tokens per gate and expert; [0, 0] for a dense model
 
-    def total(self, mtp_weight: float, alpha: float) -> Tensor:
-        """The scalar to differentiate."""
+    def total(self, mtp_weight: float | Tensor, alpha: float) -> Tensor:
+        """The scalar to differentiate. A weight on the device is not looked at."""
         total = self.main
-        if mtp_weight:
+        if isinstance(mtp_weight, Tensor) or mtp_weight:
             total = total + mtp_weight * self.mtp
         if alpha:
             total = total + alpha * self.balance
@@ -65,10 +65,10 @@ class Losses:
 
 
 def losses(
-    model: Transformer, micro: MicroBatch, weight_K: Tensor, step_rows: int, objective: Objective
+    model: Transformer, micro: MicroBatch, weight_K: Tensor, step_rows: int | Tensor, objective: Objective
 ) -> Losses:
     """Forward pass of a micro-batch of a step whose weights sum to `weight_K` and which has `step_rows`
-    rows."""
+    rows (a number, or one on the device)."""
     context = micro.context(record_routing=True)
     share_KT = micro.weight_KT / weight_K.clamp(min=1e-6)[:, None]
     with recompute(objective.recompute), fp8_training(objective.fp8, objective.fp8_scales):
@@ -122,7 +122,7 @@ def _normed(model: Transformer, micro: MicroBatch, context: Context) -> Iterator
 
 
 def _balance(
-    context: Context, micro: MicroBatch, model: Transformer, step_rows: int, wanted: bool
+    context: Context, micro: MicroBatch, model: Transformer, step_rows: int | Tensor, wanted: bool
 ) -> tuple[Tensor | None, Tensor]:
     """(Σ over gates of the sequence-wise loss or None, count_GE)."""
     moe = model.config.moe

@@ -38,6 +38,7 @@ from hadal.train.accuracy import Examine
 from hadal.train.batches import Batch, Prefetcher, batches
 from hadal.train.ema import Ema
 from hadal.train.flops import Peak, peak, step_flops
+from hadal.train.graphs import PassGraphs, unfit
 from hadal.train.initial import start_from, start_table
 from hadal.train.losses import Objective
 from hadal.train.metrics import Metrics
@@ -260,7 +261,22 @@ class Run:
         scales = cast(Scales, train.fp8_scales)
         objective = Objective(alpha, train.z_loss, train.recompute, train.fp8, scales)
         ema = Ema(optimizer, recipe.ema.rate, recipe.ema.every_steps) if recipe.ema.rate else None
-        return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema)
+        graphs = self._graphs(optimizer)
+        return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema, graphs=graphs)
+
+    def _graphs(self, optimizer: AdamW) -> PassGraphs | None:
+        """Graphs of passes, where the recipe wants them and they can be."""
+        train = self.recipe.train
+        if train.graph is False:
+            return None
+        reason = unfit(self.model, masked=self.recipe.data.mask_documents, compiled=train.compile)
+        if reason is None:
+            return PassGraphs(self.model, optimizer, required=train.graph is True)
+        if train.graph is True:
+            raise RecipeError(f'train.graph is true, but {reason}; set it to "auto" or false')
+        if self.device.type == "cuda":
+            self.console.print(f"steps are no CUDA graphs: {reason}", style="dim", highlight=False)
+        return None
 
     def restore(self, checkpoint: state.Checkpoint) -> None:
         """Go on from a checkpoint."""

@@ -111,6 +111,7 @@ class Occasions:
         if self.sources.heldout is None:
             return
         self.catch_up()
+        self.trainer.make_room()
         self.held = self._evaluate(self.sources.heldout)
         self.metrics.event("heldout", self.trainer.progress.step, **dataclasses.asdict(self.held))
         if self.trainer.ema is not None:
@@ -140,6 +141,7 @@ class Occasions:
         """Let the model answer held-out problems. On a GPU the peak of memory stays that of training."""
         assert self.examine is not None, "checked by `train`"
         self.catch_up()
+        self.trainer.make_room()
         log, model = self.recipe.log, self.trainer.model
         self._training_peak = self._peak()
         found = self.examine(model, self.sources, log.accuracy_problems, log.accuracy_max_tokens)

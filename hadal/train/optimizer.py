@@ -162,6 +162,14 @@ class AdamW:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def gathered(self, any_yet: bool = True) -> None:
+        """Say whether the buffer holds gradients of this step: where a CUDA graph has written them, or a
+        pass was broken off."""
+        self._has_grad = any_yet
+        self._taken.clear()
+        for parameter in self.parameters:
+            parameter.grad = None
+
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Global L2 norm of the accumulated gradient, a device scalar in FP32."""

@@ -70,6 +70,7 @@ class TrainRecipe:
     fp8: bool = False  # products of linear layers in FP8, V3's recipe (§3.3); else all in dtype
     fp8_scales: str = "power_of_two"  # of all FP8 tiles; "float32": V3's, but where they are cut anew
     init_std: float = 0.006
+    graph: bool | str = "auto"  # passes as CUDA graphs; "auto": where they can be, true: or refuse
     compile: bool = False  # fuse experts and feed-forward networks with torch.compile (GPU)
     recompute: tuple[str, ...] = ()  # of "norm", "up", "swiglu", "rows": made again in the backward pass
     z_loss: float = 0.0
@@ -106,6 +107,8 @@ class TrainRecipe:
         )
         known = " or ".join(f'"{name}"' for name in SCALES)
         require(self.fp8_scales in SCALES, "train.fp8_scales", self.fp8_scales, known)
+        known = 'true, false or "auto"'
+        require(isinstance(self.graph, bool) or self.graph == "auto", "train.graph", self.graph, known)
         require(self.init_std > 0, "train.init_std", self.init_std, "above 0")
         require(self.z_loss >= 0, "train.z_loss", self.z_loss, "0 or more")
         require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 (no limit) or more")
@@ -386,6 +389,7 @@ FREE_ON_RESUME = (
     "export",
     "train.max_minutes",
     "train.compile",
+    "train.graph",
     "train.recompute",
     "data.workers",
     "data.path",

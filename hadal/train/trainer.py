@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from hadal.model.transformer import Transformer
-from hadal.ops.fp8_training import constant_weights
 from hadal.train.balance import max_violation, update_biases
 from hadal.train.batches import Batch
 from hadal.train.ema import Ema
-from hadal.train.losses import Objective, correction_biases, losses
+from hadal.train.graphs import PassGraphs
+from hadal.train.losses import Objective, correction_biases
 from hadal.train.nonfinite import NonFiniteError, describe
 from hadal.train.optimizer import AdamW
+from hadal.train.passes import Measured, passes
 from hadal.train.schedules import Knobs, Schedule
 
 Reduce = Callable[[Tensor], Tensor]
@@ -85,6 +86,7 @@ class Trainer:
     reduce: Reduce = alone
     ema: Ema | None = None
     progress: Progress = field(default_factory=Progress)
+    graphs: PassGraphs | None = None  # of the same model and optimizer
 
     def __post_init__(self) -> None:
         self.alive = torch.ones((), device=self.model.device)
@@ -98,19 +100,7 @@ class Trainer:
         applied."""
         batch = next(self.batches)  # load
         knobs = self.schedule.at(self.progress.tokens + batch.tokens)
-        weight_K = self.reduce(batch.weight_K)
-        parts, count_GE = torch.zeros(3, device=self.model.device), None
-        with constant_weights(self.objective.fp8 and len(batch.micros) > 1):
-            for micro in batch.micros:
-                out = losses(self.model, micro, weight_K, batch.rows, self.objective)  # forward
-                with self.optimizer.collecting():
-                    out.total(knobs.mtp_weight, self.objective.sequence_alpha).backward()  # backward
-                self.optimizer.accumulate()
-                parts, count_GE = (
-                    parts + out.parts(),
-                    out.count_GE if count_GE is None else count_GE + out.count_GE,
-                )
-        assert count_GE is not None
+        parts, count_GE = self._passes(batch, self.reduce(batch.weight_K), knobs)  # forward, backward
         parts, count_GE = self.reduce(parts), self.reduce(count_GE)  # reduce
         self.reduce(self.optimizer.grad_N)
         norm = self.optimizer.grad_norm()
@@ -122,6 +112,16 @@ class Trainer:
             self.ema.update(self.progress.step + 1, self.alive)
         self._advance(batch, knobs, parts, norm, count_GE)
         return self.arrived()
+
+    def _passes(self, batch: Batch, weight_K: Tensor, knobs: Knobs) -> Measured:
+        if self.graphs is not None:
+            return self.graphs.run(batch, weight_K, knobs.mtp_weight, self.objective)
+        return passes(self.model, self.optimizer, batch, weight_K, knobs.mtp_weight, self.objective)
+
+    def make_room(self) -> None:
+        """Before something beside the steps that takes as much memory as they do."""
+        if self.graphs is not None:
+            self.graphs.make_room()
 
     # --- statistics
     # ----------------------------------------------------------------------------------------------
@@ -158,6 +158,8 @@ class Trainer:
             main, mtp, balance, norm, violation, worst, (batch.position - batch.rows, batch.position),
         )  # fmt: skip
         if not alive:
+            if self.graphs is not None:
+                self.graphs.release()
             where = describe(self.model, batch, pending.knobs, self.objective)
             raise NonFiniteError(stats.step, stats.tokens, main, mtp, norm, where)
         return stats
