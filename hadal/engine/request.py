@@ -128,7 +128,10 @@ class SamplingParams:
     seed            same seed, prompt and parameters: same text, whatever else runs; None: drawn by the engine
     logprobs        log-probability of each new token and of the `logprobs` most likely ones, of the model's
                     own distribution, before any of the above (as OpenAI's API does)
-    prompt_logprobs the same for the prompt's tokens
+    logprobs_of     "sampler": `logprobs` are of the distribution that tokens are drawn from instead, which
+                    reinforcement learning needs; with temperature and logit bias, and nothing else of the
+                    above, since a trainer could not repeat it
+    prompt_logprobs the model's, of the prompt's tokens
     include_stop    keep the matched stop string in the text
     grammar         a function without arguments that returns a fresh `Matcher`
     """
@@ -148,6 +151,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    logprobs_of: Literal["model", "sampler"] = "model"
     prompt_logprobs: int | None = None
     include_stop: bool = False
     grammar: Callable[[], Matcher] | None = None
@@ -173,9 +177,24 @@ class SamplingParams:
                 raise RequestError(f"{name} must be true or false, not {_shown(getattr(self, name))}", name)
         if self.grammar is not None and not callable(self.grammar):
             raise RequestError("grammar must be a function that returns a matcher", "grammar")
+        self._check_logprobs_of()
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids, 64))
+
+    def _check_logprobs_of(self) -> None:
+        if self.logprobs_of not in ("model", "sampler"):
+            raise RequestError(
+                f'logprobs_of must be "model" or "sampler", not {_shown(self.logprobs_of)}', "logprobs_of"
+            )
+        cut = self.top_k != 0 or self.top_p < 1.0 or self.min_p > 0.0 or self.is_greedy
+        changed = self.has_penalties or self.min_tokens or self.grammar is not None
+        if self.logprobs_of == "sampler" and (cut or changed):
+            raise RequestError(
+                'logprobs_of "sampler" goes with a temperature above 0 and logit_bias, without top_k, top_p, '
+                "min_p, penalties, min_tokens and grammar: a trainer must be able to repeat it",
+                "logprobs_of",
+            )
 
     @property
     def is_greedy(self) -> bool:

@@ -53,6 +53,17 @@ class Sampled:
 
 
 @dataclass
+class Logprobs:
+    """Log-probabilities of some rows, still on the device: of their tokens, and the likeliest with their
+    ids."""
+
+    rows: list[int]
+    value_B: Tensor
+    top_Bn: Tensor
+    id_Bn: Tensor
+
+
+@dataclass
 class Verified:
     """New tokens of S requests, still on the device, and how to read them: see `Sampler.finish`."""
 
@@ -60,7 +71,7 @@ class Verified:
     new_SJ: Tensor  # NO_TOKEN behind the last
     accepted_S: Tensor
     first: list[int]  # row of the logits where each request's begin
-    logprobs: tuple[Tensor, Tensor, Tensor] | None
+    logprobs: list[Logprobs] | None
     errors: dict[int, str]  # by row of the logits
     batch: _Batch
 
@@ -81,6 +92,7 @@ class _Batch:
     min_tokens: list[int] = field(default_factory=list)  # rows
     grammars: list[int] = field(default_factory=list)  # rows
     logprob_rows: list[int] = field(default_factory=list)
+    drawn_rows: list[int] = field(default_factory=list)  # those of them that want the sampler's own
     top_n: int = 0
 
     @property
@@ -116,7 +128,7 @@ class Sampler:
         token_B = sampling.sample(x_BV, batch.filters, self._uniform(batch))
         if batch.penalized:
             self._count(batch, token_B)
-        entries = self._logprobs(logits_BV, token_B, batch) if batch.logprob_rows else None
+        entries = self._logprobs(logits_BV, x_BV, token_B, batch) if batch.logprob_rows else None
         # log-probabilities are read after the tokens: nothing may be started before them
         tokens = self._read(token_B, None if entries else then)
         if min(tokens) < 0 or errors:
@@ -165,7 +177,7 @@ class Sampler:
         new_SJ, accepted_S = settle(draft_SK, accepted_SK, token_R[row_SJ])
         logprobs = None
         if batch.logprob_rows:
-            logprobs = self._logprobs(logits_RV, torch.where(accepted_R, draft_R, token_R), batch)
+            logprobs = self._logprobs(logits_RV, x_RV, torch.where(accepted_R, draft_R, token_R), batch)
         return Verified(list(requests), new_SJ, accepted_S, first, logprobs, errors, batch)
 
     def _reject(
@@ -204,7 +216,7 @@ class Sampler:
         errors: dict[int, str] = {}
         logprobs: list[TokenLogprob | None] = []
         found = verified.logprobs
-        entries = None if found is None else _rows_of(found, verified.batch.logprob_rows)
+        entries = None if found is None else _rows_of(found)
         for s, (request, first, row) in enumerate(zip(verified.requests, verified.first, rows, strict=True)):
             new = [token for token in row if token >= FAILED]
             if first in verified.errors:
@@ -272,6 +284,7 @@ class Sampler:
         batch.min_tokens = [row for row, p in enumerate(params) if p.min_tokens]
         batch.grammars = [row for row, request in enumerate(requests) if request.matcher is not None]
         batch.logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+        batch.drawn_rows = [row for row in batch.logprob_rows if params[row].logprobs_of == "sampler"]
         batch.top_n = max((params[row].logprobs or 0 for row in batch.logprob_rows), default=0)
         return batch
 
@@ -421,16 +434,25 @@ class Sampler:
 
     # --- log-probabilities ---
 
-    def _logprobs(self, raw_BV: Tensor, token_B: Tensor, batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
-        if len(batch.logprob_rows) < len(batch.requests):
-            rows = self._tensor(batch.logprob_rows, torch.int64)
-            raw_BV, token_B = raw_BV.index_select(0, rows), token_B.index_select(0, rows)
-        return sampling.logprobs(raw_BV, token_B, batch.top_n)
+    def _logprobs(self, raw_BV: Tensor, x_BV: Tensor, token_B: Tensor, batch: _Batch) -> list[Logprobs]:
+        """The log-probabilities that rows ask for: of the raw logits, or of what tokens are drawn from."""
+        of_model = [row for row in batch.logprob_rows if row not in set(batch.drawn_rows)]
+        found = []
+        for rows, logits_BV in ((of_model, raw_BV), (batch.drawn_rows, x_BV)):
+            if not rows:
+                continue
+            some_B, temperature_B = token_B, batch.filters.temperature_B
+            if len(rows) < len(batch.requests):
+                index = self._tensor(rows, torch.int64)
+                logits_BV, some_B = logits_BV.index_select(0, index), token_B.index_select(0, index)
+                temperature_B = temperature_B.index_select(0, index)
+            if rows is batch.drawn_rows:
+                logits_BV = logits_BV / temperature_B.unsqueeze(1)
+            found.append(Logprobs(rows, *sampling.logprobs(logits_BV, some_B, batch.top_n)))
+        return found
 
-    def _entries(
-        self, found: tuple[Tensor, Tensor, Tensor], batch: _Batch, tokens: list[int]
-    ) -> list[TokenLogprob | None]:
-        known = _rows_of(found, batch.logprob_rows)
+    def _entries(self, found: list[Logprobs], batch: _Batch, tokens: list[int]) -> list[TokenLogprob | None]:
+        known = _rows_of(found)
         return [
             _entry(request, token, known.get(row))
             for row, (request, token) in enumerate(zip(batch.requests, tokens, strict=True))
@@ -440,10 +462,13 @@ class Sampler:
 Found = tuple[float, list[float], list[int]]  # a token's log-probability; values and ids of the likeliest
 
 
-def _rows_of(found: tuple[Tensor, Tensor, Tensor], rows: list[int]) -> dict[int, Found]:
+def _rows_of(found: list[Logprobs]) -> dict[int, Found]:
     """Log-probabilities on the host, by row of the batch."""
-    columns = (tensor.tolist() for tensor in found)
-    return dict(zip(rows, zip(*columns, strict=True), strict=True))
+    known: dict[int, Found] = {}
+    for one in found:
+        columns = (tensor.tolist() for tensor in (one.value_B, one.top_Bn, one.id_Bn))
+        known |= dict(zip(one.rows, zip(*columns, strict=True), strict=True))
+    return known
 
 
 def _entry(request: Request, token: int, found: Found | None) -> TokenLogprob | None:

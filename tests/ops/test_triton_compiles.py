@@ -324,10 +324,11 @@ def train_gate() -> None:
 
 
 def loss(vocabulary: int) -> None:
-    from hadal.ops.triton.train_loss import loss_and_gradient
+    from hadal.ops.triton.train_loss import log_prob_and_entropy, loss_and_gradient
 
     logits = torch.empty(2, vocabulary)
     loss_and_gradient(logits, torch.zeros(2, dtype=torch.int64), logits[:, 0].clone(), 0.0, BF16)
+    log_prob_and_entropy(logits, torch.zeros(2, dtype=torch.int64))
 
 
 def adamw() -> None:
@@ -386,8 +387,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "training: heads, V2-Lite": (train_heads, (16, 128, 64, 128), 6),
     "training: heads, V3": (train_heads, (128, 128, 64, 128), 6),
     "training: heads, mini": (train_heads, (8, 32, 32, 32), 6),
-    "training: loss": (loss, (102400,), 1),
-    "training: loss, mini": (loss, (1088,), 1),
+    "training: loss": (loss, (102400,), 2),
+    "training: loss, mini": (loss, (1088,), 2),
 }
 
 

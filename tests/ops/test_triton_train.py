@@ -233,6 +233,21 @@ def test_loss_and_gradient(tokens, vocabulary, z_loss):
 
 
 @needs_triton
+@pytest.mark.parametrize("tokens,vocabulary", [(3, 50), (5, 9001), (2, 4096)])
+def test_log_prob_and_entropy(tokens, vocabulary):
+    from hadal.ops.triton.train_loss import log_prob_and_entropy
+
+    logits = draw(tokens, vocabulary, scale=5.0)
+    logits[0, 7] += 90.0  # nearly certain
+    logits[1, :20] -= 100.0  # banned
+    token = torch.randint(vocabulary, (tokens,)).to(DEVICE)
+    log_p = logits.double().log_softmax(-1)
+    found, entropy = log_prob_and_entropy(logits, token)
+    assert error(found, log_p.gather(1, token[:, None])[:, 0]) < 1e-6
+    assert error(entropy, -(log_p.exp() * log_p).sum(-1)) < 1e-5
+
+
+@needs_triton
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size,decayed", [(5000, 4100), (2048, 2048), (7, 0)])

@@ -1,7 +1,7 @@
 """Loss and gradient of a chunk of logits. Reference: `hadal.ops.cross_entropy.loss_and_gradient`.
 
 A program takes one token and walks over its logits twice: a running log-sum-exp, then the gradient, written
-in the model's dtype.
+in the model's dtype. `log_prob_and_entropy` (reference: `hadal.ops.log_probs`) walks once.
 """
 
 from __future__ import annotations
@@ -56,3 +56,39 @@ def loss_and_gradient(
         GRADIENT=grad_TV is not None, BLOCK=block, num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip
     return loss_T, grad_TV
+
+
+@triton.jit
+def _log_prob_kernel(logits, token, log_prob, entropy, vocabulary, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    column = tl.arange(0, BLOCK)
+    top = float("-inf")
+    total = 0.0  # Σ exp(z − top)
+    moment = 0.0  # Σ exp(z − top)·(z − top)
+    for start in range(0, vocabulary, BLOCK):
+        v = start + column
+        z = tl.load(logits + v, mask=v < vocabulary, other=float("-inf"))
+        peak = tl.maximum(top, tl.max(z, 0))
+        fall = tl.where(total > 0.0, top - peak, 0.0)
+        shrink = tl.exp(fall)
+        below = tl.where(v < vocabulary, z - peak, 0.0)
+        weight = tl.where(v < vocabulary, tl.exp(below), 0.0)
+        moment = shrink * (moment + fall * total) + tl.sum(weight * below, 0)
+        total = shrink * total + tl.sum(weight, 0)
+        top = peak
+    tl.store(log_prob + row, tl.load(logits + tl.load(token + row)) - (top + tl.log(total)))
+    tl.store(entropy + row, tl.log(total) - moment / total)
+
+
+def log_prob_and_entropy(logits_TV: Tensor, token_T: Tensor) -> tuple[Tensor, Tensor]:
+    """(log softmax at each row's token, the row's entropy), FP32 [T]."""
+    tokens, vocabulary = logits_TV.shape
+    log_prob_T = torch.empty_like(logits_TV[:, 0])
+    entropy_T = torch.empty_like(log_prob_T)
+    block = min(4096, power_of_2(vocabulary))
+    _log_prob_kernel[(tokens,)](
+        logits_TV, token_T, log_prob_T, entropy_T, vocabulary,
+        BLOCK=block, num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
+    return log_prob_T, entropy_T
