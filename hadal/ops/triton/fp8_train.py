@@ -5,6 +5,10 @@ The definitions are in hadal/ops/fp8_tiles.py, whose functions these stand for u
 cores want both sides of a product) come from one reading. SwiGLU is joined with quantising in both
 directions; rows are gathered by expert as codes. Nothing waits for the device: kernels themselves read how
 many tiles of sorted rows are in use.
+
+A tile's rows are taken in an order (`_order`) that gives each thread rows that lie together, and eight of
+their channels: codes of rows leave as eight bytes without another thread's help, and transposed ones pass
+through shared memory a word at a time, not a byte.
 Legend: as there.
 """
 
@@ -30,40 +34,57 @@ E4M3 = torch.float8_e4m3fn
 # --- parts --------------------------------------------------------------------------------------------------
 @triton.jit
 def _scale(amax, POWER: tl.constexpr):
-    """amax / 448 with a floor, as a power of two rounded up."""
-    s = tl.div_rn(tl.maximum(amax, AMAX_MIN), 448.0)
+    """amax / 448 with a floor, as a power of two rounded up.
+
+    448 is 1.75 · 2^8: the power is amax's own, over 2^8, and the next where amax's mantissa exceeds 1.75.
+    """
+    amax = tl.maximum(amax, AMAX_MIN)
     if POWER:
-        s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-    return s
+        bits = (amax.to(tl.int32, bitcast=True) + 0x1FFFFF) & 0x7F800000
+        s = (bits - 0x4000000).to(tl.float32, bitcast=True)
+        return tl.where(amax < float("inf"), s, amax)
+    return tl.div_rn(amax, 448.0)
 
 
 @triton.jit
 def _e4m3(x, s, POWER: tl.constexpr):
-    """Codes of x / s; s has x's shape but for 1 along the tile. NaN stays NaN."""
+    """Codes of x / s, at most 448; s has x's shape but for 1 along the tile. NaN stays NaN."""
     if POWER:  # the reciprocal of a power of two is exact
         scaled = x * (0x7F000000 - s.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     else:
         scaled = tl.div_rn(x, tl.broadcast_to(s, x.shape))
-    return tl.clamp(scaled, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    return scaled.to(tl.float8e4nv)
 
 
 @triton.jit
-def _tile(x, stride, rows, channels, BLOCK_R: tl.constexpr):
-    """The tile whose corner x is; zeros past the rows and channels that are left.
+def _order(BLOCK_R: tl.constexpr, STEP: tl.constexpr):
+    """The rows of a tile in the order in which they are held: STEP at a time are loaded, two a warp, and
+    those that meet in a thread, STEP apart in this order, lie together."""
+    i = tl.arange(0, BLOCK_R)
+    return i % STEP * (BLOCK_R // STEP) + i // STEP
+
+
+@triton.jit
+def _eights():
+    """Places along a tile, to be read and written eight at a time: so all kinds agree on who holds what."""
+    return tl.max_contiguous(tl.multiple_of(tl.arange(0, GROUP), 8), 8)
+
+
+@triton.jit
+def _tile(x, r, stride, rows, channels):
+    """The tile whose corner x is, its rows in the order r; zeros past the rows and channels that are left.
 
     Corners are 64-bit, places inside a tile 32-bit, to spare registers: matrices of up to 16M rows.
     """
-    r = tl.arange(0, BLOCK_R)
-    k = tl.arange(0, GROUP)
+    k = _eights()
     inside = (r < rows)[:, None] & (k < channels)[None, :]
     return tl.load(x + (r[:, None] * stride + k[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_rows(x_RC, q, scale, stride, rows, channels, POWER: tl.constexpr):
+def _store_rows(x_RC, r, q, scale, stride, rows, channels, POWER: tl.constexpr):
     """A tile's codes and its rows' scales, to where its corner lies."""
-    r = tl.arange(0, x_RC.shape[0])
-    k = tl.arange(0, x_RC.shape[1])
+    k = _eights()
     s = _scale(tl.max(tl.abs(x_RC), 1), POWER)
     inside = (r < rows)[:, None] & (k < channels)[None, :]
     tl.store(q + (r[:, None] * stride + k[None, :]), _e4m3(x_RC, s[:, None], POWER), mask=inside)
@@ -71,12 +92,13 @@ def _store_rows(x_RC, q, scale, stride, rows, channels, POWER: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(x_RC, q, scale, padded, channels, POWER: tl.constexpr):
+def _store_columns(x_RC, q, scale, padded, channels, STEP: tl.constexpr, POWER: tl.constexpr):
     """A tile's transposed codes and its columns' scales, to where its corner lies; all of its rows."""
-    r = tl.arange(0, x_RC.shape[0])
-    k = tl.arange(0, x_RC.shape[1])
+    r = _eights()
+    k = tl.arange(0, GROUP)
     s = _scale(tl.max(tl.abs(x_RC), 0), POWER)
-    code = tl.trans(_e4m3(x_RC, s[None, :], POWER))
+    code = tl.reshape(tl.trans(_e4m3(x_RC, s[None, :], POWER)), [GROUP, GROUP // STEP, STEP])
+    code = tl.reshape(tl.permute(code, (0, 2, 1)), [GROUP, GROUP])  # rows in order again
     tl.store(q + (k[:, None] * padded + r[None, :]), code, mask=(k < channels)[:, None])
     tl.store(scale + k, s, mask=k < channels)
 
@@ -86,8 +108,9 @@ def _store_columns(x_RC, q, scale, padded, channels, POWER: tl.constexpr):
 def _rows_kernel(x, q, scale, K, R, x_stride, POWER: tl.constexpr, BLOCK_R: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R
     k = tl.program_id(1).to(tl.int64) * GROUP
-    value = _tile(x + row * x_stride + k, x_stride, R - row, K - k, BLOCK_R).to(tl.float32)
-    _store_rows(value, q + row * K + k, scale + k // GROUP * R + row, K, R - row, K - k, POWER)
+    r = tl.arange(0, BLOCK_R)
+    value = _tile(x + row * x_stride + k, r, x_stride, R - row, K - k).to(tl.float32)
+    _store_rows(value, r, q + row * K + k, scale + k // GROUP * R + row, K, R - row, K - k, POWER)
 
 
 def quantise(x_RK: Tensor, power: bool) -> Codes:
@@ -106,7 +129,7 @@ def quantise(x_RK: Tensor, power: bool) -> Codes:
 @triton.jit
 def _both_kernel(
     x, used, q, scale, q_columns, scale_columns, K, R, padded, x_stride,
-    POWER: tl.constexpr, USED: tl.constexpr,
+    POWER: tl.constexpr, USED: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     real = tile >= 0
@@ -115,11 +138,12 @@ def _both_kernel(
     if real:
         row = tile.to(tl.int64) * GROUP
         k = tl.program_id(1).to(tl.int64) * GROUP
-        value = _tile(x + row * x_stride + k, x_stride, R - row, K - k, GROUP).to(tl.float32)
+        r = _order(GROUP, STEP)
+        value = _tile(x + row * x_stride + k, r, x_stride, R - row, K - k).to(tl.float32)
         at = scale + k // GROUP * R + row
-        _store_rows(value, q + row * K + k, at, K, R - row, K - k, POWER)
+        _store_rows(value, r, q + row * K + k, at, K, R - row, K - k, POWER)
         at = scale_columns + tile.to(tl.int64) * K + k
-        _store_columns(value, q_columns + k * padded + row, at, padded, K - k, POWER)
+        _store_columns(value, q_columns + k * padded + row, at, padded, K - k, STEP, POWER)
 
 
 def quantise_both(x_RK: Tensor, power: bool, rows: Rows | None = None) -> tuple[Codes, Codes]:
@@ -130,7 +154,7 @@ def quantise_both(x_RK: Tensor, power: bool, rows: Rows | None = None) -> tuple[
     if R:
         _both_kernel[(padded // TILE, ceil_div(K, TILE))](
             x_RK, along.scale if rows is None else rows.used, *along[:2], *across[:2], K, R, padded,
-            x_RK.stride(0), POWER=power, USED=rows is not None, num_warps=8,
+            x_RK.stride(0), POWER=power, USED=rows is not None, STEP=16, num_warps=8,
         )  # fmt: skip
     return along, across
 
@@ -142,27 +166,28 @@ def _empty(R: int, K: int, power: bool, device: torch.device) -> Codes:
 
 @triton.jit
 def _columns_kernel(
-    q, scale, token_R, used, q_columns, scale_columns, K, R, T, padded, ROWS: tl.constexpr
+    q, scale, token_R, used, q_columns, scale_columns, K, R, T, padded, ROWS: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     real = tile >= 0
     if ROWS:
         real = tile < tl.load(used)
     if real:
-        row = tile.to(tl.int64) * GROUP + tl.arange(0, GROUP)
+        row = tile.to(tl.int64) * GROUP + _order(GROUP, STEP)
         g = tl.program_id(1).to(tl.int64)
-        k = g * GROUP + tl.arange(0, GROUP)
+        k = _eights()
         source = row
         if ROWS:
             source = tl.load(token_R + row).to(tl.int64)
         own = (source >= 0) & (source < T)
-        inside = own[:, None] & (k < K)[None, :]
-        code = tl.load(q + source[:, None] * K + k[None, :], mask=inside, other=0.0)
+        inside = own[:, None] & (k < K - g * GROUP)[None, :]
+        code = tl.load(q + g * GROUP + (source * K)[:, None] + k[None, :], mask=inside, other=0.0)
         each = tl.load(scale + g * T + source, mask=own, other=0.0)
         value = code.to(tl.float32) * each[:, None]
         at = scale_columns + tile.to(tl.int64) * K + g * GROUP
         corner = q_columns + g * GROUP * padded + tile.to(tl.int64) * GROUP
-        _store_columns(value, corner, at, padded, K - g * GROUP, True)
+        _store_columns(value, corner, at, padded, K - g * GROUP, STEP, True)
 
 
 def columns(codes: Codes, rows: Rows | None) -> Codes:
@@ -174,8 +199,9 @@ def columns(codes: Codes, rows: Rows | None) -> Codes:
     if R:
         token_R, used = (codes.scale, codes.scale) if rows is None else (rows.token_R, rows.used)
         _columns_kernel[(padded // TILE, ceil_div(K, TILE))](
-            codes.q, codes.scale, token_R, used, *out[:2], K, R, T, padded, ROWS=rows is not None, num_warps=8
-        )
+            codes.q, codes.scale, token_R, used, *out[:2], K, R, T, padded, ROWS=rows is not None, STEP=16,
+            num_warps=8,
+        )  # fmt: skip
     return out
 
 
@@ -247,16 +273,17 @@ def _swiglu_kernel(
         g = tl.program_id(1).to(tl.int64)
         k = g * GROUP
         corner = row * (2 * width) + k
-        gate = _tile(x + corner, 2 * width, R - row, width - k, BLOCK_R).to(tl.float32)
-        up = _tile(x + corner + width, 2 * width, R - row, width - k, BLOCK_R).to(tl.float32)
-        _store_rows(gate, kept + corner, kept_scale + g * R + row, 2 * width, R - row, width - k, True)
+        r = tl.arange(0, BLOCK_R)
+        gate = _tile(x + corner, r, 2 * width, R - row, width - k).to(tl.float32)
+        up = _tile(x + corner + width, r, 2 * width, R - row, width - k).to(tl.float32)
+        _store_rows(gate, r, kept + corner, kept_scale + g * R + row, 2 * width, R - row, width - k, True)
         at = kept_scale + (g + groups) * R + row
-        _store_rows(up, kept + corner + width, at, 2 * width, R - row, width - k, True)
+        _store_rows(up, r, kept + corner + width, at, 2 * width, R - row, width - k, True)
         hidden = gate * tl.sigmoid(gate) * up
         if ROWS:
-            hidden = hidden * tl.load(weight + row + tl.arange(0, BLOCK_R))[:, None]
+            hidden = hidden * tl.load(weight + row + r)[:, None]
         hidden = hidden.to(x.dtype.element_ty).to(tl.float32)
-        _store_rows(hidden, q + row * width + k, scale + g * R + row, width, R - row, width - k, POWER)
+        _store_rows(hidden, r, q + row * width + k, scale + g * R + row, width, R - row, width - k, POWER)
 
 
 def swiglu(
@@ -277,25 +304,30 @@ def swiglu(
 
 
 @triton.jit
-def _kept(kept, scale, stride, rows, channels):
+def _kept(kept, scale, r, stride, rows, channels):
     """A tile of gate or up, dequantised."""
-    r = tl.arange(0, GROUP)
     each = tl.load(scale + r, mask=r < rows, other=0.0)
-    return _tile(kept, stride, rows, channels, GROUP).to(tl.float32) * each[:, None]
+    return _tile(kept, r, stride, rows, channels).to(tl.float32) * each[:, None]
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + e^-x) to 2^-21 of itself: the square of a root takes two instructions, a quotient eight."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
 
 
 @triton.jit
 def _leave(
-    x, d, d_scale, d_columns, d_columns_scale, stride, padded, rows, channels,
-    POWER: tl.constexpr, WHOLE: tl.constexpr,
+    x, r, d, d_scale, d_columns, d_columns_scale, stride, padded, rows, channels,
+    STEP: tl.constexpr, POWER: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of the gradient: as codes in both directions, or as it is."""
     if WHOLE:
-        _store_rows(x.to(tl.float32), d, d_scale, stride, rows, channels, POWER)
-        _store_columns(x.to(tl.float32), d_columns, d_columns_scale, padded, channels, POWER)
+        _store_rows(x.to(tl.float32), r, d, d_scale, stride, rows, channels, POWER)
+        _store_columns(x.to(tl.float32), d_columns, d_columns_scale, padded, channels, STEP, POWER)
     else:
-        r = tl.arange(0, GROUP)
-        k = tl.arange(0, GROUP)
+        k = _eights()
         inside = (r < rows)[:, None] & (k < channels)[None, :]
         tl.store(d + (r[:, None] * stride + k[None, :]), x, mask=inside)
 
@@ -304,8 +336,9 @@ def _leave(
 def _swiglu_backward_kernel(
     kept, kept_scale, dh, weight, used, d, d_scale, d_columns, d_columns_scale, h_columns, h_columns_scale,
     dweight, width, R, padded, POWER: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    """The tile is loaded three times, from the nearest cache: all at once it does not fit registers."""
+    """All three results are made from one reading and held in the model's dtype until they are cut."""
     tile = tl.program_id(0).to(tl.int64)
     real = tile >= 0
     if ROWS:
@@ -317,40 +350,37 @@ def _swiglu_backward_kernel(
         rows, channels = R - row, width - k
         kind = dh.dtype.element_ty
         kept += row * stride + k
-        gate_scale = kept_scale + g * R + row
-        up_scale = gate_scale + groups * R
-        dh += row * width + k
-        w = tl.full([GROUP], 1.0, tl.float32)
+        at = kept_scale + g * R + row
+        r = _order(GROUP, STEP)
+        gate = _kept(kept, at, r, stride, rows, channels)
+        up = _kept(kept + width, at + groups * R, r, stride, rows, channels)
+        grad = _tile(dh + row * width + k, r, width, rows, channels).to(tl.float32)
+        share = _sigmoid(gate)
+        silu = gate * share
+        hidden = silu * up
         if ROWS:
-            w = tl.load(weight + row + tl.arange(0, GROUP))
-        gate = _kept(kept, gate_scale, stride, rows, channels)
-        hidden = gate * tl.sigmoid(gate) * _kept(kept + width, up_scale, stride, rows, channels)
-        if ROWS:
-            grad = _tile(dh, width, rows, channels, GROUP).to(tl.float32)
-            tl.store(dweight + g * R + row + tl.arange(0, GROUP), tl.sum(grad * hidden, 1))
-        hidden = (hidden * w[:, None]).to(kind).to(tl.float32)
+            w = tl.load(weight + row + r)[:, None]
+            tl.store(dweight + g * R + row + r, tl.sum(grad * hidden, 1))
+            hidden *= w
+            grad *= w
+        hidden = hidden.to(kind)
+        dup = (grad * silu).to(kind)
+        dgate = (grad * (share * (1.0 + gate * (1.0 - share))) * up).to(kind)
         at = h_columns_scale + tile * width + k
-        _store_columns(hidden, h_columns + k * padded + row, at, padded, channels, POWER)
-
-        gate = _kept(kept, gate_scale, stride, rows, channels)
-        grad = _tile(dh, width, rows, channels, GROUP).to(tl.float32) * w[:, None]
-        dup = (grad * (gate * tl.sigmoid(gate))).to(kind)
+        corner = h_columns + k * padded + row
+        _store_columns(hidden.to(tl.float32), corner, at, padded, channels, STEP, POWER)
         d += row * stride + k
         d_scale += g * R + row
         d_columns += k * padded + row
         d_columns_scale += tile * stride + k
         _leave(
-            dup, d + width, d_scale + groups * R, d_columns + width.to(tl.int64) * padded,
-            d_columns_scale + width, stride, padded, rows, channels, POWER, WHOLE,
+            dgate, r, d, d_scale, d_columns, d_columns_scale, stride, padded, rows, channels, STEP, POWER,
+            WHOLE,
         )  # fmt: skip
-
-        gate = _kept(kept, gate_scale, stride, rows, channels)
-        share = tl.sigmoid(gate)
-        slope = share * (1.0 + gate * (1.0 - share))
-        slope *= _kept(kept + width, up_scale, stride, rows, channels)
-        grad = _tile(dh, width, rows, channels, GROUP).to(tl.float32) * w[:, None]
-        dgate = (grad * slope).to(kind)
-        _leave(dgate, d, d_scale, d_columns, d_columns_scale, stride, padded, rows, channels, POWER, WHOLE)
+        _leave(
+            dup, r, d + width, d_scale + groups * R, d_columns + width.to(tl.int64) * padded,
+            d_columns_scale + width, stride, padded, rows, channels, STEP, POWER, WHOLE,
+        )  # fmt: skip
 
 
 def swiglu_backward(
@@ -376,7 +406,7 @@ def swiglu_backward(
         _swiglu_backward_kernel[(padded // TILE, groups)](
             *kept[:2], dh_RI, dweight if weight_R is None else weight_R,
             dweight if rows is None else rows.used, *out, *hidden[:2], dweight, width, R, padded,
-            POWER=power, ROWS=rows is not None, WHOLE=whole, num_warps=16,
+            POWER=power, ROWS=rows is not None, WHOLE=whole, STEP=32, num_warps=16,
         )  # fmt: skip
     if not whole:
         d, across = quantise_both(plain, power, rows)
