@@ -76,17 +76,19 @@ class Total:
 class Reward(Protocol):
     """Judges a completion. `others`: scores of the rewards before it that it may depend on (see `of`).
 
-    Class attributes: kind, its name in recipes; needs, the fields that a record must have; low and high, the
-    range of values; accuracy, whether it says that an answer is right; where, in which process it runs:
+    kind, its name in recipes; needs, the fields that a record must have; low and high, the range of values;
+    accuracy, whether it says that an answer is right; where, in which process it runs:
     "here": in the caller's, quick and bounded by construction; "worker": in a worker process, killed at its
     timeout; "locked": in a worker that, once ready, can open no file for writing, no socket and no process;
     "batch": in the caller's, all completions at once (see `BatchReward`)."""
 
     kind: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]]
-    accuracy: ClassVar[bool]
     where: ClassVar[str]
 
+    @property
+    def accuracy(self) -> bool: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
     @property
     def low(self) -> float: ...
     @property
