@@ -130,8 +130,11 @@ def round_up_to_power_of_two(s: Tensor) -> Tensor:
 
 
 def _scale(amax: Tensor, power_of_two: bool) -> Tensor:
-    """amax / 448, kept normal so that w / s cannot overflow; 1 for an all-zero block."""
-    s = (amax / E4M3_MAX).clamp(min=_SMALLEST_NORMAL)
+    """amax / 448, kept normal so that w / s cannot overflow; 1 for an all-zero block.
+
+    By a tensor: a CUDA device divides by a number as it multiplies with the rounded 1/448, an ulp off.
+    """
+    s = (amax / torch.full((), E4M3_MAX, dtype=amax.dtype, device=amax.device)).clamp(min=_SMALLEST_NORMAL)
     if power_of_two:
         s = round_up_to_power_of_two(s)
     return torch.where(amax == 0, torch.ones_like(s), s)
