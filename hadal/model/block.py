@@ -39,6 +39,7 @@ class Block(nn.Module):
             x_TD = self.self_attn(x_TD, ctx, x_TD, self.input_layernorm.late)
             late = self.post_attention_layernorm.late
             return self.mlp(x_TD, x_TD, ctx, late) if self.is_moe else self.mlp(x_TD, x_TD, late)
-        attended_TD = self.self_attn(self.input_layernorm(x_TD), ctx)
+        x_TD, normed_TD = self.input_layernorm.beside(x_TD)
+        attended_TD = self.self_attn(normed_TD, ctx)
         x_TD, normed_TD = self.post_attention_layernorm.after_add(x_TD, attended_TD)
         return self.mlp(normed_TD, x_TD, ctx) if self.is_moe else self.mlp(normed_TD, x_TD)

@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor, nn
 
-from hadal.ops.dispatch import needs_grad
+from hadal.ops.dispatch import needs_grad, train_triton
 from hadal.ops.experts import ffn
 from hadal.ops.linear import Norm, linear
 from hadal.ops.packed import Packed
@@ -58,6 +58,16 @@ class RMSNorm(nn.Module):
         normed: Tensor = recomputed("norm", rms_norm, x, self.weight, self.eps)
         return normed
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, its norm), of a stream that goes on as well: on a GPU its two gradients are joined in the
+        norm's kernel."""
+        if not train_triton(x, self.weight):
+            return x, self(x)
+        from hadal.ops.triton.train_norm import forked
+
+        stream, normed = recomputed("norm", forked, x, self.weight, self.eps)
+        return stream, normed
+
     @property
     def late(self) -> Norm:
         """Itself, to be taken by the product that follows."""
@@ -66,8 +76,7 @@ class RMSNorm(nn.Module):
     def after_add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """(x + delta, its norm)."""
         if needs_grad(x, delta, self.weight):
-            total = x + delta
-            return total, self(total)
+            return self.beside(x + delta)
         return add_rms_norm(x, delta, self.weight, self.eps)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hadal.ops import cpu, invariant
-from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.dispatch import train_triton, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 from hadal.ops.linear import SMALL_M, per_head
 from hadal.ops.rms_norm import rms_norm
@@ -22,6 +22,10 @@ def latent_entry(kv_TC: Tensor, norm_L: Tensor, eps: float, rotation_T2r: Tensor
     """Cache entries [T, C] of the down-projected [T, C]: latent normed, rope key rotated. Differentiable."""
     if is_exact():
         return invariant.latent_entry(kv_TC, norm_L, eps, rotation_T2r)
+    if train_triton(kv_TC, norm_L):
+        from hadal.ops.triton.train_norm import latent_entry as differentiable
+
+        return differentiable(kv_TC, norm_L, eps, rotation_T2r)
     latent_TL, rope_TR = kv_TC.split([norm_L.shape[0], kv_TC.shape[1] - norm_L.shape[0]], -1)
     return torch.cat([rms_norm(latent_TL, norm_L, eps), rotate_interleaved(rope_TR, rotation_T2r)], -1)
 

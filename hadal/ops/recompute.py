@@ -57,9 +57,13 @@ class _Tape:
         self.kinds, self.kept, self.running = frozenset(kinds), kept, False
         self.outputs: dict[int, tuple[StorageWeakRef, _Run, int, torch.dtype]] = {}
 
-    def add(self, run: _Run, outputs: tuple[Tensor, ...]) -> None:
+    def add(self, run: _Run, outputs: tuple[Tensor, ...], given: Iterable[Any]) -> None:
+        """An output that lies where an argument does is no new tensor."""
+        known = {a.untyped_storage()._cdata for a in given if isinstance(a, Tensor)}
         for number, output in enumerate(outputs):
             storage = output.untyped_storage()
+            if storage._cdata in known:
+                continue
             self.outputs[storage._cdata] = (StorageWeakRef(storage), run, number, output.dtype)
 
     def pack(self, tensor: Tensor) -> Tensor | _Note:
@@ -108,12 +112,12 @@ def recompute(kinds: Iterable[str], kept: Callable[[Tensor], None] | None = None
 
 def recomputed(kind: str, f: Callable[..., Any], *args: Any) -> Any:
     """f(*args), made again in the backward pass where `recompute` asks for this kind. `f` returns a new
-    tensor, or a tuple of such, and depends on its arguments alone."""
+    tensor, or a tuple of such and of its arguments, and depends on these alone."""
     tape = _TAPE.get()
     if tape is None or kind not in tape.kinds or not needs_grad(*(a for a in args if isinstance(a, Tensor))):
         return f(*args)
     outputs: tuple[Tensor, ...] = _Recomputed.apply(tape, run := _Run(tape, f, args), *args)
-    tape.add(run, outputs)
+    tape.add(run, outputs, args)
     return outputs[0] if run.single else outputs
 
 

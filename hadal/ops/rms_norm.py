@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hadal.ops import cpu, invariant
-from hadal.ops.dispatch import use_cpu_kernels, use_triton
+from hadal.ops.dispatch import train_triton, use_cpu_kernels, use_triton
 from hadal.ops.exact import is_exact
 
 
@@ -32,7 +32,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return fast(x, weight, eps)
     if use_cpu_kernels(x, weight):
         return cpu.rms_norm(x, weight, eps)
-    if x.is_cuda:  # training: one fused, differentiable kernel; it rounds once, after the weight
+    if train_triton(x, weight):
+        from hadal.ops.triton.train_norm import rms_norm as differentiable
+
+        return differentiable(x, weight, eps)
+    if x.is_cuda:  # one fused, differentiable kernel; it rounds once, after the weight
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
     return rms_norm_reference(x, weight, eps)
 

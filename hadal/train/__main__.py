@@ -13,6 +13,7 @@ from hadal.data.shards import ShardError
 from hadal.evals.in_training import examine
 from hadal.text.tokenizer import TokenizerError
 from hadal.train.fp8_report import fp8_report, lines
+from hadal.train.graphs import GraphError
 from hadal.train.main import train
 from hadal.train.nonfinite import NonFiniteError
 from hadal.train.recipe import RecipeError
@@ -51,6 +52,7 @@ def main() -> int:
     except (
         RecipeError,
         CheckpointError,
+        GraphError,
         NonFiniteError,
         ConfigError,
         ShardError,

@@ -63,7 +63,7 @@ def test_micro_batches_share_a_steps_weights(scales, monkeypatch):
         trainer = tiny.trainer(tiny.model(), rows=8, micro_rows=2)
         trainer.objective = Objective(fp8=True, fp8_scales=scales, recompute=("up",))
         if not share:
-            monkeypatch.setattr("hadal.train.trainer.constant_weights", lambda on: nullcontext())
+            monkeypatch.setattr("hadal.train.passes.constant_weights", lambda on: nullcontext())
         seen.clear()
         for _ in range(2):
             trainer.step()
