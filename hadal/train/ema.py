@@ -96,6 +96,7 @@ class Ema:
         try:
             with torch.no_grad():
                 torch._foreach_copy_(self.optimizer.parameters, self._views())
+                self.optimizer.wrote()
             yield
         finally:
             self.optimizer.to_model()

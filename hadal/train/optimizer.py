@@ -18,7 +18,7 @@ when a loss or a gradient is not finite, and need not wait for the device to kno
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -80,6 +80,7 @@ class AdamW:
         self.exp_avg_N = torch.zeros(size, dtype=moment_dtype, device=device)
         self.exp_avg_sq_N = torch.zeros(size, dtype=moment_dtype, device=device)
         self.steps = 0
+        self.on_write: Callable[[], None] | None = None  # for whoever makes weights out of the parameters
         self._has_grad = False
         self._taken: set[int] = set()  # parameters whose gradient of this backward pass is summed already
         self._masters, self._grads = self._views(self.master_N), self._views(self.grad_N)
@@ -117,6 +118,12 @@ class AdamW:
     def to_model(self) -> None:
         """Parameters ← masters, rounded to the model's dtype."""
         torch._foreach_copy_(self.parameters, self._masters)
+        self.wrote()
+
+    def wrote(self) -> None:
+        """The parameters have been written: tells `on_write`."""
+        if self.on_write is not None:
+            self.on_write()
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
@@ -207,7 +214,9 @@ class AdamW:
             self.grad_N, self.master_N, self.exp_avg_N, self.exp_avg_sq_N,
             self._parameter_N if flat else None, norm, alive, self.decayed, numbers,
         )  # fmt: skip
-        if not flat:
+        if flat:
+            self.wrote()
+        else:
             self.to_model()
 
     def _slabs(self) -> Iterator[tuple[slice, bool]]:
