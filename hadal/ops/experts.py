@@ -230,7 +230,7 @@ def _routed(
     args = (x_TD, expert_TK, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD)
     frozen = not needs_grad(*args)
     if is_fp8_training() and not frozen:
-        return _plus(fp8_training.experts(*args[:5]), shared_TD, residual_TD)
+        return fp8_training.experts(*args)
     few = x_TD.shape[0] <= SMALL_M or not _many(expert_TK, gate_up_E2ID)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return experts_grouped(*args)

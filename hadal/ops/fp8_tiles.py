@@ -94,11 +94,16 @@ def tiles_at_most(pairs: int, n_experts: int) -> int:
     return max(1, min(pairs, -(-pairs // TILE) + n_experts))
 
 
-def sum_rows(row_RD: Tensor, rows: Rows) -> Tensor:
-    """[T, D]: the sum of each token's rows, in FP32."""
+def sum_rows(
+    row_RD: Tensor, rows: Rows, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None
+) -> Tensor:
+    """[T, D]: the sum of each token's rows, and of what is added to them, in FP32."""
     tokens, top_k = rows.place_TK.shape
     row_TKD = row_RD.index_select(0, rows.place_TK.flatten()).view(tokens, top_k, -1)
-    return row_TKD.float().sum(1).to(row_RD.dtype)
+    sum_TD = row_TKD.float().sum(1)
+    for other_TD in (shared_TD, residual_TD):
+        sum_TD = sum_TD if other_TD is None else sum_TD + other_TD.float()
+    return sum_TD.to(row_RD.dtype)
 
 
 # --- quantising ---------------------------------------------------------------------------------------------

@@ -175,28 +175,32 @@ class _Linear(torch.autograd.Function):
 # --- feed-forward networks ----------------------------------------------------------------------------------
 def ffn(x_TD: Tensor, gate_up_2ID: Tensor, down_DI: Tensor) -> Tensor:
     """down(silu(gate·x) ⊙ up·x), its products in FP8."""
-    y_TD = _Network.apply(x_TD.reshape(-1, x_TD.shape[-1]), None, gate_up_2ID, down_DI, None)
+    y_TD = _Network.apply(x_TD.reshape(-1, x_TD.shape[-1]), None, gate_up_2ID, down_DI, None, None, None)
     return cast(Tensor, y_TD).view(x_TD.shape)
 
 
 def experts(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
-) -> Tensor:
-    """Σ_k w_k · ffn_{e_k}(x) [T, D], products in FP8, grouped by expert. Reference of the sum, in the model's
-    dtype: `hadal.ops.experts.experts_reference`."""
+    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+    shared_TD: Tensor | None = None, residual_TD: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Σ_k w_k · ffn_{e_k}(x) + shared + residual [T, D], products in FP8, grouped by expert. Reference of the
+    sum, in the model's dtype: `hadal.ops.experts.experts_reference`."""
     if not x_TD.shape[0]:
         return x_TD.clone()
     rows: Rows = _kernels(x_TD).sort_rows(expert_TK, gate_up_E2ID.shape[0])
-    return cast(Tensor, _Network.apply(x_TD, weight_TK, gate_up_E2ID, down_EDI, rows))
+    args = x_TD, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD, rows
+    return cast(Tensor, _Network.apply(*args))
 
 
 class _Network(torch.autograd.Function):
-    """A SwiGLU network, or many of them with a token's rows gathered, weighted and summed."""
+    """A SwiGLU network, or many of them with a token's rows gathered, weighted and summed, and what else is
+    added to the sum."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weight_TK: Tensor | None, gate_up: Tensor, down: Tensor, rows: Rows | None
-    ) -> Tensor:
+        ctx: Any, x_TD: Tensor, weight_TK: Tensor | None, gate_up: Tensor, down: Tensor,
+        shared_TD: Tensor | None, residual_TD: Tensor | None, rows: Rows | None,
+    ) -> Tensor:  # fmt: skip
         ops, dtype = _kernels(x_TD), x_TD.dtype
         ctx.weights, ctx.power = (_quantised(gate_up), _quantised(down)), _power()
         x: Codes = ops.quantise(x_TD, True)
@@ -208,7 +212,7 @@ class _Network(torch.autograd.Function):
         y = ops.matmul(hidden, ctx.weights[1].fprop, dtype, rows)
         ctx.save_for_backward(x.q, x.scale, kept.q, kept.scale, weight_R, *(rows or ()))
         ctx.dtypes = dtype, gate_up.dtype, down.dtype, None if weight_TK is None else weight_TK.dtype
-        return cast(Tensor, y if rows is None else ops.sum_rows(y, rows))
+        return cast(Tensor, y if rows is None else ops.sum_rows(y, rows, shared_TD, residual_TD))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,9 +234,10 @@ class _Network(torch.autograd.Function):
         del d
         dgate_up = ops.outer(d_columns, ops.columns(Codes(q, scale, True), rows), ctx.dtypes[1], rows)
         if rows is None:
-            return dx, None, dgate_up, ddown, None
+            return dx, None, dgate_up, ddown, None, None, None
         dweight_TK = dweight_R[rows.place_TK].to(ctx.dtypes[3])
-        return ops.sum_rows(dx, rows), dweight_TK, dgate_up, ddown, None
+        added = (grads[0] if needed else None for needed in ctx.needs_input_grad[4:6])
+        return ops.sum_rows(dx, rows), dweight_TK, dgate_up, ddown, *added, None
 
 
 def _by_row(weight_TK: Tensor, rows: Rows) -> Tensor:

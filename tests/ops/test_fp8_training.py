@@ -149,6 +149,21 @@ def test_experts_are_near_those_in_high_precision(dtype):
     assert ends[0][0].dtype == dtype
 
 
+def test_what_is_added_to_experts_passes_its_gradient_on():
+    torch.manual_seed(0)
+    x, expert, weight, gate_up, down, dy = routed(40, 64, 48, 5, 2)
+    shared, residual = (torch.randn_like(x).requires_grad_() for _ in range(2))
+    x.requires_grad_()
+    plain = fp8_training.experts(x, expert, weight, gate_up, down)
+    for others in ((shared, residual), (None, residual), (shared, None), (shared.detach(), residual)):
+        y = fp8_training.experts(x, expert, weight, gate_up, down, *others)
+        torch.testing.assert_close(y, plain + sum(t for t in others if t is not None))
+        learned = [t for t in others if t is not None and t.requires_grad]
+        dx, *rest = torch.autograd.grad(y, [x, *learned], dy)
+        assert all(torch.equal(d, dy) for d in rest)
+        assert torch.equal(dx, torch.autograd.grad(plain, x, dy, retain_graph=True)[0])
+
+
 def test_sorted_rows_begin_at_tiles():
     expert = torch.tensor([[3, 0], [3, 1], [3, 0]])
     rows = fp8_tiles.sort_rows(expert, 5)

@@ -131,7 +131,28 @@ def test_rows_by_expert(tokens, width):
     same(fp8_train.columns(codes, rows), plain.columns(codes, rows), columns=used)
     row_RD = torch.randn(rows.token_R.numel(), width).to(DTYPE).to(DEVICE)
     row_RD[used.stop :] = float("nan")
-    assert error(fp8_train.sum_rows(row_RD, rows), plain.sum_rows(row_RD, rows)) < 1e-2
+    shared, residual = (torch.randn(tokens, width).to(DTYPE).to(DEVICE) for _ in range(2))
+    for others in ((), (shared,), (None, residual), (shared, residual)):
+        found, want = (ops.sum_rows(row_RD, rows, *others) for ops in (fp8_train, plain))
+        assert error(found, want) < 1e-2
+
+
+@needs_triton
+def test_scales_next_to_powers_of_two():
+    """Largest values on both sides of where the next power begins, all in one code of difference."""
+    from hadal.ops.triton import fp8_train
+
+    edge = torch.tensor([1.75, 1.0, 2.0, 1.5]).view(torch.int32)[:, None] + torch.arange(-2, 3)
+    edge = (edge.view(torch.float32).flatten()[:, None] * 2.0 ** torch.tensor([-90, -9, 0, 60])).flatten()
+    x = torch.zeros(edge.numel(), 128)
+    x[:, 7] = edge
+    x = x.to(DTYPE).to(DEVICE)
+    same(fp8_train.quantise(x, True), plain.quantise(x, True))
+    assert plain.quantise(x, True).scale.unique().numel() >= 8
+    x[0, 3] = float("inf")
+    x[1, 5] = float("nan")
+    wide = plain.dequantise(fp8_train.quantise(x, True))
+    assert not wide[0].isfinite().all() and wide[1, 5].isnan() and wide[2:].isfinite().all()
 
 
 @needs_triton

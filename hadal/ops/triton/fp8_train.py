@@ -249,12 +249,14 @@ def gather(codes: Codes, rows: Rows) -> Codes:
     return out
 
 
-def sum_rows(row_RD: Tensor, rows: Rows) -> Tensor:
-    """[T, D]: the sum of each token's rows, in FP32."""
+def sum_rows(
+    row_RD: Tensor, rows: Rows, shared_TD: Tensor | None = None, residual_TD: Tensor | None = None
+) -> Tensor:
+    """[T, D]: the sum of each token's rows, and of what is added to them, in FP32."""
     from hadal.ops.triton.experts import combine
 
     one_TK = torch.ones(rows.place_TK.shape, dtype=torch.float32, device=row_RD.device)
-    return combine(row_RD, rows.place_TK, one_TK)
+    return combine(row_RD, rows.place_TK, one_TK, shared_TD, residual_TD)
 
 
 # --- SwiGLU -------------------------------------------------------------------------------------------------
