@@ -3,6 +3,7 @@
     python benchmarks/train_gpu.py                           # V2-Lite's width, a dense 1.5B's, and hadal-mini
     python benchmarks/train_gpu.py --cases v2-lite --fp8     # the FP8 recipe beside BF16, in one process
     python benchmarks/train_gpu.py --cases v2-lite --profile 30   # kernels by time as well
+    python benchmarks/train_gpu.py --no-graph                # every kernel sent by the host, as without CUDA graphs
 
 Random weights, random tokens, whole optimizer steps: forward, backward, FP32 accumulation over micro-batches,
 balance, AdamW. `v2-lite`: the width of DeepSeek-V2-Lite (hidden 2048, 64 experts of 1408, 2 shared, MLA) with
@@ -34,6 +35,7 @@ from hadal.model.transformer import Transformer
 from hadal.plan.training import TrainingShape, training_memory
 from hadal.train.batches import Batch, batches
 from hadal.train.flops import peak, step_flops
+from hadal.train.graphs import WARM, PassGraphs
 from hadal.train.losses import Objective
 from hadal.train.optimizer import AdamW
 from hadal.train.schedules import LearningRate, Schedule
@@ -89,12 +91,14 @@ def stream(case: Case) -> Iterator[Batch]:
         yield from few
 
 
-def trainer(case: Case, fp8: bool) -> Trainer:
+def trainer(case: Case, fp8: bool, graph: bool) -> Trainer:
     model = Transformer(case.config, dtype=torch.bfloat16, device="cuda", max_positions=case.context)
     model.init_weights(0, 0.006 if case.config.hidden_size > 1000 else 0.02)
     schedule = Schedule(LearningRate(1e-4, 1e-5, 0, 10**12, 10**12), 0.001, 10**12, 0.3, 0.1, 10**12)
     objective = Objective(sequence_alpha=1e-4, recompute=case.recompute, fp8=fp8)
-    return Trainer(model, AdamW(model.named_parameters()), stream(case), schedule, objective)
+    optimizer = AdamW(model.named_parameters())
+    graphs = PassGraphs(model, optimizer) if graph else None
+    return Trainer(model, optimizer, stream(case), schedule, objective, graphs=graphs)
 
 
 def timed(run: Callable[[], object], seconds: float) -> float:
@@ -108,15 +112,15 @@ def timed(run: Callable[[], object], seconds: float) -> float:
     return median(times)
 
 
-def measure(name: str, case: Case, fp8: bool, seconds: float, top: int) -> dict[str, Any]:
+def measure(name: str, case: Case, fp8: bool, graph: bool, seconds: float, top: int) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    run = trainer(case, fp8)
+    run = trainer(case, fp8, graph)
     batch = next(run.batches)
     begin = time.perf_counter()
-    arrived = [run.step() for _ in range(3)]
+    arrived = [run.step() for _ in range(WARM + 1)]  # the last one is recorded
     torch.cuda.synchronize()
     warm = time.perf_counter() - begin
     step = timed(run.step, seconds)
@@ -129,7 +133,9 @@ def measure(name: str, case: Case, fp8: bool, seconds: float, top: int) -> dict[
         "mfu": flops / step / peak(torch.device("cuda"), torch.bfloat16).flops,
         "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30,
         "predicted_gib": training_memory(case.config, shape).peak / 2**30,
-        "tokens_a_step": batch.tokens,
+        "tokens_a_step": batch.tokens, "graphs": run.graphs.recorded if run.graphs else 0,
+        "graphs_gib": run.graphs.bytes / 2**30 if run.graphs else 0.0,
+        "graphs_off": run.graphs.broken if run.graphs else None,
         "losses": [stats.loss for few in [*arrived, run.arrived(wait=True)] for stats in few][:3],
     }  # fmt: skip
     print(f"{name}{' FP8' if fp8 else ''}: {found}", flush=True)
@@ -162,6 +168,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=["v2-lite", "qwen-1.5b", "hadal-mini"])
     parser.add_argument("--fp8", action="store_true", help="the FP8 recipe as well, beside BF16")
     parser.add_argument("--layers", type=int, default=7, help="of the V2-Lite-width model")
+    parser.add_argument("--no-graph", action="store_true", help="no CUDA graphs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measurement a case")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="show the N longest kernels")
     parser.add_argument("--out", help="folder of the result file")
@@ -172,7 +179,7 @@ def main() -> None:
         case, base = cases(args.layers)[name], None
         for fp8 in (False, True) if args.fp8 else (False,):
             try:
-                found = measure(name, case, fp8, args.seconds, args.profile)
+                found = measure(name, case, fp8, not args.no_graph, args.seconds, args.profile)
             except torch.cuda.OutOfMemoryError as error:
                 print(f"{name}: {str(error)[:200]}", flush=True)
                 continue
