@@ -1,6 +1,7 @@
 """Context extension, before and after: the needle grid of one small model in five states.
 
     python benchmarks/long_context.py --out runs/long-context-study [--seed 1] [--minutes 8]
+    python benchmarks/long_context.py --out runs/long-context-study --require-exact 0.5
     python benchmarks/long_context.py --out runs/long-context-study --draw          (pictures from the JSON)
 
     base            the main pre-training of recipes/long-context.toml, at its first length
@@ -9,7 +10,9 @@
     no YaRN         the same phases from the same checkpoint without rope_scaling
 
 What is there already is kept: the same line again goes on where it stopped (`--minutes` stops training in
-time for a machine that is lent by the ten minutes). Results: OUT/needle.json, OUT/needle.png where matplotlib
+time for a machine that is lent by the ten minutes). Where the main part has not learnt to find one needle at
+its own length, grids are red whatever follows: training prints what it finds in held-out documents, and
+`--require-exact` stops there. Results: OUT/needle.json, OUT/needle.png where matplotlib
 is installed, and each grid on the terminal.
 """
 
@@ -35,12 +38,22 @@ from hadal.train.runs import read
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "long-context.toml"
 
 
-def train_all(recipe: Recipe, out: Path, device: str, until: float) -> bool:
-    """The base, and its two continuations from the same checkpoint. False where time ran out."""
+class NotLearnt(Exception):
+    """The main part does not find enough needles of its own length."""
+
+
+def train_all(recipe: Recipe, out: Path, device: str, until: float, require: float) -> bool:
+    """The base, and its two continuations from the same checkpoint. False where time ran out. Raises
+    NotLearnt where the base finds less than the share `require` of held-out needles."""
     data = dataclasses.replace(recipe.data, path=str(out / "data"))
     plain = tuple(dataclasses.replace(phase, rope_scaling={}) for phase in recipe.phases)
     for name, phases in (("base", ()), ("yarn", recipe.phases), ("no-yarn", plain)):
         folder = out / name
+        if name == "yarn" and found_by(out / "base") < require:
+            raise NotLearnt(
+                f"the main part finds {found_by(out / 'base'):.1%} of held-out needles, --require-exact is "
+                f"{require:.1%}: train longer, or at another rate, into another --out (see {out / 'base'})"
+            )
         if name != "base" and not folder.exists():
             temporary = out / f".{name}"
             shutil.rmtree(temporary, ignore_errors=True)
@@ -58,6 +71,21 @@ def train_all(recipe: Recipe, out: Path, device: str, until: float) -> bool:
         if not train(written, resume=True, out=folder, device=device).finished:
             return False
     return True
+
+
+def found_by(folder: Path) -> float:
+    """The share of held-out documents with one needle that the run in `folder` answers to the letter at its
+    end; a share of all held-out documents where they are of another kind."""
+    last = read(folder).kind("heldout")[-1]
+    return float(last["domains"].get("one", last)["exact"])
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """Shares of held-out documents without a fault, by form, through the run in `folder`."""
+    return [
+        {"step": event["step"], **{name: score["exact"] for name, score in event["domains"].items()}}
+        for event in read(folder).kind("heldout")
+    ]
 
 
 def finished(folder: Path, steps: int) -> bool:
@@ -117,7 +145,7 @@ def examine(
 
 
 def main() -> int:
-    """0: finished; 3: time ran out, give the same line again."""
+    """0: finished; 3: time ran out, give the same line again; 4: the main part has not learnt enough."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="SECTION.KEY=VALUE")
@@ -129,6 +157,7 @@ def main() -> int:
     parser.add_argument("--depths", type=int, default=11)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long")
+    parser.add_argument("--require-exact", type=float, default=0.0, help="of the main part; see above")
     parser.add_argument("--draw", action="store_true", help="only draw OUT/needle.json")
     args = parser.parse_args()
     out, result = args.out, args.out / "needle.json"
@@ -139,9 +168,13 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     until = time.perf_counter() + 60 * args.minutes
     recipe = recipes.load(args.recipe, [*args.overrides, f"run.seed={args.seed}"])
-    if not train_all(recipe, out, args.device, until):
-        print("time ran out while training: give the same line again")
-        return 3
+    try:
+        if not train_all(recipe, out, args.device, until, args.require_exact):
+            print("time ran out while training: give the same line again")
+            return 3
+    except NotLearnt as error:
+        print(error)
+        return 4
     lengths = needle.powers(args.first, args.to or recipe.phases[-1].context)
     known = {"recipe": recipe.to_dict(), "grids": {}, "seconds": {}} | known
     for key, title, folder in states(recipe, out):
@@ -153,6 +186,7 @@ def main() -> int:
                 folder, title, lengths, args.samples, args.depths, args.seed, args.device
             )
             known["seconds"] |= {name: seconds(out / name) for name in ("base", "yarn", "no-yarn")}
+            known["heldout"] = {name: history(out / name) for name in ("base", "yarn", "no-yarn")}
             result.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         print(f"\n{title}")
         print("\n".join(needle.heat_lines(known["grids"][key], colour=False)))

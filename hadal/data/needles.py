@@ -6,11 +6,17 @@
     answer        the needle's sentence again; right if its number is the planted one
 
 Towns and numbers are split by a hash: what is asked in an evaluation is never planted in training, and an
-evaluation asks for real cities alone. Training documents plant several needles and ask for some of them, so
-that a row holds more than one number's worth of signal; an evaluation plants one (DeepSeek-V3 report, Figure
-8; the test is Kamradt's, 2023).
+evaluation asks for real cities alone. Nearly all towns in training are spliced from two cities ("Lisdam"), so
+that a name can only be copied, not known. An evaluation plants one needle (DeepSeek-V3 report, Figure 8; the
+test is Kamradt's, 2023), which is little to learn from: one number in a row. Training documents come in two
+forms, and held-out ones in a third:
 
-A training document is, in the template of hadal-mini (R1's),
+    needles   several needles, some of them asked for, in the evaluation's words
+    list      as many brief facts ("Lisbon is 48213.") as fit, all of them asked for in another order: a third
+              of what counts in the loss are then digits that can be copied, and nothing else helps
+    one       one needle: what `hadal needle` asks (held-out documents alone)
+
+A document is, in the template of hadal-mini (R1's),
 
     <bos><｜User｜>haystack\\nquestion<｜Assistant｜><think>\\n</think>\\n\\nanswers<eos>
 
@@ -60,17 +66,13 @@ CITIES = (
     "Trieste Tripoli Tromso Tunis Turin Turku Utrecht Valencia Valletta Vancouver Venice Verona Vienna "
     "Vilnius Warsaw Wellington Windhoek York Zagreb Zaragoza Zurich"
 ).split()
-_SYLLABLES = (  # of made-up towns
-    "Al Bar Cas Dor El Fal Gran Hol Is Jor Kel Lor Mar Nor Ost Pel Ros Sal Tor Ul Val Wes Yar Zel".split(),
-    "a an ar e el en er i il in ir o ol on or u ul um un".split(),
-    "bach bridge burg by dale field ford ham ia land mar mont na nes port ria stad ton ville wick".split(),
-)
-
 SHARD_TOKENS = 2_000_000
 BANK_TOKENS = 200_000  # of haystack, from which the documents of a shard take their spans
 NEEDLE_ROOM = 60  # tokens of a document for each needle, its question and its answer
+BRIEF_ROOM = 30  # the same of a brief fact
 MAX_NEEDLES = 32
-FORMAT = 1
+FORMS = ("needles", "list", "one")
+SHORTEST = 96  # tokens of a document of needles; shorter ones, down to 64, are lists
 
 _NUMBER = re.compile(r"\d(?:[\d,  ]*\d)?")
 
@@ -85,6 +87,10 @@ class Fact:
     @property
     def sentence(self) -> str:
         return f"The magic number of {self.town} is {self.number}."
+
+    @property
+    def brief(self) -> str:
+        return f"{self.town} is {self.number}."
 
 
 def is_held_out(text: str) -> bool:
@@ -114,13 +120,11 @@ def draw_facts(rng: random.Random, split: str, count: int) -> list[Fact]:
 
 
 def _training_town(rng: random.Random) -> str:
-    """A real city or a made-up town, as often."""
+    """The beginning of one city and the end of another; now and then a city as it is."""
     while True:
-        if rng.random() < 0.5:
-            name = rng.choice(CITIES)
-        else:
-            name = "".join(map(rng.choice, _SYLLABLES))
-        if not is_held_out(name):
+        one, other = rng.choice(CITIES), rng.choice(CITIES)
+        name = one if rng.random() < 0.1 else one[: rng.randint(1, 4)] + other[-rng.randint(2, 5) :].lower()
+        if 3 <= len(name) <= 9 and not is_held_out(name):
             return name
 
 
@@ -131,16 +135,18 @@ def _number(rng: random.Random, split: str) -> str:
             return number
 
 
-def question(facts: Sequence[Fact]) -> str:
+def question(facts: Sequence[Fact], *, brief: bool = False) -> str:
     """The question for one number or several."""
     towns = ", ".join(fact.town for fact in facts)
+    if brief:
+        return f"{towns}?"
     what = "What is the magic number" if len(facts) == 1 else "What are the magic numbers"
     return f"{what} of {towns}?"
 
 
-def answer(facts: Sequence[Fact]) -> str:
+def answer(facts: Sequence[Fact], *, brief: bool = False) -> str:
     """The answer that training documents give: the needles' sentences, in the question's order."""
-    return "\n".join(fact.sentence for fact in facts)
+    return "\n".join(fact.brief if brief else fact.sentence for fact in facts)
 
 
 def is_right(completion: str, fact: Fact) -> bool:
@@ -197,20 +203,23 @@ def fill_bank(lines: Iterator[str], encoder: Encoder, tokens: int) -> Bank:
 
 
 # --- training documents ---
-def document(rng: random.Random, bank: Bank, encoder: Encoder, length: int, split: str) -> Ids:
-    """One training document of exactly `length` tokens. Raises ValueError where no needle fits."""
+def document(
+    rng: random.Random, bank: Bank, encoder: Encoder, length: int, split: str, form: str = "needles"
+) -> Ids:
+    """One document of exactly `length` tokens. Raises ValueError where no needle fits, or on an unknown
+    form."""
     head = encoder.encode("<｜begin▁of▁sentence｜><｜User｜>")
-    count, room = rng.randint(1, max(1, min(MAX_NEEDLES, length // NEEDLE_ROOM))) + 1, -1
+    brief, room = form == "list", -1
+    count = _how_many(rng, length, form) + 1
     while room < 0:  # long names may need more room than there is: one needle less
         count -= 1
         if not count:
             raise ValueError(f"a document of {length} tokens is too short for a needle")
         planted = draw_facts(rng, split, count)
-        asked = rng.sample(planted, count if rng.random() < 0.5 else rng.randint(1, count))
-        tail = encoder.encode(
-            f"{question(asked)}<｜Assistant｜><think>\n</think>\n\n{answer(asked)}<｜end▁of▁sentence｜>"
-        )
-        needles = [encoder.encode(fact.sentence + "\n") for fact in planted]
+        asked = rng.sample(planted, count if brief or rng.random() < 0.5 else rng.randint(1, count))
+        asks, answers = question(asked, brief=brief), answer(asked, brief=brief)
+        tail = encoder.encode(f"{asks}<｜Assistant｜><think>\n</think>\n\n{answers}<｜end▁of▁sentence｜>")
+        needles = [encoder.encode((fact.brief if brief else fact.sentence) + "\n") for fact in planted]
         room = length - len(head) - len(tail) - sum(map(len, needles))
     last = int(np.searchsorted(bank.starts, len(bank.tokens) - room, side="right"))
     if len(bank.tokens) < room or last < 1:
@@ -227,6 +236,17 @@ def document(rng: random.Random, bank: Bank, encoder: Encoder, length: int, spli
     return np.concatenate([np.asarray(part, dtype=np.uint16) for part in parts])
 
 
+def _how_many(rng: random.Random, length: int, form: str) -> int:
+    """Needles of a document: one, any number, or as many as half of it to all of it holds."""
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; forms: {', '.join(FORMS)}")
+    if form == "one":
+        return 1
+    if form == "needles":
+        return rng.randint(1, max(1, min(MAX_NEEDLES, length // NEEDLE_ROOM)))
+    return max(1, min(MAX_NEEDLES, int(length * rng.uniform(0.5, 1.0)) // BRIEF_ROOM))
+
+
 def _place(rng: random.Random, bank: Bank, first: int, end: int) -> int:
     """Where a needle goes: the line start nearest to a depth drawn evenly."""
     wanted = first + rng.random() * (end - first)
@@ -235,14 +255,18 @@ def _place(rng: random.Random, bank: Bank, first: int, end: int) -> int:
     return min((place for place in near if first <= place <= end), key=lambda place: abs(place - wanted))
 
 
-def row(rng: random.Random, bank: Bank, encoder: Encoder, context: int, split: str) -> list[Ids]:
-    """Documents that fill a row: 2^k of C/2^k tokens (64 at least), k drawn from 0 to 3."""
+def row(
+    rng: random.Random, bank: Bank, encoder: Encoder, context: int, split: str, lists: float = 0.0
+) -> list[Ids]:
+    """Documents that fill a row: 2^k of C/2^k tokens, k drawn from 0 to 3, `lists` of them lists. None is
+    shorter than 128 tokens, or 64 where there are lists (and what is too short for needles is one)."""
     halvings = rng.randint(0, 3)
-    while halvings and context >> halvings < 128:
+    while halvings and context >> halvings < (64 if lists else 128):
         halvings -= 1
     count = 2**halvings
     sizes = [context * (i + 1) // count - context * i // count for i in range(count)]
-    return [document(rng, bank, encoder, size, split) for size in sizes]
+    forms = ["list" if size < SHORTEST or rng.random() < lists else "needles" for size in sizes]
+    return [document(rng, bank, encoder, size, split, form) for size, form in zip(sizes, forms, strict=True)]
 
 
 def puzzle_row(rng: random.Random, encoder: Encoder, context: int, seed: int, split: str) -> list[Ids]:
@@ -265,13 +289,16 @@ def write_needles(
     seed: int = 0,
     split: str = "train",
     share: float = 0.5,
+    lists: float = 0.0,
     haystack: Sequence[Path] = (),
     workers: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
-    """`tokens` tokens, filled up to whole rows of `context`, as shards in `folder`: `share` of the rows hold
-    needles, the others puzzles. `haystack`: text files; none: puzzles. `workers`: processes (0: one a core).
+    """`tokens` tokens, filled up to whole rows of `context`, as shards in `folder`. In training, `share` of
+    the rows hold needles, the others puzzles, and `lists` of the documents with needles are lists. Held-out
+    rows are a document each, as many of every form. `haystack`: text files; none: puzzles. `workers`:
+    processes (0: one a core).
 
     A folder that already holds just these is left as it is. Raises ShardError if it holds something else or a
     process fails, OSError and ValueError on texts that cannot be read.
@@ -279,8 +306,9 @@ def write_needles(
     folder, tokenizer = Path(folder), Path(tokenizer)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
-    if context < 96 or tokens < 1 or not 0 <= share <= 1:
-        raise ValueError(f"context {context}, tokens {tokens}, share {share}: at least 96 and 1, and in 0..1")
+    if context < SHORTEST or tokens < 1 or not (0 <= share <= 1 and 0 <= lists <= 1):
+        found = f"context {context}, tokens {tokens}, share {share}, lists {lists}"
+        raise ValueError(f"{found}: at least {SHORTEST}, at least 1, and both shares in 0..1")
     rows = -(-tokens // context)
     made_by = {
         "generator": "hadal.data.needles",
@@ -293,6 +321,7 @@ def write_needles(
         "seed": seed,
         "split": split,
         "share": share,
+        "lists": lists,
         "haystack": [hashlib.sha256(path.read_bytes()).hexdigest() for path in haystack],
         "tokenizer_sha256": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
     }
@@ -302,19 +331,29 @@ def write_needles(
             return found
         differs = sorted(k for k in made_by if found.made_by.get(k) != made_by[k])
         raise ShardError(f"{folder} holds other shards (they differ in {', '.join(differs)}); choose another")
-    per_shard = max(1, shard_tokens // context)
-    count = -(-rows // per_shard)
-    texts = [str(path) for path in haystack]
-    job = Job(str(folder), str(tokenizer.resolve()), context, rows, per_shard, seed, split, share, texts)
+    job = Job(
+        str(folder), str(tokenizer.resolve()), context, rows, max(1, shard_tokens // context), seed, split,
+        share, lists, [str(path) for path in haystack],
+    )  # fmt: skip
+    count = len(job.parts)
     _run(job, count, min(workers or os.cpu_count() or 1, count), progress or (lambda done, of: None))
     shards = []
-    for number in range(count):
-        entry = folder / f"{_name(split, number)}.shard.json"
+    for part in job.parts:
+        entry = folder / f"{part.name}.shard.json"
         shards.append(ShardFile(**json.loads(entry.read_text(encoding="utf-8"))))
         entry.unlink()
     manifest = Manifest(tuple(shards), made_by)
     write_manifest(folder, manifest)
     return manifest
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard: its name, its rows, and the form of its documents (empty: rows as training reads them)."""
+
+    name: str
+    rows: int
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -329,11 +368,20 @@ class Job:
     seed: int
     split: str
     share: float
+    lists: float
     haystack: Sequence[str]
 
-
-def _name(split: str, number: int) -> str:
-    return f"needles-{split}-{number:05d}"
+    @property
+    def parts(self) -> list[Part]:
+        """Training: shards of `per_shard` rows. Held out: a shard a form, which makes it a domain of the
+        held-out loss (hadal/train/domains.py)."""
+        if self.split == "train":
+            starts = range(0, self.rows, self.per_shard)
+            sizes = [min(self.per_shard, self.rows - start) for start in starts]
+            return [Part(f"needles-train-{i:05d}", size) for i, size in enumerate(sizes)]
+        forms = [form for form in ("one", "needles", "list") if form != "list" or self.lists]
+        each = -(-self.rows // len(forms))
+        return [Part(f"heldout-{form}-00000", each, form) for form in forms]
 
 
 def _run(job: Job, count: int, workers: int, progress: Callable[[int, int], None]) -> None:
@@ -370,7 +418,7 @@ def write_shards(job: Job, numbers: Iterable[int]) -> Iterator[int]:
     for number in numbers:
         documents = _documents(job, number, encoder)
         lengths = np.array([len(one) for one in documents], dtype=np.uint32)
-        made = write_shard(folder, _name(job.split, number), (np.concatenate(documents), lengths))
+        made = write_shard(folder, job.parts[number].name, (np.concatenate(documents), lengths))
         entry = folder / f"{made.name}.shard.json"
         partial = entry.with_name(entry.name + ".partial")
         partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
@@ -385,12 +433,14 @@ def _documents(job: Job, number: int, encoder: Encoder) -> list[Ids]:
     lines = text_lines(texts) if texts else puzzle_lines(rng.randrange(2**31), job.split)
     for _ in range(rng.randrange(10_000) if texts else 0):  # every shard begins elsewhere in the texts
         next(lines)
-    rows = min(job.rows, (number + 1) * job.per_shard) - number * job.per_shard
+    rows, form = job.parts[number].rows, job.parts[number].form
     bank = fill_bank(lines, encoder, max(4 * job.context, min(BANK_TOKENS, rows * job.context)))
     documents: list[Ids] = []
     for _ in range(rows):
-        if rng.random() < job.share:
-            documents += row(rng, bank, encoder, job.context, job.split)
+        if form:
+            documents.append(document(rng, bank, encoder, job.context, job.split, form))
+        elif rng.random() < job.share:
+            documents += row(rng, bank, encoder, job.context, job.split, job.lists)
         else:
             documents += puzzle_row(rng, encoder, job.context, job.seed, job.split)
     return documents

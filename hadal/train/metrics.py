@@ -195,8 +195,11 @@ def _short(value: object) -> str:
 
 
 def _of_table(value: object) -> str:
-    """A share, or the loss and bits per byte of a domain."""
+    """A share, or the loss and bits per byte of a domain, and the share of documents without a fault where
+    there are such."""
     if not isinstance(value, Mapping):
         return f"{value:.0%}" if isinstance(value, float) else str(value)
-    bits = value.get("bits_per_byte")
-    return f"{value['loss']:.3f}" + (f" ({bits:.3f} bits/byte)" if bits is not None else "")
+    bits, exact = value.get("bits_per_byte"), value.get("exact")
+    more = [f"{bits:.3f} bits/byte"] if bits is not None else []
+    more += [f"{exact:.0%} exact"] if exact else []
+    return f"{value['loss']:.3f}" + (f" ({', '.join(more)})" if more else "")

@@ -27,6 +27,7 @@ def write_needle_sets(
                 seed=recipe.run.seed,
                 split=split,
                 share=recipe.needles.share,
+                lists=recipe.needles.lists,
                 workers=recipe.data.workers,
                 haystack=[Path(path) for path in recipe.needles.haystack],
                 progress=_tenths(f"writing {split} needles", say),

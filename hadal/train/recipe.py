@@ -288,10 +288,12 @@ class NeedlesRecipe:
     """Long documents with planted facts (hadal/data/needles.py), for data.source = "needles"."""
 
     share: float = 0.5  # of the rows; the others hold puzzles
+    lists: float = 0.0  # of the documents with needles: lists of brief facts, all of them asked for
     haystack: tuple[str, ...] = ()  # text files; none: puzzles
 
     def __post_init__(self) -> None:
         require(0 <= self.share <= 1, "needles.share", self.share, "a share of the rows")
+        require(0 <= self.lists <= 1, "needles.lists", self.lists, "a share of the documents with needles")
 
 
 @dataclass(frozen=True)

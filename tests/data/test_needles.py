@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from hadal.data.needles import (
 from hadal.data.shards import Manifest, ShardError, open_shard, verify_shards
 from hadal.data.stream import packed_rows
 from hadal.text.tokenizer import Tokenizer
+from hadal.train.domains import find_domains
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "hadal" / "assets" / "hadal-mini"
 
@@ -91,6 +93,14 @@ def test_questions_name_the_towns_in_the_order_of_the_answers() -> None:
     assert question(facts[:1]) == "What is the magic number of Lisbon?"
     assert question(facts) == "What are the magic numbers of Lisbon, Rome?"
     assert answer(facts).splitlines() == [f.sentence for f in facts]
+    assert question(facts, brief=True) == "Lisbon, Rome?"
+    assert answer(facts, brief=True) == "Lisbon is 48213.\nRome is 10000."
+
+
+def test_most_towns_of_training_can_only_be_copied() -> None:
+    towns = [draw_facts(random.Random(seed), "train", 1)[0].town for seed in range(800)]
+    assert len(set(towns)) > 700 and all(3 <= len(town) <= 9 and town.isalpha() for town in towns)
+    assert 0.05 < sum(town in CITIES for town in towns) / len(towns) < 0.2
 
 
 # --- documents ---
@@ -98,6 +108,37 @@ def test_questions_name_the_towns_in_the_order_of_the_answers() -> None:
 def test_a_document_has_exactly_the_tokens_asked_for(length: int, bank: Bank, encoder: Encoder) -> None:
     for seed in range(20):
         assert len(document(random.Random(seed), bank, encoder, length, "train")) == length
+
+
+@pytest.mark.parametrize("length", [64, 96, 128, 512, 4096])
+def test_a_list_asks_for_all_of_its_facts_in_another_order(length: int, bank: Bank, encoder: Encoder) -> None:
+    orders, counts = 0, []
+    for seed in range(20):
+        ids = document(random.Random(seed), bank, encoder, length, "train", "list")
+        assert len(ids) == length
+        prompt, _, completion = text_of(encoder, ids).partition("<｜Assistant｜><think>\n</think>\n\n")
+        planted = [(t, n) for t, n in re.findall(r"(?:\n|>)([A-Z][a-z]+) is (\d{5})\.(?=\n)", prompt)]
+        answered = re.findall(r"^(\w+) is (\d{5})\.", completion, re.MULTILINE)
+        assert sorted(planted) == sorted(answered) and len(set(planted)) == len(planted)
+        assert prompt.endswith(", ".join(town for town, _ in answered) + "?")
+        orders += planted != answered
+        counts.append(len(answered))
+    most = min(32, length // 30)
+    assert max(1, most // 2 - 2) <= min(counts) and max(counts) <= most
+    assert orders > 10 or length < 200
+
+
+def test_an_answer_goes_on_as_its_fact_did(bank: Bank, encoder: Encoder) -> None:
+    """The tokens of a fact stand twice in a document, so that an answer can be copied token by token."""
+    for form in ("needles", "list", "one"):
+        for seed in range(10):
+            ids = document(random.Random(seed), bank, encoder, 256, "held-out", form).tolist()
+            found = re.findall(r"([A-Z]\w+) is (\d{5})\.", text_of(encoder, ids).rpartition("</think>")[2])
+            for town, number in found:
+                sentence = encoder.encode(f" {town} is {number}.")[1:-1]
+                places = [i for i in range(256) if ids[i : i + len(sentence)] == sentence]
+                assert len(places) == 2, (form, town)
+            assert len(found) == 1 or form != "one"
 
 
 def test_every_answer_stands_in_the_haystack_as_a_line(bank: Bank, encoder: Encoder) -> None:
@@ -126,6 +167,8 @@ def test_only_the_answer_counts_in_full(tmp_path: Path, encoder: Encoder) -> Non
 def test_a_document_that_is_too_short_is_refused(bank: Bank, encoder: Encoder) -> None:
     with pytest.raises(ValueError, match="40 tokens is too short"):
         document(random.Random(0), bank, encoder, 40, "train")
+    with pytest.raises(ValueError, match=r"unknown form 'poem'; forms: needles, list, one"):
+        document(random.Random(0), bank, encoder, 400, "train", "poem")
     with pytest.raises(ValueError, match="bank of"):
         document(random.Random(0), bank, encoder, 9000, "train")
 
@@ -139,6 +182,17 @@ def test_rows_are_filled_with_documents_of_several_lengths(bank: Bank, encoder: 
     assert kinds == {1, 2, 4, 8}
 
 
+def test_rows_with_lists_hold_shorter_documents(bank: Bank, encoder: Encoder) -> None:
+    lengths: dict[int, list[bool]] = {}
+    for seed in range(60):
+        for one in row(random.Random(seed), bank, encoder, 512, "train", 0.5):
+            is_list = "magic number" not in text_of(encoder, one)
+            lengths.setdefault(len(one), []).append(is_list)
+    assert sorted(lengths) == [64, 128, 256, 512] and all(lengths[64])
+    rest = [is_list for length, found in lengths.items() if length > 64 for is_list in found]
+    assert 0.35 < float(np.mean(rest)) < 0.65
+
+
 # --- shards ---
 def test_shards_are_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
     def written(name: str, workers: int, seed: int = 4) -> Manifest:
@@ -150,6 +204,7 @@ def test_shards_are_the_same_for_any_number_of_processes(tmp_path: Path) -> None
             seed=seed,
             workers=workers,
             shard_tokens=4096,
+            lists=0.5,
         )
 
     one, two = written("a", 1), written("b", 2)
@@ -159,6 +214,27 @@ def test_shards_are_the_same_for_any_number_of_processes(tmp_path: Path) -> None
     assert written("b", 1) == one
     with pytest.raises(ShardError, match="differ in seed"):
         written("b", 1, seed=5)
+
+
+def test_held_out_rows_are_a_document_each_and_every_form_a_domain(tmp_path: Path, encoder: Encoder) -> None:
+    def written(name: str, workers: int, lists: float) -> Manifest:
+        return write_needles(
+            tmp_path / name, TOKENIZER, tokens=3000, context=256, split="held-out", lists=lists,
+            workers=workers,
+        )  # fmt: skip
+
+    made = written("a", 1, 0.5)
+    assert made == written("b", 3, 0.5) and made != written("c", 2, 0.0)
+    assert [(s.name, s.documents, s.tokens) for s in made.shards] == [
+        (f"heldout-{form}-00000", 4, 1024) for form in ("one", "needles", "list")
+    ]
+    assert [s.name[8:-6] for s in written("c", 2, 0.0).shards] == ["one", "needles"]
+    source = packed_rows(tmp_path / "a", 256, Tokenizer.load(TOKENIZER).special, shuffle=False)
+    assert find_domains(source, 6).names == ("one", "needles", "list")
+    texts = [text_of(encoder, source.rows(i, 1).token_RC[0]) for i in range(12)]
+    assert all(text.count("The magic number of ") == 2 for text in texts[:4])
+    assert all("magic" not in text for text in texts[8:])
+    assert all(is_held_out(n) for text in texts for n in re.findall(r"[A-Z]\w+ is (\d{5})\.", text))
 
 
 def test_any_text_can_be_the_haystack(tmp_path: Path, encoder: Encoder) -> None:
