@@ -7,6 +7,7 @@
 A reward that raises, hangs, forks or dies scores 0, is counted in `rewards.failures`, and the run goes on.
 """
 
+from hadal.post.rewards.compose import Rewards
 from hadal.post.rewards.protocol import (
     BatchReward,
     Completion,
@@ -16,5 +17,18 @@ from hadal.post.rewards.protocol import (
     Total,
     Verdict,
 )
+from hadal.post.rewards.recipe import KINDS, RewardRecipe, read
 
-__all__ = ["BatchReward", "Completion", "Reward", "RewardError", "Score", "Total", "Verdict"]
+__all__ = [
+    "KINDS",
+    "BatchReward",
+    "Completion",
+    "Reward",
+    "RewardError",
+    "RewardRecipe",
+    "Rewards",
+    "Score",
+    "Total",
+    "Verdict",
+    "read",
+]

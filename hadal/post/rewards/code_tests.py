@@ -26,7 +26,9 @@ from hadal.post.rewards.text import split
 
 MAX_CODE = 100_000  # characters
 
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(
+    r"^[ \t]*```[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE
+)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```", "\nassert ")  # HumanEval's, of raw text
 

@@ -60,7 +60,7 @@ class Custom:
             raise RewardError(f"function {self.function!r} cannot be had: {error}") from None
         if not callable(function):
             raise RewardError(f"{self.function!r} is no function")
-        return function  # type: ignore[no-any-return]
+        return function
 
     def __call__(self, completion: Completion, others: Mapping[str, Score]) -> Score:
         got = self.found()(completion, **self.arguments)

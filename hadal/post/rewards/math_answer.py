@@ -30,8 +30,8 @@ _FACTORIAL = re.compile(r"\d{5,}\s*!|!\s*\)?\s*!|!\s*(?:\^|\*\*)")
 
 @dataclass(frozen=True)
 class Math:
-    r"""1 if the answer equals the record's `answer` (a text, or several of which any will do). digits: decimals
-    to which numbers are compared."""
+    r"""1 if the answer equals the record's `answer` (a text, or several of which any will do). digits:
+    decimals to which numbers are compared."""
 
     extract: tuple[str, ...] = ("boxed",)
     digits: int = 6
@@ -111,5 +111,5 @@ def _parse(text: str) -> list[Any]:
     bare = text.strip().strip("$").strip()
     kinds = [LatexExtractionConfig(), ExprExtractionConfig()]
     # The time is bounded by the pool, which kills this process.
-    found = parse(f"${bare}$", kinds, fallback_mode="no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
+    found = parse(f"${bare}$", kinds, fallback_mode="no_fallback", parsing_timeout=None)
     return [one for one in found if not isinstance(one, str)]

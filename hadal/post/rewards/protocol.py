@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from hadal.data.strict import RecipeError
+
 Verdict = dict[str, Any]  # JSON
 
 
-class RewardError(ValueError):
+class RewardError(RecipeError):
     """A reward that cannot be built, or a record that one cannot judge; the message names the remedy."""
 
 
@@ -98,9 +100,10 @@ class Reward(Protocol):
 
 @runtime_checkable
 class BatchReward(Protocol):
-    """A reward of a model: it judges many completions at once, in order. where = "batch"."""
+    """A reward of a model: it judges many completions at once, in order. where = "batch"; `given`: what was
+    passed to `Rewards` for its kind."""
 
-    def many(self, completions: Sequence[Completion]) -> list[Score]: ...
+    def many(self, completions: Sequence[Completion], given: Any) -> list[Score]: ...
 
 
 def failure(cause: str) -> Score:

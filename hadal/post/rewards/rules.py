@@ -86,7 +86,9 @@ class Equation:
         sides = str(completion.record["equation"]).split("=")
         unknowns = sorted(set().union(*map(letters, sides)))
         if len(sides) != 2 or not unknowns:
-            raise RewardError(f"the record's equation is {completion.record['equation']!r}; one = and an unknown")
+            raise RewardError(
+                f"the record's equation is {completion.record['equation']!r}; one = and an unknown"
+            )
         try:
             values = solution(found[0], unknowns)
             left, right = (evaluate(side, values).value for side in sides)

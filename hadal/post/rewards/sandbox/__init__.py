@@ -74,7 +74,7 @@ def run(
     program: str,
     *,
     stdin: str = "",
-    limits: Limits = Limits(),  # noqa: B008
+    limits: Limits = Limits(),
     isolation: str = "seccomp",
     audit: bool = True,
 ) -> Outcome:

@@ -9,7 +9,7 @@ compute, read and write the descriptors that are open, and end itself. Two profi
 Neither can open a file for writing, create, rename or remove one, open a socket, start a process, or send a
 signal to another. This file imports the standard library alone, since the jail loads it by its path.
 
-A filter is a program for the kernel's BPF machine over (call number, architecture, arguments); see seccomp(2).
+A filter is a program for the kernel's BPF machine over call number, architecture, arguments: see seccomp(2).
 """
 
 from __future__ import annotations
