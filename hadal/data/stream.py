@@ -156,10 +156,14 @@ class PackedRows:
         lengths = self._lengths[shard][first:last]
         end = begin + int(lengths.sum())
         tokens: Tokens = np.asarray(self._tokens[shard][begin:end])
-        weights = assistant_weights(tokens, lengths, self.think_id, self.prompt_weight)
+        weights = self._weights(shard, begin, tokens, lengths)
         if end - begin > self.context:  # one document, longer than a row
             return tokens[: self.context], weights[: self.context], [self.context]
         return tokens, weights, lengths.tolist()
+
+    def _weights(self, shard: int, begin: int, tokens: Tokens, lengths: Ints) -> Floats:
+        """Weights of whole documents: `tokens`, which begin at token `begin` of a shard."""
+        return assistant_weights(tokens, lengths, self.think_id, self.prompt_weight)
 
 
 class _Orders:

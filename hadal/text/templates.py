@@ -98,6 +98,21 @@ class Template(Protocol):
         Raises TemplateError on messages, tools or options that the model has no form for.
         """
 
+    def split(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> tuple[Parts, Parts]:
+        """A conversation that the assistant ends, as (prompt, what the model writes after it, its end
+        included): what it is trained on. Reasoning of the last message is written; a model that always
+        reasons writes an empty one where there is none. `thinking` None, of a model that has the choice: as
+        the message has it.
+
+        Raises TemplateError as `render`, and where there is nothing to be written.
+        """
+
     def starts_in_reasoning(self, thinking: bool | None, messages: Sequence[Mapping[str, Any]]) -> bool:
         """Whether the prompt ends inside the reasoning, so that the output begins there."""
 
@@ -153,6 +168,16 @@ class _Options:
     @property
     def turns(self) -> list[Message]:
         return [message for message in self.messages if message.role != "system"]
+
+
+def _reasoned(message: Message) -> Message:
+    """With the reasoning that stands in its content, `<think>…</think>…`, moved out of it."""
+    content = message.content or ""
+    head, end, answer = content.partition("</think>")
+    if message.reasoning is not None or not end or not head.startswith("<think>"):
+        return message
+    reasoning = head.removeprefix("<think>").strip("\n")
+    return replace(message, reasoning=reasoning, content=answer.lstrip("\n"))
 
 
 def _v3_calls(calls: Sequence[Call]) -> Parts:
@@ -239,6 +264,32 @@ class _Base:
         self._check(options)
         return [part for part in self._parts(options) if part != ""]
 
+    def split(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+    ) -> tuple[Parts, Parts]:
+        last = _reasoned(read_messages(messages)[-1])
+        where = f"messages[{len(messages) - 1}]"
+        if last.role != "assistant" or last.prefix or len(messages) < 2:
+            raise TemplateError("the last of several messages must be the assistant's, and finished", where)
+        if last.reasoning and not self.supports_thinking:
+            raise TemplateError(
+                f"{self.name} has no thinking mode: leave reasoning out", f"{where}.reasoning_content"
+            )
+        if thinking is None and self.supports_thinking and not self.default_thinking:
+            thinking = bool(last.reasoning)
+        prompt = self.render(messages[:-1], tools=tools, thinking=thinking)
+        if last.calls and not self.supports_tools:
+            raise TemplateError(f"{self.name} has no form for tool calls or results", where)
+        return prompt, [part for part in self._written(last, ends_in_reasoning(prompt)) if part != ""]
+
+    def _written(self, message: Message, in_reasoning: bool) -> Parts:
+        """What the model writes of a message after its prompt, which has opened the reasoning or not."""
+        raise TemplateError(f"{self.name} has no form for an answer: name a chat template", "messages")
+
     def starts_in_reasoning(self, thinking: bool | None, messages: Sequence[Mapping[str, Any]]) -> bool:
         return ends_in_reasoning(self.render(messages, thinking=thinking))
 
@@ -279,6 +330,9 @@ class _V2(_Base):
         if options.generate and not options.messages[-1].prefix:
             parts.append("Assistant:")
         return parts
+
+    def _written(self, message: Message, in_reasoning: bool) -> Parts:
+        return [f" {message.content}", EOS]
 
 
 @dataclass(frozen=True)
@@ -323,6 +377,14 @@ class _V3(_Base):
         if not self._answer(message):
             return [THINK, f"\n{message.reasoning}"]
         return [THINK, f"\n{message.reasoning}\n", END_THINK, f"\n\n{self._answer(message)}"]
+
+    def _written(self, message: Message, in_reasoning: bool) -> Parts:
+        answer, end = message.content or "", [*(_v3_calls(message.calls) if message.calls else []), EOS]
+        if in_reasoning:
+            return [f"{message.reasoning or ''}\n", END_THINK, f"\n\n{answer}", *end]
+        if message.reasoning:  # after a tool's result, where the prompt leaves it to the model
+            return [THINK, f"\n{message.reasoning}\n", END_THINK, f"\n\n{answer}", *end]
+        return [answer, *end]
 
     def _opening(self, thinking: bool) -> Parts:
         """How a new answer begins: inside the reasoning, after an empty one, or (V3) with neither."""
@@ -380,6 +442,11 @@ class _V31(_Base):
         if options.generate and prompts and not options.messages[-1].prefix:
             parts += [ASSISTANT, THINK if options.thinking else END_THINK]
         return parts
+
+    def _written(self, message: Message, in_reasoning: bool) -> Parts:
+        reasoning: Parts = [message.reasoning or "", END_THINK] if in_reasoning else []
+        calls = _v31_calls(message.calls) if message.calls else []
+        return [*reasoning, message.content or "", *calls, EOS]
 
     def _answer_parts(self, message: Message) -> Parts:
         answer = self._answer(message)

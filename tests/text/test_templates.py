@@ -643,3 +643,68 @@ def test_the_golden_data_is_complete() -> None:
     assert {path.stem for path in GOLDEN.glob("*.jinja")} == used
     for path in GOLDEN.glob("*.jinja"):
         jinja2.Environment().parse(path.read_text(encoding="utf-8"))
+
+
+# --- what is trained on ---
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v3", "deepseek-v3.1", "deepseek-v3.1-terminus"])
+@pytest.mark.parametrize("chat", [[HELLO, HI], [SYSTEM, HELLO, HI, MORE, HI]])
+def test_prompt_and_answer_are_the_published_text(name: str, chat: list[dict[str, Any]]) -> None:
+    prompt, answer = TEMPLATES[name].split(chat)
+    golden = PUBLISHED[name][0]
+    assert text_of(prompt) + text_of(answer) == published(golden, chat)
+    assert text_of(prompt) == text_of(TEMPLATES[name].render(chat[:-1]))
+    assert answer[-1] == Control(EOS)
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_TOOLS if n != "deepseek-r1"])
+def test_calls_are_written_as_published(name: str) -> None:
+    for chat in (TOOL_CHATS["a call with text"], TOOL_CHATS["an answer"]):
+        prompt, answer = TEMPLATES[name].split(chat, thinking=False)
+        text = text_of(prompt) + text_of(answer)
+        assert text.replace("<think>\n\n</think>\n\n", "") == published(PUBLISHED[name][0], chat)
+
+
+@pytest.mark.parametrize("name", ["deepseek-r1", "deepseek-r1-0528", "r1-distill-qwen", "hadal-mini"])
+def test_reasoning_is_written_after_the_opened_tag_and_dropped_from_the_history(name: str) -> None:
+    thought = {"role": "assistant", "content": "It is 4.", "reasoning_content": "hm"}
+    chat = [HELLO, thought, MORE, thought]
+    prompt, answer = TEMPLATES[name].split(chat)
+    assert text_of(prompt).endswith("<｜Assistant｜><think>\n") and "hm" not in text_of(prompt)
+    assert answer == ["hm\n", Control("</think>"), "\n\nIt is 4.", Control(EOS)]
+    opened = TEMPLATES[name].render([*chat[:-1], {**thought, "prefix": True}])
+    assert text_of(prompt) + text_of(answer) == text_of(opened) + EOS
+    assert TEMPLATES[name].split([HELLO, THOUGHT])[1] == answer  # in the content, as data sets have it
+    empty = TEMPLATES[name].split([HELLO, HI])[1]
+    assert text_of(empty) == f"\n</think>\n\nHi! {EOS}"
+
+
+def test_a_model_that_has_the_choice_reasons_where_the_message_does() -> None:
+    template, thought = TEMPLATES["deepseek-v3.1"], {**HI, "reasoning_content": "hm"}
+    prompt, answer = template.split([HELLO, thought])
+    assert text_of(prompt).endswith("<think>") and text_of(answer) == f"hm</think>Hi! {EOS}"
+    prompt, answer = template.split([HELLO, HI])
+    assert text_of(prompt).endswith("</think>") and text_of(answer) == f"Hi! {EOS}"
+
+
+def test_after_a_tools_result_the_model_opens_its_reasoning_itself() -> None:
+    chat = [*TOOL_CHATS["a result"], {**HI, "reasoning_content": "so"}]
+    assert text_of(TEMPLATES["deepseek-r1"].split(chat)[1]) == f"<think>\nso\n</think>\n\nHi! {EOS}"
+    assert text_of(TEMPLATES["deepseek-r1"].split([*chat[:-1], HI])[1]) == f"Hi! {EOS}"
+
+
+@pytest.mark.parametrize(
+    ("name", "chat", "complaint"),
+    [
+        ("deepseek-v3", [HELLO], "must be the assistant's"),
+        ("deepseek-v3", [HI], "must be the assistant's"),
+        ("deepseek-v3", [HELLO, THOUGHT], "no thinking mode"),
+        ("deepseek-r1", [HELLO, {**HI, "prefix": True}], "finished"),
+        ("r1-distill-qwen", TOOL_CHATS["a call"], "no form for tool calls"),
+        ("plain", [HELLO, HI], "name a chat template"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(name: str, chat: list[dict[str, Any]], complaint: str) -> None:
+    with pytest.raises(TemplateError, match=complaint):
+        TEMPLATES[name].split(chat)
