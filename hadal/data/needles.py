@@ -307,8 +307,8 @@ def write_needles(
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
     if context < SHORTEST or tokens < 1 or not (0 <= share <= 1 and 0 <= lists <= 1):
-        found = f"context {context}, tokens {tokens}, share {share}, lists {lists}"
-        raise ValueError(f"{found}: at least {SHORTEST}, at least 1, and both shares in 0..1")
+        given = f"context {context}, tokens {tokens}, share {share}, lists {lists}"
+        raise ValueError(f"{given}: at least {SHORTEST}, at least 1, and both shares in 0..1")
     rows = -(-tokens // context)
     made_by = {
         "generator": "hadal.data.needles",
