@@ -3,7 +3,7 @@
     python benchmarks/train_gpu.py                           # V2-Lite's width, a dense 1.5B's, and hadal-mini
     python benchmarks/train_gpu.py --cases v2-lite --fp8     # the FP8 recipe beside BF16, in one process
     python benchmarks/train_gpu.py --cases v2-lite --profile 30   # kernels by time as well
-    python benchmarks/train_gpu.py --no-graph                # every kernel sent by the host, as without CUDA graphs
+    python benchmarks/train_gpu.py --no-graph                # every kernel sent by the host
 
 Random weights, random tokens, whole optimizer steps: forward, backward, FP32 accumulation over micro-batches,
 balance, AdamW. `v2-lite`: the width of DeepSeek-V2-Lite (hidden 2048, 64 experts of 1408, 2 shared, MLA) with

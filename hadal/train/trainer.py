@@ -26,6 +26,9 @@ from hadal.train.optimizer import AdamW
 from hadal.train.passes import Measured, passes
 from hadal.train.schedules import Knobs, Schedule
 
+AHEAD = 2
+"""Steps that the host may be ahead of the device: so late it learns of a number that is not finite."""
+
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks, in place, and returns it: the one place where a step hears of others."""
 
@@ -141,9 +144,10 @@ class Trainer:
         self._pending.append(_Pending(self.progress, knobs, batch, values, arrived))
 
     def arrived(self, *, wait: bool = False) -> list[StepStats]:
-        """Statistics that have come back from the device; with `wait`, those of every step made so far."""
+        """Statistics that have come back from the device; with `wait`, those of every step made so far. More
+        than AHEAD steps on their way are waited for."""
         found = []
-        while self._pending and (wait or self._pending[0].ready()):
+        while self._pending and (wait or len(self._pending) > AHEAD or self._pending[0].ready()):
             pending = self._pending.popleft()
             if pending.arrived is not None:
                 pending.arrived.synchronize()
