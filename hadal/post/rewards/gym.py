@@ -7,7 +7,9 @@ works in a locked worker alone.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,14 +55,17 @@ class Gym:
         if found is None or len(found[0]) > MAX_CHARACTERS:
             return Score(0.0, {"answer": None})
         at = completion.record["gym"]
-        tasks = dataset(at["dataset"], at["size"], at["seed"], tuple(sorted(at.get("config", {}).items())))
+        tasks = dataset(
+            at["dataset"], at["size"], at["seed"], json.dumps(at.get("config", {}), sort_keys=True)
+        )
         value = float(tasks.score_answer(answer=found[0], entry=tasks[at["index"]]))
         return Score(value if value >= self.threshold else 0.0, {"answer": found[0][:200], "given": value})
 
 
 @lru_cache(maxsize=64)
-def dataset(name: str, size: int, seed: int, config: tuple[tuple[str, Any], ...] = ()) -> Any:
-    """A procedural data set: task i is a function of (name, config, seed, i). Raises RewardError."""
+def dataset(name: str, size: int, seed: int, config: str = "{}") -> Any:
+    """A procedural data set: task i is a function of (name, config, seed, i). config: its settings, JSON.
+    Raises RewardError."""
     available()
     import difflib
 
@@ -72,6 +77,6 @@ def dataset(name: str, size: int, seed: int, config: tuple[tuple[str, Any], ...]
         hint = f"did you mean {near[0]!r}?" if near else f"it has {len(DATASETS)}, such as countdown"
         raise RewardError(f"reasoning-gym has no task {name!r}; {hint}")
     try:
-        return reasoning_gym.create_dataset(name, size=size, seed=seed, **dict(config))
+        return reasoning_gym.create_dataset(name, size=size, seed=seed, **json.loads(config))
     except (TypeError, ValueError, AssertionError) as error:
         raise RewardError(f"reasoning-gym's {name} refuses its settings: {error}") from None
