@@ -15,7 +15,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,7 @@ from hadal.train.sources import Sources, open_stages
 from hadal.train.spikes import Spikes
 from hadal.train.trainer import Progress, Trainer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,15 @@ def open_run(
             "call train(…, examine=hadal.evals.in_training.examine), or set it to 0"
         )
     folder = Path(out) if out is not None else Path("runs") / recipe.run.name
-    checkpoint = _open_folder(folder, recipe, resume)
+
+    def changed(before: Mapping[str, Any], step: int) -> list[str]:
+        return _changed(recipes.from_dict(before), recipe, step)  # keys added since: defaults
+
+    checkpoint = open_folder(folder, recipe.to_dict(), resume, changed)
     console = console or Console(stderr=True)
     started = time.perf_counter()
-    chosen = _device(device)
-    sources = open_stages(recipe, folder / "data", partial(_say, console))
+    chosen = device_of(device)
+    sources = open_stages(recipe, folder / "data", partial(say, console))
     run = Run(recipe, folder, sources, chosen, console, started, examine)
     try:
         if checkpoint is not None:
@@ -120,12 +124,20 @@ def open_run(
         run.close()
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
+    """A line, as it is."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> state.Checkpoint | None:
-    """Create or check a run's folder; the checkpoint to go on from, if any."""
+def open_folder(
+    folder: Path,
+    resolved: Mapping[str, Any],
+    resume: bool,
+    changed: Callable[[Mapping[str, Any], int], list[str]],
+) -> state.Checkpoint | None:
+    """Create or check a run's folder; the checkpoint to go on from, if any. `resolved`: the recipe, to be
+    saved; `changed(saved, step)`: keys that a run at `step` depends on and that differ from the saved ones.
+    """
     saved = folder / "recipe.json"
     checkpoint = state.latest(folder / "checkpoints")
     if checkpoint is not None and not resume:
@@ -133,18 +145,15 @@ def _open_folder(folder: Path, recipe: Recipe, resume: bool) -> state.Checkpoint
             f"{folder} holds a run at step {checkpoint.step}; go on with --resume, or choose another --out"
         )
     if resume and checkpoint is not None:
-        before = recipes.from_dict(
-            json.loads(saved.read_text(encoding="utf-8"))
-        )  # keys added since: defaults
-        changed = _changed(before, recipe, checkpoint.step)
-        if changed:
+        differ = changed(json.loads(saved.read_text(encoding="utf-8")), checkpoint.step)
+        if differ:
             raise RecipeError(
-                f"the recipe differs from that of the run in {folder} in {', '.join(changed)}; resume "
+                f"the recipe differs from that of the run in {folder} in {', '.join(differ)}; resume "
                 "with the same recipe and --set, or start anew with another --out"
             )
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".recipe.json.tmp"
-    temporary.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, saved)
     return checkpoint
 
@@ -156,7 +165,8 @@ def _changed(before: Recipe, now: Recipe, step: int) -> list[str]:
     return recipes.differences(one, other)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of a name; "auto": the GPU if there is one. Raises RecipeError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -242,27 +252,30 @@ class Run:
         if self.recipe.init.weights:
             start_from(model, Path(self.recipe.init.weights))
         dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        model = model.to(self.device, _DTYPES[dtype if train.dtype == "auto" else train.dtype])
+        model = model.to(self.device, DTYPES[dtype if train.dtype == "auto" else train.dtype])
         if train.compile:
             _compile(model)
         return model
 
     def _trainer(self) -> Trainer:
-        recipe, adamw = self.recipe, self.recipe.optimizer
-        optimizer = AdamW(
-            self.model.named_parameters(),
-            betas=adamw.betas,
-            eps=adamw.eps,
-            weight_decay=adamw.weight_decay,
-            clip=adamw.clip,
-            moment_dtype=_DTYPES[adamw.moments],
-        )
+        recipe, optimizer = self.recipe, self._optimizer(self.model.named_parameters())
         alpha, train = recipe.balance.sequence_alpha, recipe.train
         scales = cast(Scales, train.fp8_scales)
         objective = Objective(alpha, train.z_loss, train.recompute, train.fp8, scales)
         ema = Ema(optimizer, recipe.ema.rate, recipe.ema.every_steps) if recipe.ema.rate else None
         graphs = self._graphs(optimizer)
         return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema, graphs=graphs)
+
+    def _optimizer(self, named: Iterable[tuple[str, torch.nn.Parameter]]) -> AdamW:
+        adamw = self.recipe.optimizer
+        return AdamW(
+            named,
+            betas=adamw.betas,
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+            clip=adamw.clip,
+            moment_dtype=DTYPES[adamw.moments],
+        )
 
     def _graphs(self, optimizer: AdamW) -> PassGraphs | None:
         """Graphs of passes, where the recipe wants them and they can be."""
@@ -302,16 +315,7 @@ class Run:
             after_step=progress.step,
             console=self.console,
         )
-        self.occasions = Occasions(
-            self.recipe,
-            self.folder,
-            self.sources,
-            self.trainer,
-            self.metrics,
-            self.spikes,
-            self._seconds,
-            self.examine,
-        )
+        self.occasions = self._occasions(self.metrics)
         self._introduce(self.occasions, self.peak)
         self.prefetcher = Prefetcher(self._stream(progress.step, progress.tokens), self.device)
         self.trainer.batches = self._counted(self.prefetcher, self.metrics)
@@ -323,6 +327,18 @@ class Run:
                 if self.trainer.progress.step < self.steps:
                     self.occasions.after(self.trainer.progress.step)
         return self._finish(self.occasions)
+
+    def _occasions(self, metrics: Metrics) -> Occasions:
+        return Occasions(
+            self.recipe,
+            self.folder,
+            self.sources,
+            self.trainer,
+            metrics,
+            self.spikes,
+            self._seconds,
+            self.examine,
+        )
 
     def _stream(self, step: int, tokens: int) -> Iterator[Batch]:
         """The batches after `step` steps and `tokens` tokens, stage by stage, to the end of the run."""
