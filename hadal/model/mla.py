@@ -18,10 +18,10 @@ from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.ops import absorbed, invariant, latent_fp8
-from hadal.ops.attention import mla_attention, self_attention
+from hadal.ops.attention import mla_attention, self_attention, value_width
 from hadal.ops.dispatch import needs_grad
 from hadal.ops.exact import is_exact
-from hadal.ops.heads import keys_and_values, rotate_queries
+from hadal.ops.heads import keys_and_values, narrow, rotate_queries
 from hadal.ops.linear import Norm, linear, linear_pair
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages
@@ -101,8 +101,10 @@ class MlaAttention(nn.Module):
         q_THC = recomputed("up", self._queries, q_in, up, rotation_T2r)
         kv_TC = self.kv_a_proj_with_mqa(x_TD)
         entry_TC = recomputed("norm", latent_entry, kv_TC, norm.weight, norm.eps, rotation_T2r)
-        k_THC, v_THv = recomputed("up", self._keys_and_values, entry_TC, self.kv_b_proj.matrix)
-        out_THv = self_attention(q_THC, k_THC, v_THv, ctx.packed_lengths(), self.scale)
+        spans, v = ctx.packed_lengths(), self.a.v_head_dim
+        wide = value_width(q_THC, spans, v)
+        k_THC, v_THv = recomputed("up", self._keys_and_values, entry_TC, self.kv_b_proj.matrix, wide)
+        out_THv = narrow(self_attention(q_THC, k_THC, v_THv, spans, self.scale), v)
         return self.o_proj(out_THv.flatten(1))
 
     def _queries(self, latent_TL: Tensor, up_OL: Tensor, rotation_T2r: Tensor) -> Tensor:
@@ -110,11 +112,11 @@ class MlaAttention(nn.Module):
         q_THC = linear(latent_TL, up_OL).unflatten(-1, (self.heads, -1))
         return rotate_queries(q_THC, rotation_T2r, self.a.qk_nope_head_dim)
 
-    def _keys_and_values(self, entry_TC: Tensor, up_OL: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys [T, H, n + R] and values [T, H, v] of all heads."""
+    def _keys_and_values(self, entry_TC: Tensor, up_OL: Tensor, wide: int) -> tuple[Tensor, Tensor]:
+        """Keys [T, H, n + R] and values [T, H, v] of all heads, zeros behind these up to `wide`."""
         latent_TL, rope_TR = entry_TC.split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
         kv_THw = linear(latent_TL, up_OL).unflatten(-1, (self.heads, -1))
-        return keys_and_values(kv_THw, rope_TR, self.a.qk_nope_head_dim)
+        return keys_and_values(kv_THw, rope_TR, self.a.qk_nope_head_dim, wide)
 
     def _project(self, x_TD: Tensor, norm: Norm | None = None) -> tuple[Tensor, Tensor]:
         """Queries [T, H, n + R], not rotated, and what the cache entries are made of [T, C]."""

@@ -96,6 +96,13 @@ def self_attention(
     return _varlen(q_THC, k_TGC, v_TGV, starts, (spans.longest, spans.longest), scale)
 
 
+def value_width(q_THC: Tensor, spans: Sequence[int] | Spans, width: int) -> int:
+    """In what width `self_attention` takes values of `width` without copying them: the kernel for sequences
+    of several lengths wants that of the keys, the columns behind the values zero."""
+    several = isinstance(spans, Spans) or len(set(spans)) > 1
+    return q_THC.shape[2] if several and varlen_available(q_THC) else width
+
+
 def mla_attention(
     q_THC: Tensor, rotation_T2r: Tensor, kv_NHw: Tensor, rope_NR: Tensor, q_len: Sequence[int],
     k_len: Sequence[int], scale: float,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hadal.ops.dispatch import train_triton, use_triton
 from hadal.ops.rope import rotate_half, rotate_interleaved
@@ -46,14 +47,31 @@ def rotate_queries(q_THC: Tensor, rotation_T2r: Tensor, nope: int) -> Tensor:
     return torch.cat([q_THC[..., :nope], rotate_interleaved(q_THC[..., nope:], rotation_T2r)], -1)
 
 
-def keys_and_values(kv_THw: Tensor, rope_TR: Tensor, nope: int) -> tuple[Tensor, Tensor]:
-    """Keys [T, H, nope + R] and values [T, H, w − nope] of MLA, as training wants them."""
+def keys_and_values(
+    kv_THw: Tensor, rope_TR: Tensor, nope: int, value_width: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys [T, H, nope + R] and values [T, H, w − nope] of MLA, as training wants them; zeros behind the
+    values up to `value_width`."""
+    wide = kv_THw.shape[2] - nope if value_width is None else value_width
     if train_triton(kv_THw, rope_TR):
         from hadal.ops.triton.train_heads import keys_and_values as fast
 
-        return fast(kv_THw, rope_TR, nope)
+        return fast(kv_THw, rope_TR, nope, wide)
     k_THn, v_THv = kv_THw[..., :nope], kv_THw[..., nope:]
+    if wide > v_THv.shape[2]:
+        v_THv = pad(v_THv, (0, wide - v_THv.shape[2]))
     return torch.cat([k_THn, rope_TR.unsqueeze(1).expand(-1, kv_THw.shape[1], -1)], -1), v_THv
+
+
+def narrow(x_THC: Tensor, width: int) -> Tensor:
+    """The first columns of every head, [T, H, width], contiguous."""
+    if width == x_THC.shape[2]:
+        return x_THC
+    if train_triton(x_THC):
+        from hadal.ops.triton.train_heads import narrow as fast
+
+        return fast(x_THC, width)
+    return x_THC[..., :width].contiguous()
 
 
 def gqa_heads(

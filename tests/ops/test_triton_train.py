@@ -141,6 +141,22 @@ def test_heads_of_mla(tokens, heads, nope, rope, value, dtype):
     inputs = [draw(tokens, heads, nope + value, dtype=dtype), draw(tokens, 3 + rope, dtype=dtype)]
     agree(lambda kv, entry: keys_and_values(kv, entry[:, 3:], nope), put_together, inputs, dtype)
 
+    def padded(kv: Tensor, entry: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = put_together(kv, entry)
+        return k, torch.nn.functional.pad(v, (0, 7))
+
+    agree(lambda kv, entry: keys_and_values(kv, entry[:, 3:], nope, value + 7), padded, inputs, dtype)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,heads,wide,width", [(5, 3, 20, 12), (40, 8, 64, 32), (0, 2, 8, 4)])
+def test_the_first_columns_of_heads(tokens, heads, wide, width, dtype):
+    from hadal.ops.triton.train_heads import narrow
+
+    x = draw(tokens, heads, wide, dtype=dtype)
+    agree(lambda x: narrow(x, width), lambda x: x[..., :width], [x], dtype)
+
 
 def interleaved(x: Tensor, rotation: Tensor) -> Tensor:
     cos, sin = rotation[:, None, 0], rotation[:, None, 1]

@@ -155,6 +155,7 @@ def test_it_compiles_within_shared_memory(width: int, request: pytest.FixtureReq
     if CUDA or INTERPRETED:
         pytest.skip("the kernels run here")
     kernels: list[Any] = request.getfixturevalue("compiled")
+    from hadal.ops.triton import train_heads
     from hadal.ops.triton import train_norm as op
 
     x, w = (torch.empty(*shape, dtype=BF16, requires_grad=True) for shape in ((5000, width), (width,)))
@@ -163,6 +164,10 @@ def test_it_compiles_within_shared_memory(width: int, request: pytest.FixtureReq
     torch.autograd.backward((stream, normed), (x.detach(), x.detach()))
     op.rms_norm(x, w, EPS).backward(x.detach())
     op.latent_entry(kv, w, EPS, torch.empty(50, 2, 32)).backward(kv.detach())
-    assert len(kernels) == 3 + 3 + 5
+    heads = torch.empty(50, 8, 64, dtype=BF16, requires_grad=True)
+    train_heads.narrow(heads, 32).backward(heads.detach()[..., :32])
+    pair = train_heads.keys_and_values(heads, kv[:, width:], 32, 96)
+    torch.autograd.backward(pair, [torch.empty_like(x) for x in pair])
+    assert len(kernels) == 3 + 3 + 5 + 2 + 2
     for kernel in kernels:
         assert "cubin" in kernel.asm and kernel.metadata.shared <= SHARED

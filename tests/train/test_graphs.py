@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from hadal.config import Gqa
-from hadal.ops.attention import Spans, attention, self_attention
+from hadal.ops.attention import Spans, attention, self_attention, value_width
+from hadal.ops.heads import keys_and_values, narrow
 from hadal.train.batches import batches, build
 from hadal.train.graphs import WARM, GraphError, PassGraphs, kind_of, unfit
 from hadal.train.losses import Objective, losses
@@ -256,3 +257,18 @@ def test_micro_batches_of_several_sizes_have_no_kind():
 
 def test_a_cpu_has_no_graphs():
     assert "the model is on cpu" in unfit(tiny.model(), masked=True, compiled=False)
+
+
+def test_values_as_wide_as_keys():
+    """Zero columns behind values, as the kernel for several lengths wants them, change nothing in front."""
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(9, 3, 12 + 8, generator=generator, requires_grad=True)
+    rope = torch.randn(9, 4, generator=generator)
+    q = torch.randn(9, 3, 16, generator=generator)
+    found = []
+    for wide in (None, 16):
+        k, v = keys_and_values(kv, rope, 12, wide)
+        out = narrow(self_attention(q, k, v, [2, 7], 0.3), 8)
+        found.append((out, *torch.autograd.grad(out.square().sum(), kv)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
+    assert value_width(q, [2, 7], 8) == 8  # where attention takes them as they are

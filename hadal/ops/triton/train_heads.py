@@ -3,7 +3,8 @@
 
     turned      the last R columns of every head, rotated           back: rotated by the opposite angle
     keys        k_h = [nope_h; rope], v_h, of [nope_h; v_h] and     back: dropes of all heads add up
-                one rope key for all heads
+                one rope key for all heads; zeros behind v_h
+    narrow      the first columns of every head                     back: zeros behind them
     stacked     q, k, v of stacked heads, q and k rotated           back: into one tensor again
 
 A program takes one token and a block of its heads. Outputs are new and contiguous.
@@ -93,16 +94,17 @@ def turned(x_THC: Tensor, rotation_T2r: Tensor, nope: int) -> Tensor:
 @triton.jit
 def _keys_kernel(
     kv, rope, k, v, heads, kv_stride, rope_stride, NOPE: tl.constexpr, VALUE: tl.constexpr,
-    ROPE: tl.constexpr, BACK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr, ROPE: tl.constexpr, BACK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BACK: kv and rope are written from the gradients k and v; then BLOCK_H holds all heads."""
+    """Values lie WIDE apart. BACK: kv and rope are written from the gradients k and v; then BLOCK_H holds all
+    heads."""
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     real = head < heads
     row = kv + token * kv_stride + head * (NOPE + VALUE)
     key = k + (token * heads + head) * (NOPE + ROPE)
-    value = v + (token * heads + head) * VALUE
+    value = v + (token * heads + head) * WIDE
     n, c, r = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)[None, :], tl.arange(0, BLOCK_R)
     in_n, in_c = real & (n < NOPE)[None, :], real & (c < VALUE)
     in_r = real & (r < ROPE)[None, :]
@@ -115,46 +117,93 @@ def _keys_kernel(
         tl.store(rope + token * rope_stride + r, total, mask=r < ROPE)
     else:
         tl.store(key + n, tl.load(row + n, mask=in_n, other=0.0), mask=in_n)
-        tl.store(value + c, tl.load(row + NOPE + c, mask=in_c, other=0.0), mask=in_c)
+        tl.store(value + c, tl.load(row + NOPE + c, mask=in_c, other=0.0), mask=real & (c < WIDE))
         shared = tl.load(rope + token * rope_stride + r, mask=r < ROPE, other=0.0)[None, :]
         tl.store(key + NOPE + r[None, :], tl.broadcast_to(shared, [BLOCK_H, BLOCK_R]), mask=in_r)
 
 
 def _keys(kv_THw: Tensor, rope_TR: Tensor, k_THC: Tensor, v_THv: Tensor, back: bool) -> None:
-    (tokens, heads, width), value, R = k_THC.shape, v_THv.shape[2], rope_TR.shape[1]
+    (tokens, heads, width), wide, R = k_THC.shape, v_THv.shape[2], rope_TR.shape[1]
+    value = kv_THw.shape[2] - (width - R)
     block_h = power_of_2(heads) if back else min(16, power_of_2(heads))
     if tokens:
         _keys_kernel[(tokens, ceil_div(heads, block_h))](
             kv_THw, rope_TR, k_THC, v_THv, heads, kv_THw.stride(0), rope_TR.stride(0), NOPE=width - R,
-            VALUE=value, ROPE=R, BACK=back, BLOCK_H=block_h, BLOCK_N=power_of_2(width - R),
-            BLOCK_V=power_of_2(value), BLOCK_R=power_of_2(R), num_warps=8 if block_h > 16 else 4,
+            VALUE=value, WIDE=wide, ROPE=R, BACK=back, BLOCK_H=block_h, BLOCK_N=power_of_2(width - R),
+            BLOCK_V=power_of_2(wide), BLOCK_R=power_of_2(R), num_warps=8 if block_h > 16 else 4,
         )  # fmt: skip
 
 
 class _Keys(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kv_THw: Tensor, rope_TR: Tensor, nope: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, kv_THw: Tensor, rope_TR: Tensor, nope: int, wide: int) -> tuple[Tensor, Tensor]:
         (T, H, width), R = kv_THw.shape, rope_TR.shape[1]
-        ctx.nope = nope
+        ctx.nope, ctx.value = nope, width - nope
         rope_TR = rope_TR if rope_TR.stride(1) == 1 else rope_TR.contiguous()
-        k_THC, v_THv = kv_THw.new_empty(T, H, nope + R), kv_THw.new_empty(T, H, width - nope)
+        k_THC, v_THv = kv_THw.new_empty(T, H, nope + R), kv_THw.new_empty(T, H, wide)
         _keys(_flat_heads(kv_THw), rope_TR, k_THC, v_THv, back=False)
         return k_THC, v_THv
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         dk_THC, dv_THv = (g.contiguous() for g in grads)
-        (T, H, width), value = dk_THC.shape, dv_THv.shape[2]
-        nope = ctx.nope
+        (T, H, width), value, nope = dk_THC.shape, ctx.value, ctx.nope
         dkv_THw = dk_THC.new_empty(T, H, nope + value)
         drope_TR = dk_THC.new_empty(T, width - nope)
         _keys(dkv_THw, drope_TR, dk_THC, dv_THv, back=True)
-        return dkv_THw, drope_TR, None
+        return dkv_THw, drope_TR, None, None
 
 
-def keys_and_values(kv_THw: Tensor, rope_TR: Tensor, nope: int) -> tuple[Tensor, Tensor]:
-    """Keys [T, H, nope + R] and values [T, H, w − nope]."""
-    return cast("tuple[Tensor, Tensor]", _Keys.apply(kv_THw, rope_TR, nope))
+def keys_and_values(
+    kv_THw: Tensor, rope_TR: Tensor, nope: int, wide: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Keys [T, H, nope + R] and values [T, H, w − nope], or `wide` with zeros behind them."""
+    wide = kv_THw.shape[2] - nope if wide is None else wide
+    return cast("tuple[Tensor, Tensor]", _Keys.apply(kv_THw, rope_TR, nope, wide))
+
+
+# --- columns of heads ---------------------------------------------------------------------------------------
+@triton.jit
+def _narrow_kernel(
+    x, out, count, WIDTH: tl.constexpr, WIDE: tl.constexpr, BACK: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [.., WIDTH] of x [.., WIDE], or BACK: x of out, zeros behind."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if BACK:
+        column = at % WIDE
+        own = (at < count) & (column < WIDTH)
+        value = tl.load(out + at // WIDE * WIDTH + column, mask=own, other=0.0)
+        tl.store(x + at, value, mask=at < count)
+    else:
+        value = tl.load(x + at // WIDTH * WIDE + at % WIDTH, mask=at < count, other=0.0)
+        tl.store(out + at, value, mask=at < count)
+
+
+class _Narrow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THC: Tensor, width: int) -> Tensor:
+        x_THC, ctx.wide = x_THC.contiguous(), x_THC.shape[2]
+        out = x_THC.new_empty(*x_THC.shape[:2], width)
+        if out.numel():
+            _narrow_kernel[(ceil_div(out.numel(), 1024),)](
+                x_THC, out, out.numel(), WIDTH=width, WIDE=ctx.wide, BACK=False, BLOCK=1024, num_warps=4
+            )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        dout = grads[0].contiguous()
+        dx = dout.new_empty(*dout.shape[:2], ctx.wide)
+        if dx.numel():
+            _narrow_kernel[(ceil_div(dx.numel(), 1024),)](
+                dx, dout, dx.numel(), WIDTH=dout.shape[2], WIDE=ctx.wide, BACK=True, BLOCK=1024, num_warps=4
+            )
+        return dx, None
+
+
+def narrow(x_THC: Tensor, width: int) -> Tensor:
+    """The first `width` columns of every head."""
+    return cast(Tensor, _Narrow.apply(x_THC, width))
 
 
 # --- GQA ----------------------------------------------------------------------------------------------------
