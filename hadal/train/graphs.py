@@ -94,6 +94,14 @@ def _most(batch: Batch) -> int:
     return max(len(micro.cu_seqlens) - 1 for micro in batch.micros)
 
 
+def _cause(error: BaseException) -> str:
+    """What went wrong first: the end of a broken recording complains as well."""
+    while error.__context__ is not None:
+        error = error.__context__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
 class _Inputs:
     """What a pass reads beside the model, at addresses that hold."""
 
@@ -269,7 +277,7 @@ class PassGraphs:
         try:
             self._graphs[first] = self._record(partial(self._pass, first))
         except Exception as error:
-            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            why = _cause(error)
             self.optimizer.gathered(not first)
             if self.required:
                 raise GraphError(
@@ -288,8 +296,13 @@ class PassGraphs:
         before = torch.cuda.memory_reserved(self.model.device)
         if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            run()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.model.device)
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                run()
+        finally:
+            torch.cuda.set_stream(current)  # which a broken recording does not see to
         self.bytes += torch.cuda.memory_reserved(self.model.device) - before
         return graph.replay
