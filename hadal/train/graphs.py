@@ -302,7 +302,23 @@ class PassGraphs:
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 run()
-        finally:
-            torch.cuda.set_stream(current)  # which a broken recording does not see to
+        except BaseException:
+            torch.cuda.set_stream(current)  # which the end of a broken recording does not see to
+            del graph
+            self._abandon()
+            raise
         self.bytes += torch.cuda.memory_reserved(self.model.device) - before
         return graph.replay
+
+    def _abandon(self) -> None:
+        """What torch, before 2.12, leaves undone when the end of a recording fails: the allocator goes on
+        counting it, and refuses to give memory back; the random generator too, until another one ends."""
+        index = torch.cuda.current_device()
+        try:
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        except RuntimeError:  # torch has seen to it
+            pass
+        else:
+            torch._C._cuda_releasePool(index, self._pool)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+            torch.zeros(1, device=self.model.device)
