@@ -256,11 +256,15 @@ def _place(rng: random.Random, bank: Bank, first: int, end: int) -> int:
 
 
 def row(
-    rng: random.Random, bank: Bank, encoder: Encoder, context: int, split: str, lists: float = 0.0
-) -> list[Ids]:
-    """Documents that fill a row: 2^k of C/2^k tokens, k drawn from 0 to 3, `lists` of them lists. None is
-    shorter than 128 tokens, or 64 where there are lists (and what is too short for needles is one)."""
+    rng: random.Random, bank: Bank, encoder: Encoder, context: int, split: str, lists: float = 0.0,
+    short: float = 0.0,
+) -> list[Ids]:  # fmt: skip
+    """Documents that fill a row: 2^k of C/2^k tokens, k drawn from 0 to 3, or, in `short` of the rows, so
+    that they have 64 to 255 tokens. `lists` of them are lists. None is shorter than 128 tokens, or 64 where
+    there are lists (and what is too short for needles is one)."""
     halvings = rng.randint(0, 3)
+    if short and rng.random() < short:
+        halvings = max(0, (context // 64).bit_length() - 1 - rng.randint(0, 1))
     while halvings and context >> halvings < (64 if lists else 128):
         halvings -= 1
     count = 2**halvings
@@ -290,15 +294,16 @@ def write_needles(
     split: str = "train",
     share: float = 0.5,
     lists: float = 0.0,
+    short: float = 0.0,
     haystack: Sequence[Path] = (),
     workers: int = 0,
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Manifest:
     """`tokens` tokens, filled up to whole rows of `context`, as shards in `folder`. In training, `share` of
-    the rows hold needles, the others puzzles, and `lists` of the documents with needles are lists. Held-out
-    rows are a document each, as many of every form. `haystack`: text files; none: puzzles. `workers`:
-    processes (0: one a core).
+    the rows hold needles, the others puzzles; `lists` of the documents with needles are lists, and `short`
+    of their rows hold short ones (see `row`). Held-out rows are a document each, as many of every form.
+    `haystack`: text files; none: puzzles. `workers`: processes (0: one a core).
 
     A folder that already holds just these is left as it is. Raises ShardError if it holds something else or a
     process fails, OSError and ValueError on texts that cannot be read.
@@ -306,9 +311,9 @@ def write_needles(
     folder, tokenizer = Path(folder), Path(tokenizer)
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; splits: {', '.join(SPLITS)}")
-    if context < SHORTEST or tokens < 1 or not (0 <= share <= 1 and 0 <= lists <= 1):
-        given = f"context {context}, tokens {tokens}, share {share}, lists {lists}"
-        raise ValueError(f"{given}: at least {SHORTEST}, at least 1, and both shares in 0..1")
+    if context < SHORTEST or tokens < 1 or not all(0 <= s <= 1 for s in (share, lists, short)):
+        given = f"context {context}, tokens {tokens}, share {share}, lists {lists}, short {short}"
+        raise ValueError(f"{given}: at least {SHORTEST}, at least 1, and all shares in 0..1")
     rows = -(-tokens // context)
     made_by = {
         "generator": "hadal.data.needles",
@@ -322,6 +327,7 @@ def write_needles(
         "split": split,
         "share": share,
         "lists": lists,
+        "short": short,
         "haystack": [hashlib.sha256(path.read_bytes()).hexdigest() for path in haystack],
         "tokenizer_sha256": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest(),
     }
@@ -333,7 +339,7 @@ def write_needles(
         raise ShardError(f"{folder} holds other shards (they differ in {', '.join(differs)}); choose another")
     job = Job(
         str(folder), str(tokenizer.resolve()), context, rows, max(1, shard_tokens // context), seed, split,
-        share, lists, [str(path) for path in haystack],
+        share, lists, short, [str(path) for path in haystack],
     )  # fmt: skip
     count = len(job.parts)
     _run(job, count, min(workers or os.cpu_count() or 1, count), progress or (lambda done, of: None))
@@ -369,6 +375,7 @@ class Job:
     split: str
     share: float
     lists: float
+    short: float
     haystack: Sequence[str]
 
     @property
@@ -440,7 +447,7 @@ def _documents(job: Job, number: int, encoder: Encoder) -> list[Ids]:
         if form:
             documents.append(document(rng, bank, encoder, job.context, job.split, form))
         elif rng.random() < job.share:
-            documents += row(rng, bank, encoder, job.context, job.split, job.lists)
+            documents += row(rng, bank, encoder, job.context, job.split, job.lists, job.short)
         else:
             documents += puzzle_row(rng, encoder, job.context, job.seed, job.split)
     return documents

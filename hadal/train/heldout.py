@@ -5,10 +5,10 @@
 Control tokens (`<think>`, the end of a sentence, …) stand for no bytes and count in neither sum. Losses in
 nats a token depend on the tokenizer; bits per byte do not.
 
-`exact` is the share of documents of which *every* counted token has probability above one half: greedy
-decoding then reproduces such a document letter by letter from its prompt. For worked puzzles it is a lower
-bound of the accuracy. The forward pass is the one that training uses, gradients enabled and not taken, so
-that the numbers are comparable.
+`exact` is the share of documents of which *every* token that counts in full (none of a prompt, whatever
+`data.prompt_weight`) has probability above one half: greedy decoding then reproduces such a document letter
+by letter from its prompt. For worked puzzles it is a lower bound of the accuracy. The forward pass is the one
+that training uses, gradients enabled and not taken, so that the numbers are comparable.
 """
 
 from __future__ import annotations
@@ -158,7 +158,8 @@ def _pieces(stretches: Sequence[tuple[int, int]], most: int) -> Iterator[tuple[i
 
 
 def _exact(nll_T: Floats, weight_T: Doubles, predicted_T: Ints, documents: int) -> tuple[Ints, Ints]:
-    """(documents with a counted token, those of them without a fault)."""
-    counts = np.bincount(predicted_T[weight_T > 0], minlength=documents) > 0
-    faulty = np.bincount(predicted_T[(weight_T > 0) & (nll_T >= math.log(2))], minlength=documents) > 0
+    """(documents with a token that counts in full, those of them without a fault)."""
+    full_T = weight_T >= 1
+    counts = np.bincount(predicted_T[full_T], minlength=documents) > 0
+    faulty = np.bincount(predicted_T[full_T & (nll_T >= math.log(2))], minlength=documents) > 0
     return np.flatnonzero(counts), np.flatnonzero(counts & ~faulty)

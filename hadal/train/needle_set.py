@@ -28,6 +28,7 @@ def write_needle_sets(
                 split=split,
                 share=recipe.needles.share,
                 lists=recipe.needles.lists,
+                short=recipe.needles.short,
                 workers=recipe.data.workers,
                 haystack=[Path(path) for path in recipe.needles.haystack],
                 progress=_tenths(f"writing {split} needles", say),

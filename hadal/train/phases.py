@@ -116,8 +116,8 @@ def stage_at(all_stages: tuple[Stage, ...], step: int) -> Stage:
 
 
 def recipe_at(recipe: Recipe, stage: Stage) -> Recipe:
-    """The recipe as if `stage` were the whole run: context, batch and tokens are the stage's, and rows come
-    in an order of their own."""
+    """The recipe as if `stage` were the whole run: context, batch and tokens are the stage's, rows come in an
+    order of their own, and documents with needles are as long as the phase wants them."""
     if not stage.index:
         return recipe
     phase = recipe.phases[stage.index - 1]
@@ -126,7 +126,8 @@ def recipe_at(recipe: Recipe, stage: Stage) -> Recipe:
         batch_tokens_start=0, micro_batch_tokens=phase.micro_batch_tokens,
     )  # fmt: skip
     run = replace(recipe.run, seed=(recipe.run.seed + 7919 * stage.index) % 2**31)
-    return replace(recipe, run=run, train=train, phases=())
+    needles = replace(recipe.needles, short=0.0)
+    return replace(recipe, run=run, train=train, needles=needles, phases=())
 
 
 def phase_knobs(recipe: Recipe, last_rate: float) -> tuple[PhaseKnobs, ...]:

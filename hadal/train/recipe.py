@@ -289,10 +289,14 @@ class NeedlesRecipe:
 
     share: float = 0.5  # of the rows; the others hold puzzles
     lists: float = 0.0  # of the documents with needles: lists of brief facts, all of them asked for
+    short: float = (
+        0.0  # of the main part's rows with needles: documents of 64 to 255 tokens, whatever its context
+    )
     haystack: tuple[str, ...] = ()  # text files; none: puzzles
 
     def __post_init__(self) -> None:
         require(0 <= self.share <= 1, "needles.share", self.share, "a share of the rows")
+        require(0 <= self.short <= 1, "needles.short", self.short, "a share of the main part's rows")
         require(0 <= self.lists <= 1, "needles.lists", self.lists, "a share of the documents with needles")
 
 

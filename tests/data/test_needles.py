@@ -193,6 +193,16 @@ def test_rows_with_lists_hold_shorter_documents(bank: Bank, encoder: Encoder) ->
     assert 0.35 < float(np.mean(rest)) < 0.65
 
 
+@pytest.mark.parametrize(("context", "allowed"), [(512, {64, 128}), (300, {75, 150}), (128, {64, 128})])
+def test_short_rows_hold_short_documents(
+    context: int, allowed: set[int], bank: Bank, encoder: Encoder
+) -> None:
+    rows = [row(random.Random(n), bank, encoder, context, "train", 0.5, 1.0) for n in range(20)]
+    assert {len(one) for made in rows for one in made} == allowed
+    some = [row(random.Random(n), bank, encoder, 1024, "train", 0.5, 0.5) for n in range(40)]
+    assert {len(one) for made in some for one in made} == {64, 128, 256, 512, 1024}
+
+
 # --- shards ---
 def test_shards_are_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
     def written(name: str, workers: int, seed: int = 4) -> Manifest:

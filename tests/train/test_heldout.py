@@ -42,12 +42,12 @@ def test_losses_are_means_over_all_counted_tokens():
     assert held.exact == 0.0
 
 
-@pytest.mark.parametrize("mask_documents", [True, False])
-def test_exact_counts_documents_whose_every_counted_token_is_likely(mask_documents, monkeypatch):
+@pytest.mark.parametrize(("mask_documents", "prompt"), [(True, 0), (False, 0), (True, 0.1)])
+def test_exact_counts_documents_whose_every_counted_token_is_likely(mask_documents, prompt, monkeypatch):
     """Three documents: faultless; one unlikely token; the only unlikely token is in the prompt."""
     rows = Rows(
         token_RC=np.arange(12)[None],
-        weight_RC=np.array([[0, 1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1]], dtype=np.float32),
+        weight_RC=np.array([[0, 1, 1, 1, 0, 1, 1, 1, 0, prompt, 1, 1]], dtype=np.float32),
         lengths=[4, 4, 4],
         padding=[False] * 3,
     )

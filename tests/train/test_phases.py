@@ -94,6 +94,7 @@ def test_stages_follow_from_the_recipe_alone():
     view = recipe_at(recipe, first)
     assert (view.train.context, view.train.tokens_read, view.phases) == (512, 8192, ())
     assert view.run.seed != recipe.run.seed
+    assert recipe_at(_recipe("needles.short=0.5"), first).needles.short == 0.0
 
 
 def test_the_rate_goes_on_where_pre_training_ended():
@@ -314,6 +315,8 @@ def test_weights_that_do_not_fit_are_refused(whole, tmp_path, needles, change, m
         ("phases.512=1", r"phases\.NAME\.key=value"),
         ("train.tokens=0", r"train\.tokens is 0.*first has a learning_rate"),
         ("needles.share=2", r"needles\.share is 2.0"),
+        ("needles.lists=2", r"needles\.lists is 2.0"),
+        ("needles.short=2", r"needles\.short is 2.0"),
     ],
 )  # fmt: skip
 def test_phases_that_cannot_be_are_refused(override, match):
