@@ -81,9 +81,9 @@ def _power() -> bool:
 class _Quantised:
     """A weight's codes, and those of its transpose once a backward pass has asked for them."""
 
-    def __init__(self, weight: Tensor, power: bool) -> None:
-        self.source, self.version = weight.detach(), weight._version
-        self.fprop: Weight = _kernels(weight).quantise_weight(self.source, power)
+    def __init__(self, weight: Tensor, ops: ModuleType) -> None:
+        self.source, self.version, self.ops = weight.detach(), weight._version, ops
+        self.fprop: Weight = ops.quantise_weight(self.source, _power())
         self._dgrad: Weight | None = None
         self.keep = False
 
@@ -91,7 +91,7 @@ class _Quantised:
     def dgrad(self) -> Weight:
         if self._dgrad is not None:
             return self._dgrad
-        made: Weight = _kernels(self.source).transposed(self.fprop)
+        made: Weight = self.ops.transposed(self.fprop)
         if self.keep:
             self._dgrad = made
         return made
@@ -115,15 +115,15 @@ def constant_weights(on: bool = True, codes: WeightCodes | None = None) -> Itera
         _CONSTANT.reset(token)
 
 
-def _quantised(weight: Tensor) -> _Quantised:
+def _quantised(weight: Tensor, ops: ModuleType) -> _Quantised:
     """The codes of a weight; a storage that is known keeps its address, so that it means one weight."""
-    known, power = _CONSTANT.get(), _power()
+    known = _CONSTANT.get()
     if known is None:
-        return _Quantised(weight, power)
-    key = weight.data_ptr(), tuple(weight.shape), tuple(weight.stride()), weight.dtype, power
+        return _Quantised(weight, ops)
+    key = weight.data_ptr(), tuple(weight.shape), tuple(weight.stride()), weight.dtype, _power(), ops.__name__
     found = known.get(key)
     if found is None:
-        found = known[key] = _Quantised(weight, power)
+        found = known[key] = _Quantised(weight, ops)
         found.keep = True
     elif found.source._version != found.version:
         raise RuntimeError(
@@ -133,12 +133,14 @@ def _quantised(weight: Tensor) -> _Quantised:
     return found
 
 
-def _kernels(x: Tensor) -> ModuleType:
-    """Who quantises and multiplies: Triton for BF16 on CUDA, else the reference."""
+def _kernels(x: Tensor, *weights: Tensor) -> ModuleType:
+    """Who quantises and multiplies: Triton for BF16 on CUDA, by the size of a layer's weights, else the
+    reference."""
     if x.is_cuda and x.dtype == torch.bfloat16 and has_triton() and not forced_reference():
-        from hadal.ops.triton import fp8_train
+        from hadal.ops.triton import fp8_train, fp8_train_small
 
-        return fp8_train
+        small = _power() and all(min(w.shape[-2:]) < fp8_train_small.WORTH for w in weights)
+        return fp8_train_small if small else fp8_train
     return fp8_tiles
 
 
@@ -154,7 +156,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor) -> Tensor:
-        ops, ctx.weight, ctx.power = _kernels(x_TI), _quantised(weight_OI), _power()
+        ctx.ops = ops = _kernels(x_TI, weight_OI)
+        ctx.weight, ctx.power = _quantised(weight_OI, ops), _power()
         x: Codes = ops.quantise(x_TI, True)
         ctx.save_for_backward(x.q, x.scale)
         ctx.dtypes = x_TI.dtype, weight_OI.dtype
@@ -162,7 +165,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        ops, (q, scale) = _kernels(grads[0]), ctx.saved_tensors
+        ops, (q, scale) = ctx.ops, ctx.saved_tensors
         dy, dy_columns = ops.quantise_both(grads[0], ctx.power)
         dx_TI = dw_OI = None
         if ctx.needs_input_grad[0]:
@@ -187,7 +190,7 @@ def experts(
     sum, in the model's dtype: `hadal.ops.experts.experts_reference`."""
     if not x_TD.shape[0]:
         return x_TD.clone()
-    rows: Rows = _kernels(x_TD).sort_rows(expert_TK, gate_up_E2ID.shape[0])
+    rows: Rows = _kernels(x_TD, gate_up_E2ID, down_EDI).sort_rows(expert_TK, gate_up_E2ID.shape[0])
     args = x_TD, weight_TK, gate_up_E2ID, down_EDI, shared_TD, residual_TD, rows
     return cast(Tensor, _Network.apply(*args))
 
@@ -201,8 +204,8 @@ class _Network(torch.autograd.Function):
         ctx: Any, x_TD: Tensor, weight_TK: Tensor | None, gate_up: Tensor, down: Tensor,
         shared_TD: Tensor | None, residual_TD: Tensor | None, rows: Rows | None,
     ) -> Tensor:  # fmt: skip
-        ops, dtype = _kernels(x_TD), x_TD.dtype
-        ctx.weights, ctx.power = (_quantised(gate_up), _quantised(down)), _power()
+        ops, dtype = _kernels(x_TD, gate_up, down), x_TD.dtype
+        ctx.ops, ctx.power, ctx.weights = ops, _power(), tuple(_quantised(w, ops) for w in (gate_up, down))
         x: Codes = ops.quantise(x_TD, True)
         inputs = x if rows is None else ops.gather(x, rows)
         gate_up_R2I = ops.matmul(inputs, ctx.weights[0].fprop, dtype, rows)
@@ -218,7 +221,7 @@ class _Network(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, scale, kept_q, kept_scale, weight_R, *where = ctx.saved_tensors
         rows = Rows(*where) if where else None
-        ops, dtype, (gate_up, down) = _kernels(grads[0]), grads[0].dtype, ctx.weights
+        ops, dtype, (gate_up, down) = ctx.ops, grads[0].dtype, ctx.weights
         if rows is None:
             dy, dy_columns = ops.quantise_both(grads[0], ctx.power)
         else:

@@ -190,15 +190,16 @@ class _Watch:
         return self._product(hidden_TI, down_DI).view(x_TD.shape)
 
     def experts(
-        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor
-    ) -> Tensor:
+        self, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, gate_up_E2ID: Tensor, down_EDI: Tensor,
+        *others_TD: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         out_TD = torch.zeros_like(x_TD)
         for e in expert_TK.unique().tolist():
             token, slot = torch.where(expert_TK == e)
             hidden = swiglu_reference(self._product(x_TD[token], gate_up_E2ID[e]))
             hidden = hidden * weight_TK[token, slot, None].to(hidden.dtype)
             out_TD = out_TD.index_add(0, token, self._product(hidden, down_EDI[e]))
-        return out_TD
+        return sum((other_TD for other_TD in others_TD if other_TD is not None), out_TD)
 
 
 @contextmanager

@@ -167,7 +167,7 @@ def test_experts_are_the_reference(shape, monkeypatch):
     weight, ends = torch.rand(1024, 4, device="cuda"), []
     for reference in (False, True):
         if reference:
-            monkeypatch.setattr(fp8_training, "_kernels", lambda x: plain)
+            monkeypatch.setattr(fp8_training, "_kernels", lambda *x: plain)
         inputs = [t.clone().requires_grad_() for t in (x, weight, gate_up, down)]
         y = fp8_training.experts(inputs[0], expert, *inputs[1:])
         ends.append([y, *torch.autograd.grad(y, inputs, dy)])

@@ -210,6 +210,19 @@ def fp8_training_products() -> None:
     fp8_outer_gluon.outer(a, b, rows)
 
 
+def fp8_training_small() -> None:
+    """hadal-mini's experts."""
+    from hadal.ops import fp8_tiles
+    from hadal.ops.triton import fp8_train_small as op
+
+    rows = fp8_tiles.sort_rows(torch.zeros(256, 1, dtype=torch.int64), 4)
+    codes = fp8_tiles.Codes(torch.empty(256, 256, dtype=FP8), torch.empty(2, 256), True)
+    op.quantise_both(torch.empty(256, 192, dtype=BF16), True)
+    op.columns(codes, rows)
+    op.columns(codes, None)
+    op.transposed(op.quantise_weight(torch.empty(4, 192, 256, dtype=BF16), True))
+
+
 def gate() -> None:
     from hadal.ops.triton import gate as apart
 
@@ -370,6 +383,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "FP8 training, V3's scales": (fp8_training, (1408, False), 11),
     "FP8 training, odd widths": (fp8_training, (10944, True), 13),
     "FP8 training, products": (fp8_training_products, (), 6),
+    "FP8 training, small layers": (fp8_training_small, (), 4),
     "gate": (gate, (), 5),
     "linear, 1 row": (few_rows, (1,), 8),
     "linear, 32 rows": (few_rows, (32,), 5),

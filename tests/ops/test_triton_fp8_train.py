@@ -216,6 +216,36 @@ def test_weights(shape, power):
         assert torch.equal(wide, plain.dequantise_blocks(b.q, b.scale))
 
 
+@needs_triton
+@pytest.mark.parametrize("experts", [False, True])
+def test_small_layers_multiply_the_same_values(experts):
+    """Values are what the codes mean, bit for bit, and products those of the codes."""
+    from hadal.ops.triton import fp8_train_small as small
+
+    rows = sorted_rows(150) if experts else None
+    lead = (5,) if experts else ()
+    w, x = torch.randn(*lead, 96, 136).to(DTYPE).to(DEVICE), draw(150, 136).clamp(-4, 4)
+    codes, weight = plain.quantise(x, True), plain.quantise_weight(w, True)
+    R = 150 if rows is None else rows.token_R.numel()
+    used = slice(0, R if rows is None else int(rows.used) * 128)
+    dy = torch.randn(R, 96).to(DTYPE).to(DEVICE)
+    found = small.quantise_weight(w, True)
+    assert torch.equal(found.q.float(), plain.dequantise_blocks(weight.q, weight.scale))
+    assert torch.equal(small.transposed(found).q, found.q.transpose(-1, -2))
+    both = small.quantise_both(dy, True), plain.quantise_both(dy, True)
+    anew = small.columns(codes, rows), plain.columns(codes, rows)
+    for got, want in (*zip(*both, strict=True), anew):
+        value, n = plain.dequantise(want), got.q.shape[1]
+        last = min(n, used.stop) if got is anew[0] else n
+        assert torch.equal(got.q[:, :last].float(), value[:, :last]) and not value[:, n:].any()
+    inputs = codes if rows is None else plain.gather(codes, rows)
+    out, want = small.matmul(inputs, found, DTYPE, rows), plain.matmul(inputs, weight, torch.float32, rows)
+    assert error(out[used], want[used]) < (4e-3 if CUDA else 1e-5)
+    want = plain.outer(both[1][1], anew[1], torch.float32, rows)
+    for a in (both[0][1], both[1][1]):  # values, or codes, as SwiGLU's gradient is
+        assert error(small.outer(a, anew[0], DTYPE, rows), want) < (4e-3 if CUDA else 1e-5)
+
+
 @needs_hopper
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("N,K", [(256, 384), (320, 208)])

@@ -430,16 +430,19 @@ def _weight_kernel(w, q, scale, N, K, groups, POWER: tl.constexpr):
     if POWER:
         s = ((s.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
     s = tl.where(amax == 0.0, 1.0, s)
-    tl.store(q + at, _e4m3(value, tl.full([1, 1], 1.0, tl.float32) * s, POWER), mask=inside)
+    code = _e4m3(value, tl.full([1, 1], 1.0, tl.float32) * s, POWER)
+    if q.dtype.element_ty != tl.float8e4nv:
+        code = (code.to(tl.float32) * s).to(q.dtype.element_ty)
+    tl.store(q + at, code, mask=inside)
     tl.store(scale + (e * tl.num_programs(0) + tl.program_id(0)) * groups + tl.program_id(1), s)
 
 
-def quantise_weight(w: Tensor, power: bool) -> Weight:
-    """In blocks of 128 × 128."""
+def quantise_weight(w: Tensor, power: bool, dtype: torch.dtype = E4M3) -> Weight:
+    """In blocks of 128 × 128; in another dtype than E4M3 what its codes mean."""
     w = w.contiguous()
     *lead, N, K = w.shape
     blocks = ceil_div(N, TILE), ceil_div(K, TILE)
-    q = torch.empty(w.shape, dtype=E4M3, device=w.device)
+    q = torch.empty(w.shape, dtype=dtype, device=w.device)
     scale = torch.empty((*lead, *blocks), dtype=torch.float32, device=w.device)
     stack = lead[0] if lead else 1
     _weight_kernel[(*blocks, stack)](w, q, scale, N, K, blocks[1], POWER=power, num_warps=8)
