@@ -8,7 +8,8 @@
     weight = 1.0              # share of the prompts, against those of the other tables
     language = ""             # of puzzles: one language; else all of them
     split = "train"           # of puzzles: "train" or "held-out"
-    size = 0                  # procedural: this many different prompts; jsonl: the first so many. 0: no limit
+    size = 0                  # procedural: this many different prompts; files: the first so many. 0: no limit
+                              #   (10,000 of gym)
     seed = 0
     instruction = ""          # put after the prompt's last message
     config = {}               # of gym: settings of the data set
@@ -31,7 +32,7 @@ from typing import Any, Protocol
 from hadal.data.puzzles import LANGUAGES, SPLITS, sample
 from hadal.data.puzzles.mixture import check_name
 from hadal.data.strict import RecipeError, build, require
-from hadal.post.rewards.gym import dataset
+from hadal.post.rewards import gym
 from hadal.post.rewards.protocol import RewardError
 from hadal.post.rewards.rules import as_record
 from hadal.post.rewards.text import after_hashes
@@ -39,7 +40,7 @@ from hadal.post.rewards.text import after_hashes
 Record = dict[str, Any]
 SOURCES = ("jsonl", "puzzles", "gym", "gsm8k", "humaneval")
 _ENDLESS = 2**31
-_GYM_SIZE = 1_000_000
+_GYM_SIZE = 10_000  # some data sets make all of it at once
 
 
 @dataclass(frozen=True)
@@ -224,19 +225,15 @@ class Gym:
     """A procedural data set of reasoning-gym, for the reward `gym`."""
 
     def __init__(self, recipe: TaskRecipe) -> None:
-        size = recipe.size or _GYM_SIZE
-        self.at: Record = {"dataset": recipe.name, "size": size, "seed": recipe.seed,
-                           "config": dict(recipe.config)}  # fmt: skip
-        self.tasks = dataset(recipe.name, size, recipe.seed, json.dumps(dict(recipe.config), sort_keys=True))
+        self.recipe, self.size = recipe, recipe.size or _GYM_SIZE
+        self[0]  # a name or a setting that is wrong is told now
 
     def __len__(self) -> int:
-        return int(self.at["size"])
+        return self.size
 
     def __getitem__(self, index: int) -> Record:
-        made = self.tasks[index]
-        answer = made["answer"]
-        return {"prompt": made["question"], "answer": None if answer is None else str(answer),
-                "gym": {**self.at, "index": index}}  # fmt: skip
+        r = self.recipe
+        return gym.as_record(r.name, self.size, r.seed, r.config, index)
 
 
 def _open(recipe: TaskRecipe) -> Source:

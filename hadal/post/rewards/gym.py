@@ -1,8 +1,11 @@
 """Answers to tasks of `reasoning-gym` (extra `rl`), scored by the task's own function.
 
-The record names data set, settings, seed and number; the worker makes the same task again, since what its
-scorer needs is no JSON. Some scorers hand the answer to SymPy's parser, which runs what it reads: so this
-works in a locked worker alone.
+The record names data set, settings, seed and number, and carries the task where that is JSON without loss.
+Where it is not (tuples, dates), the worker makes the same task again, and holds its question against the
+record's: a few data sets depend on the order of a set, which differs from process to process.
+
+Some scorers hand the answer to SymPy's parser, which runs what it reads: so this works in a locked worker
+alone.
 """
 
 from __future__ import annotations
@@ -55,11 +58,27 @@ class Gym:
         if found is None or len(found[0]) > MAX_CHARACTERS:
             return Score(0.0, {"answer": None})
         at = completion.record["gym"]
-        tasks = dataset(
-            at["dataset"], at["size"], at["seed"], json.dumps(at.get("config", {}), sort_keys=True)
-        )
-        value = float(tasks.score_answer(answer=found[0], entry=tasks[at["index"]]))
+        tasks = dataset(at["dataset"], at["size"], at["seed"], json.dumps(at["config"], sort_keys=True))
+        entry = at.get("entry") or tasks[at["index"]]
+        if entry["question"] != at["question"]:
+            raise RewardError(f"task {at['index']} of {at['dataset']} cannot be made a second time")
+        value = float(tasks.score_answer(answer=found[0], entry=entry))
         return Score(value if value >= self.threshold else 0.0, {"answer": found[0][:200], "given": value})
+
+
+def as_record(name: str, size: int, seed: int, config: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A task as a record: `prompt`, `answer`, `gym`. Raises RewardError."""
+    entry = dataset(name, size, seed, json.dumps(dict(config), sort_keys=True))[index]
+    gym = {"dataset": name, "size": size, "seed": seed, "config": dict(config), "index": index,
+           "question": entry["question"]}  # fmt: skip
+    plain = {**entry, "metadata": {k: v for k, v in entry["metadata"].items() if k != "difficulty"}}
+    try:
+        if json.loads(text := json.dumps(plain)) == plain:  # lists for tuples would be unequal
+            gym["entry"] = json.loads(text)
+    except (TypeError, ValueError):
+        pass
+    answer = entry["answer"]
+    return {"prompt": entry["question"], "answer": None if answer is None else str(answer), "gym": gym}
 
 
 @lru_cache(maxsize=64)
