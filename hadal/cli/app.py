@@ -28,6 +28,7 @@ from hadal.cli import (
     run,
     runs,
     serve,
+    sft,
     show,
     train,
     version,
@@ -48,6 +49,7 @@ GROUPS: dict[str, dict[str, Callable[..., None] | Family]] = {
     "Make and measure": {
         "data": data.DATA,
         "train": train.train,
+        "sft": sft.sft,
         "runs": runs.runs,
         "eval": evaluate.evaluate,
         "needle": needle.needle,

@@ -45,7 +45,7 @@ from hadal.train.metrics import Metrics
 from hadal.train.occasions import Occasions
 from hadal.train.optimizer import AdamW
 from hadal.train.phases import Stage, begun, config_at, recipe_at, stage_at, stages
-from hadal.train.recipe import Recipe, RecipeError
+from hadal.train.recipe import LogRecipe, Recipe, RecipeError
 from hadal.train.sources import Sources, open_stages
 from hadal.train.spikes import Spikes
 from hadal.train.trainer import Progress, Trainer
@@ -100,11 +100,7 @@ def open_run(
 ) -> Iterator[Run]:
     """A run where it is to begin, or to go on; see `train`."""
     recipe = recipes.load(Path(recipe_path), overrides)
-    if recipe.log.accuracy_every_steps and examine is None:
-        raise RecipeError(
-            f"log.accuracy_every_steps is {recipe.log.accuracy_every_steps}, and nothing measures accuracy: "
-            "call train(…, examine=hadal.evals.in_training.examine), or set it to 0"
-        )
+    check_examine(recipe.log, examine)
     folder = Path(out) if out is not None else Path("runs") / recipe.run.name
 
     def changed(before: Mapping[str, Any], step: int) -> list[str]:
@@ -122,6 +118,15 @@ def open_run(
         yield run
     finally:
         run.close()
+
+
+def check_examine(log: LogRecipe, examine: Examine | None) -> None:
+    """Raises RecipeError where accuracy is asked for, and nothing measures it."""
+    if log.accuracy_every_steps and examine is None:
+        raise RecipeError(
+            f"log.accuracy_every_steps is {log.accuracy_every_steps}, and nothing measures accuracy: "
+            "call it with examine=hadal.evals.in_training.examine, or set it to 0"
+        )
 
 
 def say(console: Console, text: str) -> None:

@@ -35,7 +35,13 @@ from hadal.weights.names import GROUPS_SUFFIX, SCALE_SUFFIX, Expected, Slot, exp
 from hadal.weights.quantise import packed_weights
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json")
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
 _FIXED = {
     "float32": "F32",
     "scale": "F32",
