@@ -24,8 +24,10 @@ from types import ModuleType
 from typing import Any
 
 # Imported late by the standard library itself.
-_LATE = ("_strptime", "linecache", "traceback", "encodings.ascii", "encodings.latin_1", "encodings.utf_16",
-         "encodings.utf_32", "encodings.cp1252", "encodings.unicode_escape")  # fmt: skip
+_ENCODINGS = """ascii latin_1 cp1252 cp437 utf_8_sig utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be
+    unicode_escape raw_unicode_escape hex_codec base64_codec rot_13""".split()
+_LATE = ("_strptime", "copy", "decimal", "heapq", "linecache", "locale", "traceback", "typing", "unicodedata",
+         "weakref", *(f"encodings.{name}" for name in _ENCODINGS))  # fmt: skip
 # They would do something when imported, or need what is not there.
 _NOT = {"antigravity", "this", "idlelib", "turtle", "turtledemo", "tkinter", "lib2to3", "test", "_bootlocale"}
 # Events of sys.addaudithook that no program here may cause. `open` of a descriptor that is open is allowed.
