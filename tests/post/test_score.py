@@ -12,7 +12,7 @@ from hadal.engine.engine import Engine
 from hadal.engine.request import SamplingParams
 from hadal.model.context import Cache, Context
 from hadal.model.transformer import Transformer
-from hadal.ops import exact_cpu
+from hadal.ops import exact_cpu, invariant
 from hadal.ops.exact import exact
 from hadal.ops.log_probs import Law
 from hadal.post.score import Sample, pack, score, score_all, share_out
@@ -163,3 +163,16 @@ def test_what_cannot_be_scored_is_refused() -> None:
         score(model, pack([long]))
     with pytest.raises(ValueError, match="depths=1"):
         score(train_tiny.model(), pack([Sample([1], [2])]), mtp=True)
+
+
+@needs_exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_unused_rows_of_the_head_change_no_bit(dtype: torch.dtype) -> None:
+    """The sampler cuts logits at the tokenizer's end, scores cut the head."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(37, 144, generator=generator).to(dtype)
+    w = torch.randn(150, 144, generator=generator).to(dtype)
+    whole = invariant.linear(x, w, wide=True)
+    for size in (150, 149, 131, 17):
+        assert torch.equal(invariant.linear(x, w[:size], wide=True), whole[:, :size])
+        assert torch.equal(invariant.logsumexp(whole[:, :size]), invariant.logsumexp(whole[:, :size].clone()))
