@@ -21,6 +21,7 @@ from hadal.post.score import Sample, pack, score
 from hadal.post.sft import sft
 from hadal.train.graphs import PassGraphs
 from hadal.train.optimizer import AdamW
+from tests.gpu.test_training import WIDE
 from tests.post.bases import base, chats, recipe, write
 from tests.train import tiny as train_tiny
 from tests.weights import tiny
@@ -98,7 +99,7 @@ def test_adapters_are_the_same_with_and_without_graphs() -> None:
     """Ten steps in BF16: merged weights follow A and B, graphs or not, and the loss falls."""
     results = []
     for graphs in (False, True):
-        model = train_tiny.model(dtype=torch.bfloat16).cuda()
+        model = train_tiny.model(dtype=torch.bfloat16, **WIDE).cuda()
         adapters = Adapters(model, LoraRecipe(rank=4))
         trainer = train_tiny.trainer(model, speed=0.0, alpha=0.0, rate=1e-2)
         trainer.optimizer = AdamW(adapters.named_parameters())
@@ -124,7 +125,7 @@ def test_adapters_are_the_same_with_and_without_graphs() -> None:
 
 @pytest.mark.parametrize("rank", [0, 8], ids=["all", "lora"])
 def test_a_whole_run(rank: int, tmp_path: Path) -> None:
-    start = base(tmp_path / "base")
+    start = base(tmp_path / "base", "qwen2")
     file = write(tmp_path / "talk.jsonl", chats(200))
     path = recipe(tmp_path / "r.toml", start, [file], lora={"rank": rank}, train={"epochs": 3},
                   learning_rate={"peak": 2e-2 if rank else 5e-3})  # fmt: skip
@@ -133,3 +134,17 @@ def test_a_whole_run(rank: int, tmp_path: Path) -> None:
     losses = [s["loss"] for s in steps if s["kind"] == "step"]
     assert outcome.finished and losses[-1] < losses[0] - 0.5
     assert Engine.load(outcome.export, max_model_len=64).generate([5, 6, 7], SamplingParams(max_tokens=4))
+
+
+def test_the_smoke_recipe(tmp_path: Path) -> None:
+    """hadal-mini (MLA, experts, MTP) in BF16 with LoRA, as CUDA graphs where they can be."""
+    smoke = Path(__file__).resolve().parents[2] / "recipes" / "sft-smoke.toml"
+    outcome = sft(smoke, out=tmp_path / "run", device="cuda", console=Console(quiet=True))
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [s["loss"] for s in steps if s["kind"] == "step"]
+    assert outcome.finished and losses[-1] < 0.5 * losses[0]
+    done = Engine.load(outcome.export, max_model_len=512).chat(
+        [{"role": "user", "content": "6 × 37 = ?"}], SamplingParams(temperature=0, max_tokens=200)
+    )
+    print(done.text)
+    assert done.content and "Answer" in done.content
