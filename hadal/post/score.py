@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from hadal.engine import Engine, SamplingParams
 from hadal.model.context import Context, Routing
 from hadal.model.layers import Linear
 from hadal.model.mtp import Mtp
@@ -28,6 +29,16 @@ from hadal.ops.log_probs import Law, linear_log_probs
 from hadal.ops.recompute import recompute
 
 Ids = Sequence[int]
+
+
+def law_of(engine: Engine, params: SamplingParams) -> Law:
+    """The distribution that an engine draws from under these parameters. Raises ValueError where its reported
+    log-probabilities would be others."""
+    if params.logprobs is None or params.logprobs_of != "sampler":
+        raise ValueError(
+            'old log-probabilities are the sampler\'s: ask for logprobs=0, logprobs_of="sampler"'
+        )
+    return Law(params.temperature, engine.vocab_size, tuple(params.logit_bias.items()))
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,7 @@ class Scores:
     logprob_N: Tensor  # FP32, with a gradient where the model has one
     entropy_N: Tensor | None  # of the whole distribution at each token; no gradient
     mtp_nll: list[Tensor]  # for each depth, [tokens that it predicts]; [] where not asked for
-    routing: list[Routing]  # what each gate chose, where recorded
+    routing: list[Routing]  # what each gate chose; recorded with gradients, or where asked for
 
 
 def score(
@@ -169,7 +180,7 @@ def score(
             "completions, or set a longer context"
         )
     law, context = law or Law(), Context.packed(packed.fed, model.device)
-    context.record_routing = record_routing
+    context.record_routing = record_routing or torch.is_grad_enabled()  # the gates' kernels of training
     with recompute(tuple(recomputed)):
         hidden_TD = model(packed.token_T, context)
         normed_ND = model.norm(hidden_TD.index_select(0, packed.row_N))

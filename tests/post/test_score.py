@@ -15,7 +15,7 @@ from hadal.model.transformer import Transformer
 from hadal.ops import exact_cpu, invariant
 from hadal.ops.exact import exact
 from hadal.ops.log_probs import Law
-from hadal.post.score import Sample, pack, score, score_all, share_out
+from hadal.post.score import Sample, law_of, pack, score, score_all, share_out
 from hadal.train.batches import build
 from hadal.train.losses import cross_entropies
 from tests.train import tiny as train_tiny
@@ -146,6 +146,22 @@ def test_mtp_losses_are_those_of_pre_training() -> None:
     found = score(model, pack([Sample(prompt, completion)], depths=1), mtp=True)
     torch.testing.assert_close(found.logprob_N, -nll[0][3:8])
     torch.testing.assert_close(found.mtp_nll[0], nll[1][2:7])
+
+
+def test_completions_too_short_for_a_depth_have_no_mtp_loss() -> None:
+    model = train_tiny.model()
+    found = score(model, pack([Sample([1], [2])], depths=1), mtp=True)
+    assert found.mtp_nll[0].shape == (0,)
+    (found.logprob_N.sum() + found.mtp_nll[0].sum()).backward()
+
+
+def test_the_law_is_the_engines() -> None:
+    model = random_model(tiny.QWEN2)
+    running = Engine(model, page_size=4, cache_bytes=1 << 20, max_model_len=64, max_num_seqs=1)
+    params = SamplingParams(temperature=0.7, logprobs=0, logprobs_of="sampler", logit_bias=BANNED)
+    assert law_of(running, params) == replace(LAW, vocab_size=130)
+    with pytest.raises(ValueError, match="the sampler's"):
+        law_of(running, SamplingParams(logprobs=0))
 
 
 def test_packs_hold_everybody_once() -> None:
