@@ -22,7 +22,7 @@ QUICK = Limits(seconds=1.0)
 REFUSED = {
     "fork bomb": "import os, time\nfor _ in range(50):\n if os.fork() == 0: time.sleep(3); os._exit(0)",
     "fork by ctypes": "import ctypes\nif ctypes.CDLL(None).fork() < 0: raise OSError",
-    "thread bomb": "import threading as t, time\nfor _ in range(50): t.Thread(target=time.sleep, args=(3,)).start()",
+    "thread bomb": "from threading import *\nfor _ in range(50): Timer(3, int).start()",
     "a program": "import subprocess\nsubprocess.run(['true'], check=True)",
     "exec": "import os\nos.execv('/bin/true', ['true'])",
     "posix_spawn": "import os\nos.posix_spawn('/bin/true', ['true'], {{}})",
@@ -75,13 +75,13 @@ def server() -> socket.socket:
 
 
 @locked
-@pytest.mark.parametrize("audit", [True, False], ids=["both walls", "kernel alone"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_attempts_are_refused(name: str, audit: bool, tmp_path: Path, server: socket.socket) -> None:
+def test_attempts_are_refused(name: str, tmp_path: Path, server: socket.socket) -> None:
+    """By the kernel, without Python's own wall before it."""
     (tmp_path / "kept").write_text("secret")
     before = sorted(os.listdir(tmp_path))
     program = REFUSED[name].format(folder=str(tmp_path), port=server.getsockname()[1])
-    outcome = sandbox.run(program + "\nprint('done')", limits=QUICK, audit=audit)
+    outcome = sandbox.run(program + "\nprint('done')", limits=QUICK, audit=False)
     assert not outcome.passed and "done" not in outcome.stdout, outcome
     assert outcome.status == "failed" and "secret" not in outcome.stdout + outcome.stderr + outcome.detail
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "kept").read_text() == "secret"
@@ -95,7 +95,7 @@ def test_attempts_are_refused(name: str, audit: bool, tmp_path: Path, server: so
 def test_programs_that_do_not_end_are_ended(name: str) -> None:
     program, wanted = ENDED[name]
     started = time.monotonic()
-    outcome = sandbox.run(program, limits=Limits(seconds=0.4, memory_mib=256))
+    outcome = sandbox.run(program, limits=Limits(0.05 if "timeout" in wanted else 5, memory_mib=256))
     assert outcome.status in wanted, outcome
     assert time.monotonic() - started < 10 and not children()
     assert len(outcome.stdout) <= 64 << 10 and len(outcome.stderr) <= 64 << 10
@@ -104,9 +104,9 @@ def test_programs_that_do_not_end_are_ended(name: str) -> None:
 @locked
 def test_honest_programs_run() -> None:
     program = (
-        "import math, re, datetime, random\nfrom collections import Counter, defaultdict\n"
+        "import math, re, sys, datetime, random\nfrom collections import Counter, defaultdict\n"
         "from typing import List\nimport os.path, concurrent.futures\n"
-        "n, text = int(input()), open(0).read()\n"
+        "n, text = int(input()), sys.stdin.read()\n"
         "print(math.comb(n, 2), Counter(text.strip()).most_common(1), os.path.join('a', 'b'))\n"
         "print(datetime.datetime.strptime('2024-02-29', '%Y-%m-%d').year, 'é'.encode('utf-16-le'))\n"
         "if __name__ == '__main__': print('main')"

@@ -25,6 +25,7 @@ _SAME = str.maketrans({"×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", 
 _LATEX = ((r"\times", "*"), (r"\cdot", "*"), (r"\div", "/"), (r"\left", ""), (r"\right", ""), ("$", ""))
 _FRACTION = re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}")
 _ALLOWED = re.compile(r"[0-9a-z+\-*/(). \t]*")
+_DECIMAL = re.compile(r"\d+(?:\.\d*)?|\.\d+")
 _LONG = re.compile(rf"\d{{{MAX_DIGITS + 1},}}")
 
 
@@ -78,10 +79,10 @@ def _walk(
         raise ArithmeticRefused(f"it is nested deeper than {MAX_DEPTH}")
     match node:
         case ast.Constant(value=int() | float()) if not isinstance(node.value, bool):
-            try:
-                numbers.append(Fraction(ast.get_source_segment(text, node) or ""))
-            except ValueError:
-                raise ArithmeticRefused("it holds a number in an unknown notation") from None
+            digits = ast.get_source_segment(text, node) or ""
+            if not _DECIMAL.fullmatch(digits):  # 1e9, 0x10
+                raise ArithmeticRefused("it holds a number in a notation that is not decimal")
+            numbers.append(Fraction(digits))
             return numbers[-1]
         case ast.Name(id=name) if name in unknowns:
             return unknowns[name]

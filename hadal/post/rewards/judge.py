@@ -80,7 +80,8 @@ class Judge:
         """What the judge is asked. A text that is put in is not searched for places again."""
         record = completion.record
         answer = split(completion).answer if self.part == "answer" else completion.text
-        reference = f"=== REFERENCE ===\n{record['answer']}\n=== END OF REFERENCE ===" * ("answer" in record)
+        gold = record.get("answer")
+        reference = "" if gold is None else f"=== REFERENCE ===\n{gold}\n=== END OF REFERENCE ==="
         low, high = (f"{number:g}" for number in self.scale)
         texts = {"prompt": prompt_text(record), "answer": answer[: self.max_characters],
                  "reference": reference, "low": low, "high": high}  # fmt: skip

@@ -9,8 +9,8 @@ R1's report does not say how a word's language is told. Here, for en, fr, pt and
 - A sentence of Latin words takes the language whose known words it holds most of: the function words below,
   words of reasoning, and the wordings of this package's puzzles. All its words then count for that language.
   Where languages tie and the target is among them, the target has it.
-- A sentence without a known word counts for no language if it has UNKNOWN_WORDS words or more, against the
-  target; a shorter one is left out.
+- A sentence of UNKNOWN_WORDS words or more, of which fewer than KNOWN_SHARE are known to its language, is of
+  no language known here; a shorter one without a known word is left out.
 
 Limits: short mixtures inside a sentence of one script are not seen; Spanish or Galician may pass for
 Portuguese; Japanese kanji pass for Chinese; a name is a word of its sentence.
@@ -33,7 +33,7 @@ from hadal.post.rewards.text import split
 
 LANGUAGES = ("en", "fr", "pt", "zh")
 OTHER = "other"
-UNKNOWN_WORDS = 4
+UNKNOWN_WORDS, KNOWN_SHARE = 4, 0.2
 
 # Frequent words, without accents; those of several languages stand in each list.
 _FREQUENT = {
@@ -116,7 +116,7 @@ def _language(words: list[str], target: str) -> str:
     most = max(votes.values())
     if not words or (not most and len(words) < UNKNOWN_WORDS):
         return ""
-    if not most:
+    if most < KNOWN_SHARE * len(words) and len(words) >= UNKNOWN_WORDS:
         return OTHER
     if votes.get(target) == most:
         return target

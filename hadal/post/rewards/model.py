@@ -22,7 +22,7 @@ from hadal.post.rewards.protocol import Completion, RewardError
 from hadal.weights.folder import load
 from hadal.weights.writer import save
 
-HEAD = "reward_head.safetensors"
+HEAD = "reward_head/head.safetensors"  # below the folder: what lies in it is the transformer's
 Encode = Callable[[Completion], Sequence[int]]
 
 
@@ -71,6 +71,7 @@ class RewardModel(nn.Module):
         """A published folder of the transformer, with the head beside it in HEAD. Returns its path."""
         path = save(self.transformer, folder, files_from=files_from)
         tensors = {"weight": self.weight.detach().cpu(), "bias": self.bias.detach().cpu()}
+        (path / HEAD).parent.mkdir()
         save_file(tensors, path / HEAD, metadata={"format": "pt"})
         return path
 

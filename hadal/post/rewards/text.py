@@ -39,15 +39,16 @@ def split(completion: Completion) -> Parts:
 
 def boxed(text: str) -> str | None:
     r"""The content of the last \boxed{…} whose braces are balanced."""
-    at = len(text)
-    while (at := max(text.rfind("\\boxed{", 0, at), text.rfind("\\fbox{", 0, at))) >= 0:
-        start = text.index("{", at) + 1
-        depth = 1
-        for i in range(start, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if not depth:
-                return text[start:i].strip()
-    return None
+    opened: list[int] = []
+    last = None
+    for at, letter in enumerate(text):
+        if letter == "{":
+            opened.append(at)
+        elif letter == "}" and opened:
+            start = opened.pop()
+            if text.endswith(("\\boxed", "\\fbox"), 0, start) and (last is None or start > last[0]):
+                last = start, at
+    return None if last is None else text[last[0] + 1 : last[1]].strip()
 
 
 def last_number(text: str) -> str | None:

@@ -37,7 +37,7 @@ from hadal.post.rewards.processes import end
 ISOLATIONS = ("seccomp", "limits")
 _JAIL = Path(__file__).with_name("jail.py")
 _MAX_REPORT = 8192
-_START_SECONDS = 5.0  # for the interpreter, on a busy machine
+_START_SECONDS = 0.5  # for the interpreter
 
 
 class SandboxError(RuntimeError):
@@ -127,7 +127,7 @@ def _watch(
     files = (process.stdout.fileno(), process.stderr.fileno(), report)
     texts = [bytearray(), bytearray(), bytearray()]
     most = (limits.output_kib << 10, limits.output_kib << 10, _MAX_REPORT)
-    deadline, broke = started + limits.seconds + _START_SECONDS * 0.1, ""
+    deadline, broke = started + limits.seconds + _START_SECONDS, ""
     try:
         with selectors.DefaultSelector() as selector:
             for index, file in enumerate(files):
