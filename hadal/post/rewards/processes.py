@@ -9,13 +9,27 @@ import subprocess
 import time
 
 
+def parents() -> dict[int, int]:
+    """The parent of every process of this machine, by process id."""
+    if not os.path.isdir("/proc/self"):
+        import psutil
+
+        return {one.pid: one.info["ppid"] for one in psutil.process_iter(["ppid"])}
+    found: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                # pid (name, which may hold anything) state parent …
+                found[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """Process ids of all that descends from `pid`, as far as the chain of parents is whole."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-    return []
+    family, table = {pid}, parents()
+    while grown := {child for child, parent in table.items() if parent in family} - family:
+        family |= grown
+    return sorted(family - {pid})
 
 
 def has_children() -> bool:
