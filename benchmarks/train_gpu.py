@@ -192,11 +192,8 @@ def main() -> None:
                 f"{found['peak_gib']:.1f}", predicted, f"x{rate / base:.2f}" if fp8 else "",
             ])  # fmt: skip
     title = "Training steps on one GPU"
-    save(
-        "train_gpu",
-        {"title": title, "columns": COLUMNS, "rows": rows, "raw": raw, **machine("cuda")},
-        args.out,
-    )
+    result = {"title": title, "columns": COLUMNS, "rows": rows, "raw": raw}
+    save("train_gpu", {"machine": machine("cuda")} | result, args.out)
 
 
 if __name__ == "__main__":
