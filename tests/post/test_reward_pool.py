@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from hadal.post.rewards import RewardError, Rewards, read
+from hadal.post.rewards import RewardError, Rewards, processes, read
 from tests.post.helpers import alive, children, gone_within, said
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +110,19 @@ def test_a_closed_pool_says_so() -> None:
     with pytest.raises(RewardError, match="the pool is closed"):
         rewards.score([said("x", task="length")])
     assert children() == before
+
+
+def test_a_process_is_killed_even_if_its_family_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has been stopped before: left so, it would stay for ever."""
+
+    def interrupted(pid: int) -> list[int]:
+        raise KeyboardInterrupt
+
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    monkeypatch.setattr(processes, "descendants", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        processes.end(process)
+    assert process.returncode == -signal.SIGKILL
 
 
 TRAINER = """

@@ -55,21 +55,22 @@ def end_children(seconds: float = 5.0) -> int:
     return len(met)
 
 
-def end(process: subprocess.Popen[bytes], *, leads_group: bool = True) -> None:
-    """Kill a process that leads its group, the group, and its descendants; wait for the first."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads its group, its descendants and the group; wait for it. It is killed whatever
+    happens here, Ctrl-C included."""
+    try:
+        if process.poll() is None:
             process.send_signal(signal.SIGSTOP)  # it starts no more
-        for _ in range(20):
-            found = descendants(process.pid)
-            for pid in found:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(pid, signal.SIGKILL)
-            if not found:
-                break
-            time.sleep(0.002)
-    if leads_group:
+            for _ in range(20):
+                found = descendants(process.pid)
+                for pid in found:
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.kill(pid, signal.SIGKILL)
+                if not found:
+                    break
+                time.sleep(0.002)
+    finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.wait()
+        process.kill()
+        process.wait()
