@@ -1,4 +1,4 @@
-"""Context extension, before and after: the needle grid of one small model in five states.
+"""Context extension, before and after: the needle grid of one small model in six states.
 
     python benchmarks/long_context.py --out runs/long-context-study [--seed 1] [--minutes 8]
     python benchmarks/long_context.py --out runs/long-context-study --require-exact 0.5
@@ -7,7 +7,7 @@
     base            the main pre-training of recipes/long-context.toml, at its first length
     base + YaRN     the same weights with the phases' rope_scaling put into config.json, untrained
     each phase      trained under YaRN (DeepSeek-V3 report §4.3)
-    no YaRN         the same phases from the same checkpoint without rope_scaling
+    no YaRN         the same phases from the same checkpoint without rope_scaling, after each as well
 
 What is there already is kept: the same line again goes on where it stopped (`--minutes` stops training in
 time for a machine that is lent by the ten minutes). Where the main part has not learnt to find one needle at
@@ -120,6 +120,9 @@ def states(recipe: Recipe, out: Path) -> list[tuple[str, str, Path]]:
         found.append((f"yarn-{phase.name}", title, out / "yarn" / f"export-{phase.name}"))
     reached = needle.short(last.context)
     found.append((f"yarn-{last.name}", f"after {reached} under YaRN", out / "yarn" / "export"))
+    for phase in recipe.phases[:-1]:
+        title = f"the same phases to {needle.short(phase.context)} without YaRN"
+        found.append((f"no-yarn-{phase.name}", title, out / "no-yarn" / f"export-{phase.name}"))
     found.append(("no-yarn", f"the same phases to {reached} without YaRN", out / "no-yarn" / "export"))
     return found
 

@@ -47,6 +47,6 @@ def test_it_stops_early_and_goes_on_where_it_stopped(
     status, said = call(study, tmp_path / "s", monkeypatch, capsys)
     assert status == 0 and "the same phases to 2K without YaRN" in said
     found = json.loads((tmp_path / "s" / "needle.json").read_text())
-    assert list(found["grids"]) == ["base", "base-yarn", "yarn-512", "yarn-2k", "no-yarn"]
+    assert list(found["grids"]) == ["base", "base-yarn", "yarn-512", "yarn-2k", "no-yarn-512", "no-yarn"]
     assert [e["step"] for e in found["heldout"]["yarn"]] == [2, 2, 3, 4]  # its own border again
     assert all({"one", "needles"} <= set(event) for event in found["heldout"]["base"])
