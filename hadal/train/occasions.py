@@ -161,6 +161,7 @@ class Occasions:
         self.now, self.sources = now, sources
         if event is not None:
             self.metrics.event("phase", self.trainer.progress.step + 1, **event)
+            self.spikes.restore(())  # other rows, another loss: what was usual is no measure
 
     def leave(self, name: str) -> None:
         """What a stage leaves that another follows: held-out loss, `export-NAME`, checkpoint."""
