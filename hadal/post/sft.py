@@ -32,7 +32,7 @@ from hadal.post.card import Started, sft_card
 from hadal.post.chat_rows import ChatRows, Report, Wanted, write_rows
 from hadal.post.conversations import Conversation
 from hadal.post.lora import Adapters
-from hadal.post.sft_recipe import RecipeError, SftRecipe, from_dict, load
+from hadal.post.sft_recipe import BaseRecipe, RecipeError, SftRecipe, from_dict, load
 from hadal.text.templates import Template, template_for
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.accuracy import Examine
@@ -82,7 +82,7 @@ def open_run(
     recipe = load(Path(recipe_path), overrides)
     check_examine(recipe.log, examine)
     folder = Path(out) if out is not None else Path("runs") / recipe.run.name
-    base = Base.of(recipe)
+    base = Base.of(recipe.model)
     started = base.started()
 
     def changed(before: Mapping[str, Any], step: int) -> list[str]:
@@ -117,15 +117,13 @@ class Base:
     template: Template
 
     @classmethod
-    def of(cls, recipe: SftRecipe) -> Base:
-        """The recipe's model. Raises NotFoundError, TemplateError, TokenizerError."""
-        folder = Path(hub.resolve(recipe.model.start))
-        template = template_for(recipe.model.template or folder)
+    def of(cls, model: BaseRecipe) -> Base:
+        """A recipe's model. Raises NotFoundError, TemplateError, TokenizerError."""
+        folder = Path(hub.resolve(model.start))
+        template = template_for(model.template or folder)
         if template.name == "plain":
-            raise RecipeError(
-                f"{recipe.model.start} has no chat template; name one in model.template (docs/sft.md)"
-            )
-        return cls(recipe.model.start, folder, Tokenizer.load(folder), template)
+            raise RecipeError(f"{model.start} has no chat template; name one in model.template (docs/sft.md)")
+        return cls(model.start, folder, Tokenizer.load(folder), template)
 
     def started(self) -> Started:
         """What identifies it, for the recipe that is saved and the card."""
@@ -277,7 +275,7 @@ class SftRun(Run):
         metadata = {"name": self.recipe.run.name, "trained_by": "hadal sft", "base": self.base.name}
         temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.folder))
         try:
-            self._side_files(temporary)
+            side_files(self.base, self.sft.model.template, temporary)
             save_weights(
                 self.model,
                 target,
@@ -295,18 +293,6 @@ class SftRun(Run):
         if self.adapters is not None and self.sft.export.adapters:
             self.adapters.save(self.folder / f"{name}-adapters", self.base.name)
         return target
-
-    def _side_files(self, folder: Path) -> None:
-        """Tokenizer, template and sampling settings of the base; a template that the recipe names is noted
-        there."""
-        for name in SIDE_FILES:
-            if (self.base.folder / name).is_file():
-                shutil.copyfile(self.base.folder / name, folder / name)
-        if self.sft.model.template:
-            path = folder / "tokenizer_config.json"
-            table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            table["hadal_template"] = self.sft.model.template
-            path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class SftOccasions(Occasions):
@@ -328,6 +314,19 @@ class SftOccasions(Occasions):
         return found
 
 
+def side_files(base: Base, template: str, folder: Path) -> None:
+    """Tokenizer, template and sampling settings of the base; a template that the recipe names is noted
+    there."""
+    for name in SIDE_FILES:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    if template:
+        path = folder / "tokenizer_config.json"
+        table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        table["hadal_template"] = template
+        path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def export_format(wanted: str, base: Path) -> tuple[bool, torch.dtype]:
     """(in FP8 blocks?, dtype of the rest) of an export; "auto": as the folder `base` has them."""
     table = read_config_json(base)
@@ -344,7 +343,7 @@ def show(
     """Print the first `count` rows as they would be trained on, and leave nothing behind: what counts in bold
     green, or between ⟦ and ⟧ without a terminal."""
     recipe, console = load(Path(recipe_path), overrides), console or Console()
-    base = Base.of(recipe)
+    base = Base.of(recipe.model)
     with tempfile.TemporaryDirectory(prefix="hadal-sft-") as folder:
         rows = prepare(recipe, base, Path(folder), Path(recipe_path).parent, partial(say, console))
         for number in range(min(count, rows.train.rows_per_epoch)):

@@ -11,6 +11,15 @@ from hadal.train.runs import Run, RunError, smooth
 
 COLUMNS = 2
 STRIPS = 200  # columns of a strip of load, at most
+REINFORCED = (
+    ("reward", "reward, mean"),
+    ("accuracy", "share of right completions"),
+    ("length", "tokens of a completion, mean"),
+    ("entropy", "entropy, nats a token"),
+    ("kl", "KL to the reference"),
+    ("zero_variance", "groups of equal rewards"),
+    ("gap_max", "log-probability gap, largest"),
+)  # of `hadal grpo`, where a run has them
 Panel = Callable[[Any, Sequence[Run], int], None]
 
 
@@ -48,6 +57,7 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
         panels.append(_table("accuracy", "tasks", "", "accuracy, greedy, held-out puzzles"))
     panels += [_plain("learning_rate", "learning rate"), _plain("grad_norm", "gradient norm")]
     panels.append(_plain("max_violation", "MaxVio, mean over gates"))
+    panels += [_plain(key, label) for key, label in REINFORCED if any(run.curve(key)[0] for run in runs)]
     return panels + [_violations(run) for run in runs if run.load()]
 
 

@@ -1,0 +1,349 @@
+"""`hadal grpo RECIPE`: a model, prompts and rewards to a model that earns more of them.
+
+    OUT/recipe.json      the resolved recipe            OUT/samples.jsonl    completions, rewards, verdicts
+    OUT/metrics.jsonl    what was measured              OUT/checkpoints/…    where `--resume` goes on
+    OUT/export/          the model in the published layout, with a card; adapters are merged
+
+The step itself is in hadal/post/policy.py. A run stops cleanly, with a checkpoint and an export, at its last
+step, at `train.max_minutes`, on SIGTERM and on Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hadal.model.transformer import Transformer
+from hadal.post import rewards
+from hadal.post.card import grpo_card
+from hadal.post.grpo_recipe import GrpoRecipe, from_dict, load
+from hadal.post.lora import Adapters
+from hadal.post.policy import GrpoStats, Policy, Rollout
+from hadal.post.reference import PREFIX, Reference
+from hadal.post.rollout import Sampler
+from hadal.post.sft import Base, export_format, side_files
+from hadal.post.tasks import Prompts
+from hadal.train import state
+from hadal.train.export import CARD, Facts
+from hadal.train.flops import peak, step_flops
+from hadal.train.main import DTYPES, Outcome, device_of, open_folder
+from hadal.train.metrics import JsonLines, Metrics
+from hadal.train.optimizer import AdamW
+from hadal.train.recipe import differences
+from hadal.train.schedules import LearningRate, Schedule
+from hadal.train.trainer import Progress, Trainer
+from hadal.weights import load as load_weights
+from hadal.weights import save as save_weights
+
+
+def grpo(
+    recipe_path: Path | str,
+    *,
+    resume: bool = False,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    device: str = "auto",
+    console: Console | None = None,
+    judge: Any = None,
+    model: Any = None,
+) -> Outcome:
+    """Train by rewards, by a recipe; arguments as of `hadal.train.main.train`. `judge`, `model`: what rewards
+    of these kinds ask (hadal.post.rewards.Rewards).
+
+    Raises RecipeError, RewardError, RolloutError, EngineError, WeightsError, HubError, CheckpointError,
+    NonFiniteError.
+    """
+    with open_run(recipe_path, resume, overrides, out, device, console, judge, model) as run:
+        return run.go()
+
+
+@contextmanager
+def open_run(
+    recipe_path: Path | str,
+    resume: bool,
+    overrides: Sequence[str],
+    out: Path | str | None,
+    device: str,
+    console: Console | None,
+    judge: Any = None,
+    model: Any = None,
+) -> Iterator[GrpoRun]:
+    """A run where it is to begin, or to go on; see `grpo`."""
+    recipe = _with_paths(load(Path(recipe_path), overrides), Path(recipe_path).parent)
+    folder = Path(out) if out is not None else Path("runs") / recipe.run.name
+    base = Base.of(recipe.model)
+    started = dataclasses.asdict(base.started())
+
+    def changed(before: Mapping[str, Any], step: int) -> list[str]:
+        saved = dict(before)
+        digest = saved.pop("started", {}).get("digest")
+        found = differences(from_dict(saved).to_dict(), recipe.to_dict())
+        return [*found, *(["the files of model.start"] if digest != started["digest"] else [])]
+
+    prompts = Prompts(recipe.tasks, recipe.run.seed)
+    with rewards.Rewards(rewards.read(recipe.reward), judge=judge, model=model) as judged:
+        checkpoint = open_folder(folder, recipe.to_dict() | {"started": started}, resume, changed)
+        run = GrpoRun(recipe, base, folder, device_of(device), prompts, judged, console)
+        try:
+            if checkpoint is not None:
+                run.restore(checkpoint)
+            yield run
+        finally:
+            run.close()
+
+
+def _with_paths(recipe: GrpoRecipe, beside: Path) -> GrpoRecipe:
+    """Files of prompts are looked for here, then beside the recipe."""
+
+    def found(path: str) -> str:
+        here = Path(path).expanduser()
+        return str(here if here.is_file() or not (beside / path).is_file() else beside / path)
+
+    tasks = [dataclasses.replace(t, path=found(t.path)) if t.path else t for t in recipe.tasks]
+    return dataclasses.replace(recipe, tasks=tuple(tasks))
+
+
+class GrpoRun:
+    """One call of `grpo`: everything that lives from its start to its end."""
+
+    def __init__(
+        self,
+        recipe: GrpoRecipe,
+        base: Base,
+        folder: Path,
+        device: torch.device,
+        prompts: Prompts,
+        judged: rewards.Rewards,
+        console: Console | None,
+    ) -> None:
+        self.recipe, self.base, self.folder, self.rewards = recipe, base, folder, judged
+        self.begun, self.seconds_before, self.stop_reason = time.perf_counter(), 0.0, ""
+        self.console = console or Console(stderr=True)
+        self.model = self._load(device)
+        self.adapters: Adapters | None = None
+        self.trainer = self._trainer()
+        seed, exact = recipe.run.seed, recipe.train.exact
+        sampler = Sampler(
+            self.model, base.tokenizer, base.template, recipe.sample, prompts, judged, exact=exact, seed=seed
+        )
+        on_host, reference = recipe.objective.reference_on == "host", None
+        if recipe.objective.resolve().kl_weight:
+            reference = Reference(self.model, self.trainer.optimizer, self.adapters, on_host=on_host)
+        self.policy = Policy(self.trainer, sampler, reference, recipe)
+        self.peak = peak(device, self.model.dtype)
+        self.last: GrpoStats | None = None
+        self.metrics: GrpoMetrics | None = None
+
+    def _load(self, device: torch.device) -> Transformer:
+        wanted = self.recipe.train.dtype
+        auto = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = DTYPES[auto if wanted == "auto" else wanted]
+        torch.manual_seed(self.recipe.run.seed)
+        return load_weights(self.base.folder, dtype=dtype, device=device, quantize="off")
+
+    def _trainer(self) -> Trainer:
+        """Its progress counts updates, sampled tokens, prompts; its schedule goes by updates."""
+        adamw, rate = self.recipe.optimizer, self.recipe.learning_rate
+        named = self.model.named_parameters()
+        if self.recipe.lora.rank:
+            self.adapters = Adapters(self.model, self.recipe.lora, seed=self.recipe.run.seed)
+            named = self.adapters.named_parameters()
+        optimizer = AdamW(
+            named, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, clip=adamw.clip,
+            moment_dtype=DTYPES[adamw.moments],
+        )  # fmt: skip
+        if self.adapters is not None:
+            self.adapters.attach(optimizer)
+        shape = LearningRate(rate.peak, rate.peak, rate.warmup, math.inf, math.inf)
+        schedule = Schedule(shape, 0.0, 0.0, self.recipe.mtp.weight, self.recipe.mtp.weight, 0.0)
+        return Trainer(self.model, optimizer, iter(()), schedule)
+
+    # --- the loop ---
+    def go(self) -> Outcome:
+        """Train to the end, or until something says stop; then save and export."""
+        policy, recipe = self.policy, self.recipe
+        self.metrics = GrpoMetrics(
+            self.folder, total_steps=recipe.train.steps, total_tokens=0, peak_flops=self.peak.flops,
+            tensorboard=recipe.log.tensorboard, after_step=policy.steps, console=self.console,
+        )  # fmt: skip
+        self._introduce(self.metrics)
+        with self._signals():
+            while policy.steps < recipe.train.steps and not self._stopping():
+                rollout, self.last = policy.step()
+                flops = step_flops(self.model.config, self.last.fed_tokens, self.last.fed_pairs)
+                self.metrics.grpo(self.last, flops / max(self.last.train_seconds, 1e-9) / self.peak.flops)
+                if recipe.log.samples and policy.steps % recipe.log.samples_every == 0:
+                    self.metrics.samples(policy.steps, rollout, recipe.log.samples)
+                every = recipe.checkpoint.every_steps
+                if every and policy.steps % every == 0 and policy.steps < recipe.train.steps:
+                    self.save()
+        return self._finish(self.metrics)
+
+    def _finish(self, metrics: GrpoMetrics) -> Outcome:
+        steps, tokens = self.policy.steps, self.trainer.progress.tokens
+        reason = "finished" if steps >= self.recipe.train.steps else self.stop_reason
+        self.save()
+        exported = self.export()
+        metrics.event(
+            "stop", steps, reason=reason, seconds=self.seconds(), failures=dict(self.rewards.failures)
+        )
+        if reason != "finished":
+            metrics.say(f"stopped at step {steps} of {self.recipe.train.steps}: go on with --resume")
+        return Outcome(reason, steps, tokens, self.folder, exported, self.last.loss if self.last else None)
+
+    def seconds(self) -> float:
+        """Of the run, earlier calls included."""
+        return self.seconds_before + time.perf_counter() - self.begun
+
+    def _introduce(self, metrics: GrpoMetrics) -> None:
+        sample, n = self.recipe.sample, self.model.config.parameters()
+        metrics.say(
+            f"{self.recipe.run.name}: {self.base.name}, {n.main + n.mtp_unique:,} parameters, "
+            f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}; "
+            f"{self.recipe.objective.variant}, {self.recipe.train.steps} steps of {sample.prompts} prompts × "
+            f"{sample.group}" + (f"; resumed at step {self.policy.steps}" if self.policy.steps else "")
+        )
+        if self.adapters is not None:
+            count, trained = len(self.adapters.items), self.adapters.parameters_trained
+            metrics.say(
+                f"LoRA of rank {self.recipe.lora.rank} on {count} matrices: {trained:,} parameters trained"
+            )
+
+    def _stopping(self) -> bool:
+        limit = self.recipe.train.max_minutes
+        if not self.stop_reason and limit and time.perf_counter() - self.begun >= 60 * limit:
+            self.stop_reason = "time"
+        return bool(self.stop_reason)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and the first Ctrl-C end the run after the step at hand; the second Ctrl-C at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stop_reason == "signal" and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_reason = "signal"
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever called us handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # --- state ---
+    def save(self) -> None:
+        """Write a checkpoint."""
+        progress, reference = self.trainer.progress, self.policy.reference
+        kept = {} if reference is None else reference.state()
+        meta = {"tokens": progress.tokens, "position": progress.position, "updates": progress.step,
+                "seconds": self.seconds(), "recipe": self.recipe.to_dict()}  # fmt: skip
+        limits, root = self.recipe.checkpoint, self.folder / "checkpoints"
+        saved = state.save(root, self.policy.steps, self.trainer.tensors() | kept, meta, keep=limits.keep)
+        if self.metrics is not None:
+            self.metrics.event("checkpoint", saved.step, path=str(saved.path))
+
+    def restore(self, checkpoint: state.Checkpoint) -> None:
+        """Go on from a checkpoint. Raises CheckpointError."""
+        tensors, meta = state.load(checkpoint)
+        kept = {name: tensors.pop(name) for name in list(tensors) if name.startswith(PREFIX)}
+        try:
+            self.trainer.restore(tensors, Progress(meta["updates"], meta["tokens"], meta["position"]))
+            if self.policy.reference is not None:
+                self.policy.reference.load_state(kept)
+        except ValueError as error:
+            raise state.CheckpointError(f"{checkpoint.path}: {error}") from None
+        self.policy.steps, self.seconds_before = meta["step"], float(meta["seconds"])
+        self.policy.sampler.weights_changed()
+
+    def export(self) -> Path:
+        """Write the model as a published folder with the base's tokenizer and settings, and a card."""
+        target, wanted, device = self.folder / "export", self.recipe.export, self.model.device
+        fp8, dtype = export_format(wanted.format, self.base.folder)
+        name = f"CPU, {torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        facts = Facts(
+            self.policy.steps, self.recipe.train.steps, self.trainer.progress.tokens, self.seconds(), name,
+            torch.__version__,
+        )  # fmt: skip
+        metadata = {"name": self.recipe.run.name, "trained_by": "hadal grpo", "base": self.base.name}
+        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.folder))
+        try:
+            side_files(self.base, self.recipe.model.template, temporary)
+            save_weights(
+                self.model, target, fp8=fp8, dtype=dtype, max_shard_bytes=wanted.max_shard_mib * 2**20,
+                metadata=metadata | dataclasses.asdict(facts), files_from=temporary, overwrite=True,
+            )  # fmt: skip
+        finally:
+            shutil.rmtree(temporary)
+        card = grpo_card(self.recipe, self.base.started(), self.model.config, facts)
+        (target / CARD).write_text(card, encoding="utf-8")
+        if self.adapters is not None and wanted.adapters:
+            self.adapters.save(self.folder / "export-adapters", self.base.name)
+        if self.metrics is not None:
+            self.metrics.event("export", self.policy.steps, path=str(target))
+        return target
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+
+
+class GrpoMetrics(Metrics):
+    """metrics.jsonl of reinforcement learning, and samples.jsonl beside it."""
+
+    def __init__(self, folder: Path, *, after_step: int = 0, **options: Any) -> None:
+        super().__init__(folder, after_step=after_step, **options)
+        self._samples = JsonLines(folder / "samples.jsonl", after_step=after_step)
+
+    def grpo(self, stats: GrpoStats, mfu: float) -> None:
+        """Log a step."""
+        record = dataclasses.asdict(stats) | {"mfu": mfu}
+        self._jsonl.write({"kind": "step", **record})
+        numbers = {k: v for k, v in record.items() if v is not None and k not in ("step", "tokens")}
+        self._curves(stats.step, numbers, "grpo")
+        right = "" if stats.accuracy is None else f" right {stats.accuracy:.1%}"
+        gap = "" if stats.gap_max is None else f" gap {stats.gap_max:.1e}"
+        entropy = "" if stats.entropy is None else f" entropy {stats.entropy:.3f}"
+        self._line(
+            f"step {stats.step}/{self._total_steps} reward {stats.reward:.3f} ± {stats.reward_std:.3f}"
+            f"{right} | length {stats.length:.0f} cut {stats.truncated:.0%} silent {stats.zero_variance} |"
+            f"{entropy}{gap} clip {stats.clipped:.2%} | {stats.sample_tokens_per_second:,.0f} tok/s sampled, "
+            f"{stats.tokens_per_second:,.0f} trained"
+        )
+
+    def samples(self, step: int, rollout: Rollout, count: int) -> None:
+        """Keep the first groups of a step, one line each."""
+        for number, group in enumerate(rollout.groups[:count]):
+            first = sum(len(g.answers) for g in rollout.groups[:number])
+            completions = [
+                {"text": answer.text, "tokens": len(answer.token_ids), "finish_reason": answer.finish_reason,
+                 "advantage": float(rollout.advantage_B[first + i]), **total.as_json()}
+                for i, (answer, total) in enumerate(zip(group.answers, group.totals, strict=True))
+            ]  # fmt: skip
+            plain = json.loads(json.dumps(group.record, default=str))
+            self._samples.write(
+                {"step": step, "number": group.number, "record": plain, "completions": completions}
+            )
+
+    def close(self) -> None:
+        super().close()
+        self._samples.close()
