@@ -102,7 +102,12 @@ def family(name: str) -> Family:
 
 def overlay(path: Path) -> Json:
     """The keys of a file such as tiny.toml. Raises RecipeError."""
-    table = tomllib.loads(path.read_text("utf-8"))
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"--overlay {path} cannot be read: {error}; recipes/ablations/tiny.toml is one"
+        ) from None
     if set(table) != {"set"}:
         raise RecipeError(f"{path} holds {', '.join(table)}; an overlay is one table [set] of dotted keys")
     return dict(table["set"])

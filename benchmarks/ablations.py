@@ -327,7 +327,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("families", nargs="+", choices=FAMILIES, metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--arms", default="", help="only these of every family, and its reference")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--minutes", type=float, default=0.0, help="stop then, cleanly; 0: no limit")
@@ -401,16 +401,24 @@ def only(whole: Family, names: str) -> Family:
     return replace(whole, arm=kept)
 
 
+def numbers(text: str) -> list[int]:
+    """Seeds, "1,2,3". Raises RecipeError."""
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise RecipeError(f"--seeds is {text!r}; it must be whole numbers, such as 1,2,3") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args, console = arguments(argv), Console()
     started = time.monotonic()
-    seeds = [int(seed) for seed in args.seeds.split(",")]
     device = args.device
     if device == "auto":
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        seeds = numbers(args.seeds)
         made = changes(args)
         keys, context = about(args, made, device, console)
         chosen = [only(family(name), args.arms) for name in args.families]

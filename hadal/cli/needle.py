@@ -34,7 +34,11 @@ def needle(
     seed: Annotated[int, typer.Option(help="Of haystacks and needles.")] = 0,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw a heat map into a .png or .svg (needs hadal[train])."),
+        typer.Option(
+            callback=o.picture,
+            metavar="FILE",
+            help="Draw a heat map into a .png or .svg (needs hadal[train]).",
+        ),
     ] = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -66,7 +70,11 @@ def needle(
         offload=offload,
         expert_cache_gb=expert_cache_gb,
     )
+    if last is not None and last < first:
+        raise typer.BadParameter(f"--to is {last}; it must not be below --from {first}")
     engine = load_engine(model, asked, yes=yes, force=force, quiet=json)
+    if first > engine.max_model_len:
+        raise typer.BadParameter(f"--from is {first}; this model takes {engine.max_model_len} tokens at most")
     settings = {"model": engine.name, "device": str(engine.device), "dtype": str(engine.dtype)}
     settings |= {"quantize": quantize} if quantize else {}
     with bar("searching", unit_bytes=False, quiet=json) as update:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -11,6 +12,16 @@ from hadal.cli.terminal import CliError
 
 if TYPE_CHECKING:
     from hadal.engine import SamplingParams
+
+PICTURES = (".png", ".svg")
+
+
+def picture(path: Path | None) -> Path | None:
+    """The value of --plot, once its ending is one that can be drawn; judged before any work is done."""
+    if path is not None and path.suffix.lower() not in PICTURES:
+        raise typer.BadParameter(f"{str(path)!r} must end in {' or '.join(PICTURES)}")
+    return path
+
 
 MODEL_HELP = "A name from `hadal list` or `hadal show`, ORG/REPO on the hub, or a folder."
 

@@ -27,7 +27,11 @@ def runs(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw curves and load into a .png or .svg (needs hadal[train])."),
+        typer.Option(
+            callback=o.picture,
+            metavar="FILE",
+            help="Draw curves and load into a .png or .svg (needs hadal[train]).",
+        ),
     ] = None,
     smooth: Annotated[
         int, typer.Option(min=1, metavar="N", help="Curves as means of the last N steps logged.")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hadal.cli import options as o
-from hadal.cli.terminal import human_count, print_json, say
+from hadal.cli.terminal import go_on, human_count, print_json, say
 
 
 def sft(
@@ -69,4 +69,4 @@ def sft(
         return
     say(f"{outcome.reason} at step {outcome.step}, {human_count(outcome.tokens)} tokens: {outcome.export}")
     if not outcome.finished:
-        say(f"`hadal sft {recipe} --resume` goes on.")
+        say(go_on("sft", recipe, out, override))

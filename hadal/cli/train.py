@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hadal.cli import options as o
-from hadal.cli.terminal import human_count, print_json, say
+from hadal.cli.terminal import go_on, human_count, print_json, say
 
 
 def train(
@@ -69,7 +69,7 @@ def train(
         return
     say(f"{outcome.reason} at step {outcome.step}, {human_count(outcome.tokens)} tokens: {outcome.export}")
     if not outcome.finished:
-        say(f"`hadal train {recipe} --resume` goes on.")
+        say(go_on("train", recipe, out, override))
 
 
 def _report(recipe: Path, steps: int, json: bool, **options: Any) -> None:

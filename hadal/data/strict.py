@@ -34,6 +34,8 @@ def read_toml(
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except FileNotFoundError:
         raise RecipeError(f"no recipe at {path}; recipes/{example}.toml is one to start from") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path} is a folder; a recipe is a file in it, such as {path}/NAME.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         kind = "JSON" if path.suffix == ".json" else "TOML"
         raise RecipeError(f"{path} is not valid {kind}: {error}") from None

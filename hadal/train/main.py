@@ -174,7 +174,10 @@ def device_of(name: str) -> torch.device:
     """The device of a name; "auto": the GPU if there is one. Raises RecipeError."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"--device is {name!r}; it must be auto, cpu, cuda, or cuda:N") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda, but torch finds no CUDA device here; use --device cpu or auto")
     return device

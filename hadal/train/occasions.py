@@ -102,8 +102,9 @@ class Occasions:
         self.save()
         self._tell(self.saver.wait())
         exported = self.export()
-        step = self.trainer.progress.step
-        self.metrics.event("stop", step, reason=reason, seconds=self.seconds(), **self.memory())
+        progress = self.trainer.progress
+        told = {"tokens": progress.tokens, "reason": reason, "seconds": self.seconds()}
+        self.metrics.event("stop", progress.step, **told, **self.memory())
         return exported
 
     def heldout(self) -> None:

@@ -104,17 +104,18 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The run in numbers; None for what was not measured."""
         step, held = (self.kind("step") or [{}])[-1], (self.kind("heldout") or [{}])[-1]
-        exam = (self.kind("accuracy") or [{}])[-1]
+        exam, stop = (self.kind("accuracy") or [{}])[-1], (self.kind("stop") or [{}])[-1]
         rates = sorted(self.curve("tokens_per_second")[1])
-        tokens, planned = step.get("tokens", 0), self.recipe.get("train", {}).get("tokens")
+        last = max(step, stop, key=lambda record: record.get("tokens", 0))  # not every step is logged
+        planned = self.recipe.get("train", {}).get("tokens")
         if planned is not None:
             planned += sum(phase["tokens"] for phase in self.recipe.get("phases", []))
         return {
             "name": self.name,
             "folder": str(self.folder),
             "state": self.state,
-            "step": step.get("step", 0),
-            "tokens": tokens,
+            "step": last.get("step", 0),
+            "tokens": last.get("tokens", 0),
             "planned_tokens": planned,
             "loss": step.get("loss"),
             "mtp_loss": step.get("mtp_loss"),

@@ -130,13 +130,13 @@ def _puzzles(recipe: Recipe, folder: Path, tokenizer: Path, say: Callable[[str],
     folder.mkdir(parents=True, exist_ok=True)
     workers = (data.workers or os.cpu_count() or 1) if tokens > _ONE_PROCESS else 1
     prepare(wanted, folder / "train", executor=Local(workers), progress=_stages(say))
-    report = read_report(folder / "train")
+    report, page = read_report(folder / "train"), folder / "train" / "report.md"
     gone = {stage: sum(s["dropped"][stage] for s in report["sources"].values())
             for stage in ("exact", "contamination")}  # fmt: skip
     say(
         f"puzzles: {gone['exact']:,} exact copies and {gone['contamination']:,} documents that the "
         f"examination of {report['evaluations']['texts']:,} questions asks for are left out; "
-        f"{report['evaluations'].get('remaining', 0)} remain ({folder / 'train' / 'report.md'})"
+        f"{report['evaluations'].get('remaining', 0)} such are in the shards ({page})"
     )
     write_puzzles(
         folder / "held-out",

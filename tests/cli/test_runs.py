@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hadal.cli.runs import chart, shade
+from hadal.cli.terminal import go_on
 from tests.cli.helpers import hadal
 
 Capture = pytest.CaptureFixture[str]
@@ -188,3 +189,28 @@ def test_a_chart_spans_its_values_and_averages_many() -> None:
 
 def test_shades_mean_what_the_legend_says() -> None:
     assert [shade(x) for x in (0, 0.5, 0.75, 1.25, 1.3, 2, 2.1)] == [" ", "░", "▒", "▒", "▓", "▓", "█"]
+
+
+def test_a_run_that_ends_between_two_logged_steps_is_told_to_its_end(tmp_path: Path, capsys: Capture):
+    """With log.every_steps = 4 a run of 30 steps logs step 28 last; what it has done is 30 steps."""
+    folder = write_run(tmp_path / "runs" / "between", steps=6, reason=None)  # its last line is half there
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write("\n" + json.dumps({"kind": "stop", "step": 8, "tokens": 1600, "reason": "finished"}) + "\n")
+    (told,) = json.loads(hadal(capsys, "runs", str(folder), "--json").out)
+    assert (told["state"], told["step"], told["tokens"]) == ("finished", 8, 1600)
+    assert told["loss"] == 8.0 / 6
+
+
+@pytest.mark.parametrize("name", ["both.xyz", "both", "."])
+def test_pictures_that_cannot_be_drawn_are_refused(tmp_path: Path, capsys: Capture, name: str):
+    """Without an ending, matplotlib would draw into another file than the one that is named."""
+    folder = write_run(tmp_path / "a")
+    refused = hadal(capsys, "runs", str(folder), "--plot", str(tmp_path / name))
+    assert refused.status == 2 and ".png or .svg" in refused.err
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_the_line_that_takes_up_a_run_names_its_folder_and_values():
+    line = go_on("train", Path("a b.toml"), Path("/tmp/try"), ["train.tokens=5"])
+    assert line == "`hadal train 'a b.toml' --set train.tokens=5 --out /tmp/try --resume` goes on."
+    assert go_on("sft", Path("a.toml"), None, None) == "`hadal sft a.toml --resume` goes on."
