@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hadal.cli import options as o
-from hadal.cli.terminal import human_count, print_json, say
+from hadal.cli.terminal import go_on, human_count, print_json, say
 
 
 def grpo(
@@ -58,4 +58,4 @@ def grpo(
     tokens = human_count(outcome.tokens)
     say(f"{outcome.reason} at step {outcome.step}, {tokens} tokens sampled: {outcome.export}")
     if not outcome.finished:
-        say(f"`hadal grpo {recipe} --resume` goes on.")
+        say(go_on("grpo", recipe, out, override))
