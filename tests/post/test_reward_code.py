@@ -38,7 +38,7 @@ def rewards() -> Iterator[Rewards]:
     with Rewards(read(tables), workers=2) as made:
         yield made
         assert not made.failures
-    assert children() == before
+    assert set(children()) <= set(before)
 
 
 CASES: list[tuple[str, dict[str, Any], str, float]] = [

@@ -21,7 +21,7 @@ def rewards() -> Iterator[Rewards]:
     before = children()
     with Rewards(read([{"kind": "math", "timeout": 1.2}]), workers=1) as made:
         yield made
-    assert children() == before
+    assert set(children()) <= set(before)
 
 
 EQUAL = [

@@ -43,9 +43,10 @@ def table(name: str, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def rewards() -> Iterator[Rewards]:
     tables = [table(name) for name in (*BAD, *FINE, "forks_away", "tells_the_environment")]
+    before = children()
     with Rewards(read(tables), workers=2, memory_mib=2048) as made:
         yield made
-    assert not children()
+    assert set(children()) <= set(before)
 
 
 def test_bad_rewards_score_0_among_good_ones(rewards: Rewards) -> None:
@@ -88,12 +89,9 @@ def test_a_worker_that_cannot_start_is_told_at_once() -> None:
     wrong = {"kind": "custom", "function": "tests.post.bad_rewards:nothing_here"}
     with pytest.raises(RewardError, match=r"cannot start: function 'tests\.post\.bad_rewards:nothing_here'"):
         Rewards(read([wrong]), workers=2)
-    assert children() == before
+    assert set(children()) <= set(before)
 
 
-@pytest.mark.flaky(
-    reruns=2, only_rerun=["AssertionError"]
-)  # a busy machine: the first worker may not have started yet
 def test_workers_that_stop_starting_do_not_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     before, tables = children(), [table("dies"), table("length")]
     with Rewards(read(tables), workers=1) as mine:
@@ -103,7 +101,7 @@ def test_workers_that_stop_starting_do_not_stop_the_run(monkeypatch: pytest.Monk
                                                                           "ended (status 1)"] * 3  # fmt: skip
         monkeypatch.undo()
         assert mine.score([said("x", tokens=10, task="length")])[0].value == 1.0  # and comes back
-    assert children() == before
+    assert set(children()) <= set(before)
 
 
 def test_a_closed_pool_says_so() -> None:
@@ -112,7 +110,7 @@ def test_a_closed_pool_says_so() -> None:
     rewards.close()
     with pytest.raises(RewardError, match="the pool is closed"):
         rewards.score([said("x", task="length")])
-    assert children() == before
+    assert set(children()) <= set(before)
 
 
 def test_a_process_is_killed_even_if_its_family_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:

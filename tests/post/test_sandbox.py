@@ -81,7 +81,7 @@ def test_attempts_are_refused(name: str, tmp_path: Path, server: socket.socket) 
     (tmp_path / "kept").write_text("secret")
     before = sorted(os.listdir(tmp_path))
     program = REFUSED[name].format(folder=str(tmp_path), port=server.getsockname()[1])
-    outcome = sandbox.run(program + "\nprint('done')", limits=QUICK, audit=False)
+    outcome = sandbox.run(program + "\nprint('done')", limits=Limits(seconds=20.0), audit=False)
     assert not outcome.passed and "done" not in outcome.stdout, outcome
     assert outcome.status == "failed" and "secret" not in outcome.stdout + outcome.stderr + outcome.detail
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "kept").read_text() == "secret"
@@ -135,7 +135,7 @@ def test_limits_alone_refuse_what_is_not_hostile(tmp_path: Path) -> None:
     """Where the kernel cannot lock: Python's own events, and the limits."""
     for name in ("file outside", "a program", "a socket", "reading a file", "fork bomb"):
         program = REFUSED[name].format(folder=str(tmp_path), port=9)
-        outcome = sandbox.run(program, limits=QUICK, isolation="limits")
+        outcome = sandbox.run(program, limits=Limits(seconds=20.0), isolation="limits")
         assert outcome.status == "failed" and "PermissionError" in outcome.detail, (name, outcome)
     assert sandbox.run("while True: pass", limits=QUICK, isolation="limits").status == "timeout"
     assert not children() and not os.listdir(tmp_path)

@@ -180,6 +180,8 @@ class Pool:
             events = selector.select(max(0.0, min(pending) - now) if pending else None)
         for key, mask in events:
             worker = key.data
+            if worker not in self.workers:  # replaced a moment ago: its descriptors are another's now
+                continue
             if mask & selectors.EVENT_WRITE:
                 worker.write()
                 continue
