@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from hadal.engine.engine import Engine
+from hadal.engine.pooling import Pooling
 from hadal.engine.request import (
     Completion,
     EngineError,
-    Pooling,
     PoolingParams,
     Request,
     RequestError,
@@ -176,12 +176,13 @@ class AsyncEngine:
         pooling: Pooling = "mean",
         layer: int = -1,
         normalize: bool = True,
+        special: bool = False,
         cache_salt: str = "",
         priority: int = 0,
     ) -> list[list[float]]:
         """One vector for each prompt; see PoolingParams. They are computed in the same steps as everything
         else."""
-        options = PoolingParams(pooling, layer, normalize)
+        options = PoolingParams(pooling, layer, normalize, special)
         boxes: list[_Box] = []
         vectors = []
         try:

@@ -21,13 +21,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hadal.engine.blocks import PageAllocator
 from hadal.engine.defaults import sampling_defaults
 from hadal.engine.memory import cache_budget, fit_cache, pick_cache_dtype, release
 from hadal.engine.offline import OfflineApi
 from hadal.engine.output import advance, ended
+from hadal.engine.pooling import pooled, weights
 from hadal.engine.request import (
     EngineError,
     FinishReason,
@@ -420,8 +423,8 @@ class Engine(OfflineApi):
         else:
             max_tokens = 0
             resolve_max_tokens(len(ids), None, self.max_model_len + 1)
-            if pooling.layer >= self.config.num_hidden_layers:
-                last = self.config.num_hidden_layers - 1
+            if pooling.layer > self.config.num_hidden_layers:
+                last = self.config.num_hidden_layers
                 raise RequestError(f"layer must be from -1 to {last}, not {pooling.layer}", "layer")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this engine has none", "stop")
@@ -436,6 +439,7 @@ class Engine(OfflineApi):
             deadline=deadline,
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             pooling=pooling,
+            pool_weights=None if pooling is None else self._pool_weights(ids, pooling),
             on_update=on_update,
             prompt_array=words,
             eos_ids=frozenset() if params.ignore_eos else self._eos,
@@ -447,6 +451,12 @@ class Engine(OfflineApi):
         if params.grammar is not None:
             request.matcher = params.grammar()
         return request
+
+    def _pool_weights(self, ids: Sequence[int], pooling: PoolingParams) -> NDArray[np.float32]:
+        special: frozenset[int] = frozenset()
+        if self.tokenizer is not None and not pooling.special:
+            special = frozenset(self.tokenizer.special.values())
+        return weights(len(ids), pooled(ids, special), pooling.pooling)
 
     def enqueue(self, request: Request) -> str:
         """Queue a prepared request; returns its id. Raises RequestError for an id that is in use."""

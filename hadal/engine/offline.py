@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
+from hadal.engine.pooling import Pooling
 from hadal.engine.request import (
     Completion,
-    Pooling,
     PoolingParams,
     Request,
     RequestError,
@@ -142,11 +142,16 @@ class OfflineApi:
         return self._stream(self.prepare(self.encode_chat(messages, thinking=thinking, tools=tools), params))
 
     def embed(
-        self, inputs: Sequence[Prompt], pooling: Pooling = "mean", layer: int = -1, normalize: bool = True
+        self,
+        inputs: Sequence[Prompt],
+        pooling: Pooling = "mean",
+        layer: int = -1,
+        normalize: bool = True,
+        special: bool = False,
     ) -> list[list[float]]:
         """One vector for each input (text or token ids) of at most max_model_len tokens; see
         PoolingParams."""
-        options = PoolingParams(pooling, layer, normalize)
+        options = PoolingParams(pooling, layer, normalize, special)
         requests = [self.prepare(self.encode(item), pooling=options) for item in inputs]
         vectors = []
         for updates in self._run(requests):

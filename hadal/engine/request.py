@@ -17,8 +17,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from hadal.engine.pooling import POOLINGS, Pooling
+
 FinishReason = Literal["stop", "length", "abort", "error"]
-Pooling = Literal["mean", "last", "weighted"]
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -207,17 +208,19 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class PoolingParams:
-    """How to turn a prompt into one vector: `pooling` over the hidden states after block `layer` (-1: after
-    the last block and the final norm; 0: after the first block). "weighted" weighs position i by i + 1."""
+    """How to turn a prompt into one vector: `pooling` (hadal/engine/pooling.py) over the hidden states of
+    `layer`: 0 is the embedding, i the output of the i-th block, the last (also -1) comes after the final
+    norm. special: pool control tokens too."""
 
     pooling: Pooling = "mean"
     layer: int = -1
     normalize: bool = True
+    special: bool = False
 
     def __post_init__(self) -> None:
-        if self.pooling not in ("mean", "last", "weighted"):
+        if self.pooling not in POOLINGS:
             raise RequestError(
-                f"pooling must be mean, last or weighted, not {_shown(self.pooling)}", "pooling"
+                f"pooling must be one of {', '.join(POOLINGS)}, not {_shown(self.pooling)}", "pooling"
             )
         _integer("layer", self.layer, -1, INT32_MAX)
         if not isinstance(self.normalize, bool):
@@ -379,7 +382,8 @@ class Request:
     num_committed: int = field(default=0, init=False)  # full pages whose hash was offered to the prefix cache
     cached_tokens: int = field(default=0, init=False)  # of the prompt, found in the prefix cache at the start
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list, init=False)
-    pool_state: Any = field(default=None, init=False)  # running sum of a pooling request
+    pool_weights: Any = None  # of a pooling request, FP32 [prompt]
+    pool_state: Any = field(default=None, init=False)  # its running sum
     stop_reason: str | int | None = field(default=None, init=False)
     sent_first_update: bool = field(default=False, init=False)
     metrics: RequestMetrics = field(init=False)

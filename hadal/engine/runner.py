@@ -453,28 +453,18 @@ class Runner:
         return self.model.config.num_hidden_layers if request.pooling.layer == -1 else request.pooling.layer
 
     def _pool(self, s: ScheduledSequence, hidden_nD: Tensor, output: StepOutput) -> None:
-        """Add a chunk to a running sum in FP32; at the prompt's end, divide and normalise."""
-        request, pooling = s.request, s.request.pooling
-        assert pooling is not None
-        n = request.prompt_len
-        if s.start == 0:  # also when it starts again after a preemption
-            request.pool_state = None
-        if pooling.pooling == "last":
-            total_D = hidden_nD[-1].float()
-            weight = 1.0
-        elif pooling.pooling == "mean":
-            total_D, weight = hidden_nD.float().sum(0), float(n)
-        else:
-            place_n = torch.arange(s.start + 1, s.start + s.num_tokens + 1, device=hidden_nD.device)
-            total_D, weight = place_n.float() @ hidden_nD.float(), n * (n + 1) / 2
-        if request.pool_state is not None and pooling.pooling != "last":
+        """Add a chunk to a running sum in FP32; at the prompt's end, normalise."""
+        request, end = s.request, s.start + s.num_tokens
+        assert request.pooling is not None and request.pool_weights is not None
+        weight_n = torch.from_numpy(request.pool_weights[s.start : end]).to(hidden_nD.device)
+        total_D = weight_n @ hidden_nD.float()
+        if s.start > 0:  # from the start again after a preemption
             total_D = total_D + request.pool_state
         request.pool_state = total_D
-        if s.start + s.num_tokens == n:
-            vector_D = total_D / weight
-            if pooling.normalize:
-                vector_D = vector_D / vector_D.norm().clamp(min=1e-12)
-            output.embeddings.append((request, vector_D))
+        if end == request.prompt_len:
+            if request.pooling.normalize:
+                total_D = total_D / total_D.norm().clamp(min=1e-12)
+            output.embeddings.append((request, total_D))
 
     # --- for the engine's books ---
 

@@ -42,10 +42,14 @@ class Context:
     context_lens: Sequence[int] = ()  # the same on the host, needed for prefill chunks only
     num_decodes: int = 0
     record_routing: bool = False
-    # hidden states to keep: block index, or num_layers for the final norm
+    # hidden states to keep, numbered as Hugging Face does: 0 is the embedding, i the output of block i - 1,
+    # and num_layers that of the last block after the final norm
     capture_layers: frozenset[int] = frozenset()
+    # blocks whose attention maps to keep; only without a cache, where attention has its expanded form
+    capture_attention: frozenset[int] = frozenset()
     routing: list[Routing] = field(default_factory=list)
     captured: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, list[Tensor]] = field(default_factory=dict)  # FP32 [H, n, n] of each sequence
     # what the fused CPU kernel reads in every layer (hadal/model/fused.py), and the tensors that it is in
     cpu_step: tuple[tuple[Tensor | Cache | None, ...], list[int]] | None = None
     spans: Spans | None = None  # without a cache: instead of cu_seqlens, which then is empty

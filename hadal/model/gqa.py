@@ -14,7 +14,7 @@ from hadal.config import Gqa, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear
 from hadal.ops import invariant
-from hadal.ops.attention import attention, self_attention
+from hadal.ops.attention import attention, attention_maps, self_attention
 from hadal.ops.exact import is_exact
 from hadal.ops.heads import gqa_heads
 from hadal.ops.linear import Norm
@@ -47,6 +47,8 @@ class GqaAttention(nn.Module):
             out = self._exact(q_THC, torch.stack([k_TGC, v_TGC], 1), ctx)
         elif ctx.cache is None:
             heads = gqa_heads(qkv_THC, ctx.rotation_T2r, G)
+            if self.layer in ctx.capture_attention:
+                ctx.attention[self.layer] = attention_maps(*heads[:2], ctx.lengths(), self.scale)
             out = self_attention(*heads, ctx.packed_lengths(), self.scale)
         else:
             heads = gqa_heads(qkv_THC, ctx.rotation_T2r, G, ctx.cache.layers[self.layer], ctx.slot_T)

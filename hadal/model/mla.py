@@ -18,10 +18,10 @@ from hadal.config import Mla, ModelConfig
 from hadal.model.context import Context
 from hadal.model.layers import Like, Linear, RMSNorm
 from hadal.ops import absorbed, invariant, latent_fp8
-from hadal.ops.attention import mla_attention, self_attention, value_width
+from hadal.ops.attention import attention_maps, mla_attention, self_attention, value_width
 from hadal.ops.dispatch import needs_grad
 from hadal.ops.exact import is_exact
-from hadal.ops.heads import keys_and_values, narrow, rotate_queries
+from hadal.ops.heads import keys_and_values, mla_heads, narrow, rotate_queries
 from hadal.ops.linear import Norm, linear, linear_pair
 from hadal.ops.mla import absorbed_query, latent_entry, write_latent
 from hadal.ops.paged import gather_pages
@@ -63,6 +63,8 @@ class MlaAttention(nn.Module):
         inner = self.kv_a_layernorm
         if ctx.cache is None:
             entry_TC, lengths = latent_entry(kv_TC, *inner.late, ctx.rotation_T2r), ctx.lengths()
+            if self.layer in ctx.capture_attention:
+                ctx.attention[self.layer] = self._maps(q_THC, entry_TC, ctx.rotation_T2r, lengths)
             out = self._expanded(q_THC, ctx.rotation_T2r, entry_TC, lengths, lengths)
         elif ctx.num_decodes == ctx.num_tokens:
             out = self._decoded(q_THC, kv_TC, ctx)
@@ -127,6 +129,15 @@ class MlaAttention(nn.Module):
             q_latent, kv_TC = linear_pair(x_TD, self.q_a_proj.weight, down, norm)
             q = self.q_b_proj(q_latent, norm=self.q_a_layernorm.late)
         return q.unflatten(-1, (self.heads, -1)), kv_TC
+
+    def _maps(
+        self, q_THC: Tensor, entry_TC: Tensor, rotation_T2r: Tensor, lengths: list[int]
+    ) -> list[Tensor]:
+        """Attention maps of the expanded form, for those who look at them; the queries stay as they are."""
+        latent_TL, rope_TR = entry_TC.split([self.a.kv_lora_rank, self.a.qk_rope_head_dim], -1)
+        kv_THw = self.kv_b_proj(latent_TL).unflatten(-1, (self.heads, -1))
+        q_THC, k_THC, _ = mla_heads(q_THC.clone(), rotation_T2r, kv_THw, rope_TR)
+        return attention_maps(q_THC, k_THC, lengths, self.scale)
 
     def _expanded(
         self, q_THC: Tensor, rotation_T2r: Tensor, entry_NC: Tensor, q_len: list[int], k_len: list[int]

@@ -71,12 +71,15 @@ class Transformer(nn.Module):
         """Hidden states [T, D] *before* the final norm; `logits` takes them from there."""
         self.prepare(context)
         x_TD = self.embed(token_T)
+        wanted, last = context.capture_layers, self.config.num_hidden_layers
+        if 0 in wanted:
+            context.captured[0] = x_TD
         for block in cast(Iterable[Block], self.layers):
             x_TD = block(x_TD, context)
-            if block.layer in context.capture_layers:
-                context.captured[block.layer] = x_TD
-        if self.config.num_hidden_layers in context.capture_layers:
-            context.captured[self.config.num_hidden_layers] = self.norm(x_TD)
+            if block.layer + 1 in wanted:
+                context.captured[block.layer + 1] = x_TD
+        if last in wanted:
+            context.captured[last] = self.norm(x_TD)
         return x_TD
 
     def embed(self, token_T: Tensor) -> Tensor:

@@ -42,15 +42,27 @@ def attention_reference(
     out, t, n = [], 0, 0
     repeat = q_THC.shape[1] // k_NGC.shape[1]
     for Q, N in zip(q_len, k_len, strict=True):
-        q = q_THC[t : t + Q].transpose(0, 1)
-        k = k_NGC[n : n + N].transpose(0, 1).repeat_interleave(repeat, 0)
+        map_HQN = _map(q_THC[t : t + Q], k_NGC[n : n + N], scale)
         v = v_NGV[n : n + N].transpose(0, 1).repeat_interleave(repeat, 0)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        score = (q.to(wide) @ k.to(wide).transpose(1, 2)) * scale
-        score = score.masked_fill(~_visible(Q, N, q.device), float("-inf"))
-        out.append((score.softmax(-1) @ v.to(wide)).to(q.dtype).transpose(0, 1))
+        out.append((map_HQN @ v.to(map_HQN.dtype)).to(q_THC.dtype).transpose(0, 1))
         t, n = t + Q, n + N
     return torch.cat(out)
+
+
+def attention_maps(q_THC: Tensor, k_TGC: Tensor, lengths: Sequence[int], scale: float) -> list[Tensor]:
+    """softmax(q·kᵀ · scale) of each sequence, [H, n, n] in FP32: what the fused forms never hold."""
+    pieces = zip(q_THC.split(list(lengths)), k_TGC.split(list(lengths)), strict=True)
+    return [_map(q, k, scale) for q, k in pieces]
+
+
+def _map(q_QHC: Tensor, k_NGC: Tensor, scale: float) -> Tensor:
+    """[H, Q, N]; a row sums to one."""
+    wide = torch.promote_types(q_QHC.dtype, torch.float32)
+    q = q_QHC.transpose(0, 1).to(wide)
+    k = k_NGC.transpose(0, 1).repeat_interleave(q_QHC.shape[1] // k_NGC.shape[1], 0).to(wide)
+    score = (q @ k.transpose(1, 2)) * scale
+    hidden = ~_visible(q.shape[1], k.shape[1], q.device)
+    return score.masked_fill(hidden, float("-inf")).softmax(-1)
 
 
 def _visible(queries: int, keys: int, device: torch.device) -> Tensor:

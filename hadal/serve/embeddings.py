@@ -1,8 +1,8 @@
 """POST /embeddings: one vector per input, from the hidden states of a generating model.
 
 DeepSeek's own service has no such route (it answers 404); users' code calls it all the same. Extras beside
-OpenAI's fields: `pooling` (mean, last, weighted), `layer` (-1: after the last block and the final norm),
-`normalize`.
+OpenAI's fields: `pooling` (mean, last, weighted; never of control tokens unless `pool_special`), `layer` (0:
+the embedding, i: the output of the i-th block, -1 and the last: after the final norm), `normalize`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, cast
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hadal.engine.request import Pooling, RequestError
+from hadal.engine.pooling import POOLINGS, Pooling
+from hadal.engine.request import RequestError
 from hadal.serve.errors import bad
 from hadal.serve.fields import Fields
 from hadal.serve.jsontext import dumps
@@ -27,7 +28,6 @@ from hadal.serve.state import App, Visit
 from hadal.serve.streaming import unless_gone
 
 MAX_INPUTS = 2048
-POOLINGS = ("mean", "last", "weighted")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class EmbeddingRequest:
     pooling: Pooling = "mean"
     layer: int = -1
     normalize: bool = True
+    special: bool = False
     truncate: bool = False
     """Keep the beginning of an input that is too long, instead of refusing it (Ollama's way)."""
 
@@ -53,8 +54,9 @@ def read_embedding(fields: Fields, registry: Registry) -> EmbeddingRequest:
         raise bad("input is missing; send a string, strings, token ids, or arrays of token ids", "input")
     inputs = prompt_list(value, MAX_INPUTS, "input")
     layers = int(served.info.config.num_hidden_layers)
-    layer = fields.integer("layer", -1, layers - 1)
+    layer = fields.integer("layer", -1, layers)
     normalize = fields.boolean("normalize")
+    special = fields.boolean("pool_special")
     form = fields.choice("encoding_format", ("float", "base64"))
     pooling = cast("Pooling | None", fields.choice("pooling", POOLINGS))
     width = int(served.info.config.hidden_size)
@@ -69,6 +71,7 @@ def read_embedding(fields: Fields, registry: Registry) -> EmbeddingRequest:
         pooling=pooling or "mean",
         layer=-1 if layer is None else layer,
         normalize=normalize is not False,
+        special=special is True,
     )
 
 
@@ -112,6 +115,7 @@ async def embed(visit: Visit, wanted: EmbeddingRequest) -> tuple[list[list[float
                 pooling=wanted.pooling,
                 layer=wanted.layer,
                 normalize=wanted.normalize,
+                special=wanted.special,
                 cache_salt=call.cache_salt,
             )
         except RequestError as error:

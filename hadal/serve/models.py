@@ -17,7 +17,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from hadal.engine.request import Pooling, SamplingParams, Update
+from hadal.engine.pooling import Pooling
+from hadal.engine.request import SamplingParams, Update
 from hadal.serve.errors import ApiError, bad, overloaded
 from hadal.serve.fields import Fields, shown
 from hadal.serve.prompts import Encoder
@@ -48,6 +49,7 @@ class Backend(Protocol):
         pooling: Pooling,
         layer: int,
         normalize: bool,
+        special: bool = False,
         cache_salt: str = "",
     ) -> list[list[float]]: ...
 

@@ -392,8 +392,8 @@ def test_embeddings_beside_generation_and_their_bounds() -> None:
     assert len(engine.embed([[7] * 64])[0]) == 32
     with pytest.raises(RequestError, match="65 tokens"):
         engine.embed([[7] * 65])
-    with pytest.raises(RequestError, match="layer must be from -1 to 2"):
-        engine.embed([[7]], layer=3)
+    with pytest.raises(RequestError, match="layer must be from -1 to 3"):
+        engine.embed([[7]], layer=4)
     assert [t for u in stream for t in u.token_ids] == naive_greedy("mla", [3, 4, 5], 12)[1:]
 
 

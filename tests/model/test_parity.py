@@ -208,6 +208,7 @@ def test_captured_layers_and_routing():
     with torch.inference_mode():
         hidden = model(token, context)
     assert set(context.captured) == {0, 3}
+    assert torch.equal(context.captured[0], model.embed(token))
     torch.testing.assert_close(context.captured[3], model.norm(hidden))
     assert [r.layer for r in context.routing] == [1, 2]
     assert all(r.expert_TK.shape == (12, 3) and r.score_TE.shape == (12, 8) for r in context.routing)

@@ -454,7 +454,7 @@ def test_embeddings(client: httpx.Client, fake: FakeAsyncEngine) -> None:
     assert client.post("/v1/embeddings", json={"model": "fake", "input": [[5]], **extras}).status_code == 200
     assert fake.embedded[-1] == ([[5]], "weighted", 1, False)
     for wrong in (
-        {"layer": 2},
+        {"layer": 3},
         {"pooling": "max"},
         {"dimensions": 31},
         {"input": ""},
