@@ -188,7 +188,7 @@ def _row(
     done = [runs[arm, seed] for seed in seeds if not runs[arm, seed].fault]
     title = family[arm].title
     if not done:
-        return [f"{title}: **failed**", *("–" for _ in family.metrics)]
+        return [f"{title}: **no run came to its end**", *("–" for _ in family.metrics)]
     if len(done) < len(seeds):
         title += f" (**{len(done)} of {len(seeds)} seeds**)"
     cells = [spread(METRICS[m], [r.values[m] for r in done if m in r.values]) for m in family.metrics]

@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -300,7 +301,7 @@ def show(result: Json, console: Console, file: Path) -> None:
     """A result on the terminal."""
     table = Table(*result["columns"], title=result["title"])
     for row in result["rows"]:
-        table.add_row(*row)
+        table.add_row(*(cell.replace("**", "") for cell in row))
     console.print(table)
     for line in [*result["verdicts"], *(f"FAILED {fault}" for fault in result["faults"])]:
         console.print(f"  {line}", markup=False, highlight=False)
@@ -320,6 +321,27 @@ def draw(made: Sequence[Json], folder: Path, console: Console) -> None:
         console.print(f"drawn: {ablation_plots.draw(result, folder)}", markup=False)
 
 
+def device_name(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+    return text
+
+
+def at_least(least: float, kind: type[int] | type[float]) -> Callable[[str], float]:
+    """What reads a number that must not lie below `least`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        if not least <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    return convert
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -327,10 +349,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("families", nargs="+", choices=FAMILIES, metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--arms", default="", help="only these of every family, and its reference")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--device", default="auto", type=device_name, help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--jobs", type=at_least(1, int), default=1, help="runs at once")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--minutes", type=float, default=0.0, help="stop then, cleanly; 0: no limit")
+    parser.add_argument(
+        "--minutes", type=at_least(0, float), default=0.0, help="stop then, cleanly; 0: no limit"
+    )
     parser.add_argument("--data", default="puzzles", help="puzzles, or a folder of `hadal data prepare`")
     parser.add_argument("--tokenizer", default="hadal-mini", help="the one that wrote --data")
     parser.add_argument("--data-title", default="", help="what the text is, for the page")

@@ -12,6 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+SECTIONS_OF = {  # sections that tell one kind of recipe from the others
+    **dict.fromkeys(("objective", "sample", "tasks", "reward"), "`hadal grpo`"),
+    "lora": "`hadal sft` and `hadal grpo`",
+    **dict.fromkeys(("init", "needles", "phases"), "`hadal train`"),
+    **dict.fromkeys(("balance", "data", "ema"), "`hadal train` and `hadal sft`"),
+    **dict.fromkeys(("decontaminate", "duplicates", "fim", "mixture", "source"), "`hadal data prepare`"),
+}
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be followed; the message names the key, the value and the remedy."""
@@ -50,7 +58,7 @@ def _override(table: dict[str, Any], text: str, depths: tuple[int, ...]) -> None
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or len(parts) not in depths or not all(parts):
-        raise RecipeError(f"--set {text!r} is not of the form section.key=value, e.g. fim.rate=0.1")
+        raise RecipeError(f"--set {text!r} is not of the form section.key=value, e.g. run.name=mine")
     try:
         parsed = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
@@ -84,6 +92,8 @@ def build(kind: type, table: object, path: str = "") -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            if not path and key in SECTIONS_OF:
+                hint = f"Recipes of {SECTIONS_OF[key]} have it: is this one of those?"
             raise RecipeError(f"unknown key {join(path, key)!r} in the recipe. {hint}")
     values = {}
     for f in dataclasses.fields(kind):

@@ -14,13 +14,11 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -44,6 +42,7 @@ from hadal.train.metrics import JsonLines, Metrics
 from hadal.train.optimizer import AdamW
 from hadal.train.recipe import differences
 from hadal.train.schedules import LearningRate, Schedule
+from hadal.train.stopping import Stop
 from hadal.train.trainer import Progress, Trainer
 from hadal.weights import load as load_weights
 from hadal.weights import save as save_weights
@@ -130,7 +129,8 @@ class GrpoRun:
         console: Console | None,
     ) -> None:
         self.recipe, self.base, self.folder, self.rewards = recipe, base, folder, judged
-        self.begun, self.seconds_before, self.stop_reason = time.perf_counter(), 0.0, ""
+        self.begun, self.seconds_before = time.perf_counter(), 0.0
+        self.stop = Stop(recipe.train.max_minutes, self.begun)
         self.console = console or Console(stderr=True)
         self.model = self._load(device)
         self.adapters: Adapters | None = None
@@ -180,8 +180,8 @@ class GrpoRun:
             tensorboard=recipe.log.tensorboard, after_step=policy.steps, console=self.console,
         )  # fmt: skip
         self._introduce(self.metrics)
-        with self._signals():
-            while policy.steps < recipe.train.steps and not self._stopping():
+        with self.stop.signals():
+            while policy.steps < recipe.train.steps and not self.stop.asked():
                 rollout, self.last = policy.step()
                 flops = step_flops(self.model.config, self.last.fed_tokens, self.last.fed_pairs)
                 self.metrics.grpo(self.last, flops / max(self.last.train_seconds, 1e-9) / self.peak.flops)
@@ -194,7 +194,7 @@ class GrpoRun:
 
     def _finish(self, metrics: GrpoMetrics) -> Outcome:
         steps, tokens = self.policy.steps, self.trainer.progress.tokens
-        reason = "finished" if steps >= self.recipe.train.steps else self.stop_reason
+        reason = "finished" if steps >= self.recipe.train.steps else self.stop.reason
         self.save()
         exported = self.export()
         metrics.event(
@@ -221,32 +221,6 @@ class GrpoRun:
             metrics.say(
                 f"LoRA of rank {self.recipe.lora.rank} on {count} matrices: {trained:,} parameters trained"
             )
-
-    def _stopping(self) -> bool:
-        limit = self.recipe.train.max_minutes
-        if not self.stop_reason and limit and time.perf_counter() - self.begun >= 60 * limit:
-            self.stop_reason = "time"
-        return bool(self.stop_reason)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C end the run after the step at hand; the second Ctrl-C at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop_reason == "signal" and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_reason = "signal"
-
-        try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever called us handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # --- state ---
     def save(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -48,6 +46,7 @@ from hadal.train.phases import Stage, begun, config_at, recipe_at, stage_at, sta
 from hadal.train.recipe import LogRecipe, Recipe, RecipeError
 from hadal.train.sources import Sources, open_stages
 from hadal.train.spikes import Spikes
+from hadal.train.stopping import Stop
 from hadal.train.trainer import Progress, Trainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -156,6 +155,8 @@ def open_folder(
                 f"the recipe differs from that of the run in {folder} in {', '.join(differ)}; resume "
                 "with the same recipe and --set, or start anew with another --out"
             )
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file; --out takes the folder of the run")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".recipe.json.tmp"
     temporary.write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
@@ -248,7 +249,7 @@ class Run:
         self.metrics: Metrics | None = None
         self.occasions: Occasions | None = None
         self.prefetcher: Prefetcher | None = None
-        self.stop_reason = ""
+        self.stop = Stop(recipe.train.max_minutes, started)
 
     def _build(self) -> Transformer:
         """The model with its first weights, drawn on the CPU so that every machine starts from the same."""
@@ -328,8 +329,8 @@ class Run:
         self.prefetcher = Prefetcher(self._stream(progress.step, progress.tokens), self.device)
         self.trainer.batches = self._counted(self.prefetcher, self.metrics)
         self._begin(self.occasions, progress.step)
-        with self._signals():
-            while self.trainer.progress.step < self.steps and not self._stopping():
+        with self.stop.signals():
+            while self.trainer.progress.step < self.steps and not self.stop.asked():
                 self._enter(self.occasions, stage_at(self.stages, self.trainer.progress.step))
                 self.occasions.log(self.trainer.step())
                 if self.trainer.progress.step < self.steps:
@@ -416,16 +417,10 @@ class Run:
             metrics.worked(batch.tokens, step_flops(self.model.config, batch.tokens, batch.attended_pairs))
             yield batch
 
-    def _stopping(self) -> bool:
-        limit = self.recipe.train.max_minutes
-        if not self.stop_reason and limit and time.perf_counter() - self.started >= 60 * limit:
-            self.stop_reason = "time"
-        return bool(self.stop_reason)
-
     def _finish(self, occasions: Occasions) -> Outcome:
         occasions.catch_up()
         progress = self.trainer.progress
-        reason = "finished" if progress.step >= self.steps else self.stop_reason
+        reason = "finished" if progress.step >= self.steps else self.stop.reason
         exported = occasions.finish(reason)
         if reason != "finished":
             occasions.metrics.say(f"stopped at step {progress.step} of {self.steps}: go on with --resume")
@@ -452,29 +447,6 @@ class Run:
             + (f"; memory: {memory / 1e9:.2f} GB predicted" if memory else "")
             + (f"; resumed at step {step}" if step else "")
         )
-
-    # --- stopping
-    # ------------------------------------------------------------------------------------------------
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C end the run after the step at hand; the second Ctrl-C ends it at
-        once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop_reason == "signal" and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_reason = "signal"
-
-        try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread: whoever called us handles signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def close(self) -> None:
         if self.prefetcher is not None:

@@ -197,7 +197,9 @@ def test_an_arm_without_a_run_is_called_failed(plans: ModuleType, tables: Module
     family = plans.family("mtp")
     runs = {(p.arm, p.seed): tables.measure(p, tmp_path / p.key) for p in plans.plan(family, [1, 2], {})}
     result = tables.collect(family, runs, [1, 2])
-    assert result["rows"][0][0].endswith(": **failed**") and set(result["rows"][0][1:]) == {"–"}
+    assert result["rows"][0][0].endswith(": **no run came to its end**") and set(result["rows"][0][1:]) == {
+        "–"
+    }
     assert len(result["faults"]) == 4 and result["comparisons"] == [] and result["verdicts"] == []
 
 
