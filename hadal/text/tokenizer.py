@@ -135,6 +135,13 @@ class Tokenizer:
         """
         return self._encode_batch(self._plain, [text])[0]
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode`, and for each id the characters [begin, end) of `text` that it holds, whole or in part:
+        tokens that share a character of several bytes all name it. A space before a word is the word's."""
+        _utf8(text)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def encode_parts(self, parts: Sequence[Control | str]) -> list[int]:
         """Ids of a prompt: a Control is its one id, text is `encode`d; neighbouring texts are joined first,
         so that the ids are those of the rendered text."""
