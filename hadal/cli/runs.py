@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 72, 10
 EIGHTHS = " ▁▂▃▄▅▆▇█"
+REINFORCED = (
+    "reward accuracy length length_max truncated entropy kl clipped ratio_max zero_variance gap_max gap_mean "
+    "mtp_loss grad_norm sample_tokens_per_second tokens_per_second mfu"
+).split()  # of `hadal grpo`
 SHADES = " ░▒▓█"  # a share of 0, up to 0.75, up to 1.25, up to 2, more
 
 
@@ -83,6 +87,8 @@ def _points(run: Run) -> dict[str, dict[str, list[float]]]:
         "bits_per_byte": ("bits_per_byte", "heldout"),
         "accuracy": ("accuracy", "accuracy"),
     }
+    if run.curve("reward")[0]:
+        names |= {key: (key, "step") for key in REINFORCED}
     curves = {name: run.curve(*where) for name, where in names.items()}
     return {
         name: {"step": [float(s) for s in steps], "value": values} for name, (steps, values) in curves.items()
@@ -96,7 +102,7 @@ def _list(found: Sequence[Run]) -> None:
         share = f"{s['tokens'] / s['planned_tokens']:.0%}" if s["planned_tokens"] else "-"
         rate = "-" if s["tokens_per_second"] is None else human_count(s["tokens_per_second"])
         held = (_number(s["heldout_loss"]), _number(s["bits_per_byte"], 3), _share(s["accuracy"]))
-        numbers = (_number(s["loss"]), *held, _number(s["max_violation"], 2))
+        numbers = (_number(s["loss"]), _number(s["reward"], 3), *held, _number(s["max_violation"], 2))
         rows.append((run.folder, s["state"], s["step"], human_count(s["tokens"]), share, *numbers, rate))
     header = (
         "RUN",
@@ -105,13 +111,16 @@ def _list(found: Sequence[Run]) -> None:
         "TOKENS",
         "DONE",
         "LOSS",
+        "REWARD",
         "HELD-OUT",
         "BITS/BYTE",
         "ACCURACY",
         "MAXVIO",
         "TOK/S",
     )
-    table(header, rows, right=tuple(range(2, len(header))))
+    shown = [n for n in range(len(header)) if header[n] != "REWARD" or any(row[n] != "-" for row in rows)]
+    cut = [tuple(row[n] for n in shown) for row in rows]
+    table([header[n] for n in shown], cut, right=tuple(range(2, len(shown))))
 
 
 def _compare(found: Sequence[Run]) -> None:
@@ -119,6 +128,7 @@ def _compare(found: Sequence[Run]) -> None:
     summaries = [run.summary() for run in found]
     plain: list[tuple[str, str, int]] = [
         ("loss", "loss", 4),
+        ("reward", "reward", 3),
         ("held-out loss", "heldout_loss", 4),
         ("held-out, bits/byte", "bits_per_byte", 4),
         ("MaxVio", "max_violation", 2),
@@ -157,6 +167,7 @@ def _tell(run: Run, width: int) -> None:
             ("state", s["state"]),
             ("step", f"{s['step']:,}, {human_count(s['tokens'])} tokens{planned}"),
             ("loss", _number(s["loss"]) + (f", MTP {_number(s['mtp_loss'])}" if s["mtp_loss"] else "")),
+            ("reward", None if s["reward"] is None else _number(s["reward"], 3)),
             ("held-out", None if s["heldout_loss"] is None else _number(s["heldout_loss"]) + bits),
             ("accuracy", None if s["accuracy"] is None else _share(s["accuracy"])),
             ("MaxVio", None if s["max_violation"] is None else _number(s["max_violation"], 2)),
@@ -166,6 +177,9 @@ def _tell(run: Run, width: int) -> None:
         ]
     )
     _domains(s)
+    if s["reward"] is not None:
+        _reinforced(run, width)
+        return
     for title, key in (("loss", "loss"), ("learning rate", "learning_rate")):
         steps, values = run.curve(key)
         if len(values) > 1:
@@ -173,6 +187,25 @@ def _tell(run: Run, width: int) -> None:
             say(f"{title}, steps {steps[0]:,} to {steps[-1]:,}")
             for line in chart(smooth(values, width)):
                 say(line)
+
+
+def _reinforced(run: Run, width: int) -> None:
+    """Every number of a run of `hadal grpo` over time, a line each; reward and length as curves."""
+    from hadal.train.runs import smooth
+
+    steps = run.curve("reward")[0]
+    for key in ("reward", "length"):
+        say()
+        say(f"{key}, steps {steps[0]:,} to {steps[-1]:,}")
+        for line in chart(smooth(run.curve(key)[1], width)):
+            say(line)
+    say()
+    say("first, over time (lowest to highest), last")
+    for key in ("loss", *REINFORCED):
+        values = smooth(run.curve(key)[1], width)
+        if values:
+            line = chart(values, WIDTH - 24, 1)[0][10:]
+            say(f"{key:>24} {values[0]:9.4g} {line} {values[-1]:.4g}")
 
 
 def _domains(s: dict[str, Any]) -> None:

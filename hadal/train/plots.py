@@ -12,14 +12,20 @@ from hadal.train.runs import Run, RunError, smooth
 COLUMNS = 2
 STRIPS = 200  # columns of a strip of load, at most
 REINFORCED = (
-    ("reward", "reward, mean"),
-    ("accuracy", "share of right completions"),
-    ("length", "tokens of a completion, mean"),
-    ("entropy", "entropy, nats a token"),
-    ("kl", "KL to the reference"),
-    ("zero_variance", "groups of equal rewards"),
-    ("gap_max", "log-probability gap, largest"),
-)  # of `hadal grpo`, where a run has them
+    (("reward",), "reward, mean"),
+    (("accuracy",), "share of right completions"),
+    (("length", "length_max"), "length in tokens: mean, longest"),
+    (("truncated",), "share of completions cut off"),
+    (("entropy",), "entropy, nats a token"),
+    (("kl",), "KL to the reference"),
+    (("clipped",), "share of tokens clipped"),
+    (("zero_variance",), "groups of equal rewards"),
+    (("gap_max", "gap_mean"), "gap of log p: largest, mean"),
+    (("mtp_loss",), "MTP loss, nats a token"),
+    (("sample_tokens_per_second",), "tokens sampled a second"),
+    (("tokens_per_second",), "tokens trained on a second"),
+    (("mfu",), "MFU of training"),
+)  # of `hadal grpo`, where a run has them; a second number is dashed
 Panel = Callable[[Any, Sequence[Run], int], None]
 
 
@@ -55,10 +61,18 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
             panels.append(_table("heldout", "domains", key, label))
     if any(run.kind("accuracy") for run in runs):
         panels.append(_table("accuracy", "tasks", "", "accuracy, greedy, held-out puzzles"))
-    panels += [_plain("learning_rate", "learning rate"), _plain("grad_norm", "gradient norm")]
-    panels.append(_plain("max_violation", "MaxVio, mean over gates"))
-    panels += [_plain(key, label) for key, label in REINFORCED if any(run.curve(key)[0] for run in runs)]
+    wanted: list[tuple[tuple[str, ...], str]] = [
+        (("learning_rate",), "learning rate"),
+        (("grad_norm",), "gradient norm"),
+        (("max_violation",), "MaxVio, mean over gates"),
+    ]
+    wanted += REINFORCED if any(_reinforced(run) for run in runs) else ()
+    panels += [_plain(keys, label) for keys, label in wanted if any(run.curve(keys[0])[0] for run in runs)]
     return panels + [_violations(run) for run in runs if run.load()]
+
+
+def _reinforced(run: Run) -> bool:
+    return bool(run.curve("reward")[0])
 
 
 def _frame(axis: Any, label: str, *, legend: bool = True) -> None:
@@ -83,19 +97,24 @@ def _loss(axis: Any, runs: Sequence[Run], width: int) -> None:
         colour = f"C{number % 10}"
         _line(axis, run.curve("loss"), width, color=colour, label=run.name)
         style = {"color": colour, "markersize": 3}
-        axis.plot(*run.curve("loss", "heldout"), "o--", label=f"{run.name}, held-out", **style)
+        held = run.curve("loss", "heldout")
+        axis.plot(*held, "o--", label=f"{run.name}, held-out" if held[0] else None, **style)
         axis.plot(*run.curve("loss", "spike"), "x", color=colour)
     values = [v for run in runs for v in run.curve("loss")[1]]
     if min(values) > 0 and max(values) > 30 * min(values):
         axis.set_yscale("log")
-    _frame(axis, "loss, nats a token")
+    objective = all(_reinforced(run) for run in runs)
+    _frame(axis, "loss of the objective" if objective else "loss, nats a token")
 
 
-def _plain(key: str, label: str) -> Panel:
+def _plain(keys: Sequence[str], label: str) -> Panel:
     def panel(axis: Any, runs: Sequence[Run], width: int) -> None:
-        span = 1 if key == "learning_rate" else width
         for number, run in enumerate(runs):
-            _line(axis, run.curve(key), span, color=f"C{number % 10}", label=run.name)
+            for key, style in zip(keys, ("-", "--"), strict=False):
+                span, shown = 1 if key == "learning_rate" else width, run.name if key == keys[0] else None
+                _line(axis, run.curve(key), span, color=f"C{number % 10}", label=shown, linestyle=style)
+        if keys[0] == "gap_max" and any(value > 0 for run in runs for value in run.curve(keys[0])[1]):
+            axis.set_yscale("symlog", linthresh=1e-8)  # exact runs lie at 0
         _frame(axis, label, legend=len(runs) > 1)
 
     return panel

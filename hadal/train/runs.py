@@ -118,11 +118,12 @@ class Run:
             "tokens": last.get("tokens", 0),
             "planned_tokens": planned,
             "loss": step.get("loss"),
+            "reward": step.get("reward"),  # of `hadal grpo`
             "mtp_loss": step.get("mtp_loss"),
             "heldout_loss": held.get("loss"),
             "bits_per_byte": held.get("bits_per_byte"),
             "domains": held.get("domains") or {},
-            "accuracy": exam.get("accuracy"),
+            "accuracy": exam.get("accuracy", step.get("accuracy")),
             "tasks": exam.get("tasks") or {},
             "max_violation": step.get("max_violation"),
             "learning_rate": step.get("learning_rate"),

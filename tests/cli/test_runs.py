@@ -214,3 +214,47 @@ def test_the_line_that_takes_up_a_run_names_its_folder_and_values():
     line = go_on("train", Path("a b.toml"), Path("/tmp/try"), ["train.tokens=5"])
     assert line == "`hadal train 'a b.toml' --set train.tokens=5 --out /tmp/try --resume` goes on."
     assert go_on("sft", Path("a.toml"), None, None) == "`hadal sft a.toml --resume` goes on."
+
+
+def write_grpo_run(folder: Path) -> Path:
+    folder.mkdir()
+    records = [
+        {"kind": "step", "step": step, "tokens": 100 * step, "loss": -0.1, "reward": step / 4,
+         "accuracy": 0.5, "length": 10.0 * step, "length_max": 20 * step, "kl": None,
+         "entropy": 2.0 / step, "gap_max": 0.0, "sample_tokens_per_second": 50.0,
+         "tokens_per_second": 70.0, "mfu": 0.2}
+        for step in range(1, 4)
+    ]  # fmt: skip
+    records.append({"kind": "stop", "step": 3, "reason": "finished"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def test_a_run_of_reinforcement_learning(tmp_path: Path, capsys: Capture) -> None:
+    """Its own numbers, each over time; a column of rewards where a run has them; no panel without a curve."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from hadal.train import plots
+    from hadal.train.runs import read
+
+    run = write_grpo_run(tmp_path / "rl")
+    out = hadal(capsys, "runs", str(run)).out
+    assert re.search(r"reward +0\.750", out) and re.search(r"accuracy +50\.0%", out)
+    assert re.search(r"entropy +2 █▃▁ 0\.6667", out) and re.search(r"gap_max +0 ▁▁▁ 0", out)
+    assert "clipped" not in out and "kl " not in out
+    panels = plots._panels([read(run)])
+    axes = [Figure().add_subplot() for _ in panels]
+    for panel, axis in zip(panels, axes, strict=True):
+        panel(axis, [read(run)], 1)
+    assert len(axes) == 9 and all(axis.lines for axis in axes)
+    assert axes[0].get_ylabel() == "loss of the objective"
+    write_run(tmp_path / "usual")
+    header, *rows = hadal(capsys, "runs", str(tmp_path)).out.splitlines()
+    assert "REWARD" in header and len(rows) == 2
+    assert "REWARD" not in hadal(capsys, "runs", str(tmp_path / "usual"), str(tmp_path / "usual")).out
+    assert json.loads(hadal(capsys, "runs", str(run), "--json").out)[0]["curves"]["reward"]["value"] == [
+        0.25,
+        0.5,
+        0.75,
+    ]
