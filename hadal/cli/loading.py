@@ -64,6 +64,9 @@ def installed_names() -> set[str]:
     return {p.name for p in PRESETS.values() if {p.name, str(p.repo_id).lower()} & entries}
 
 
+_DISK = "--offload disk leaves the experts in the files, "
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a model runs here; `reason` says why, and what would where it does not."""
@@ -92,7 +95,15 @@ def judge(config: ModelConfig, asked: Inference | None = None) -> Verdict:
     vram = gpus[index].free if index < len(gpus) else 0
     packed = resident_kind(config, asked.quantize)
     kind: WeightDtype = packed or ("fp32" if asked.dtype == "float32" else "bf16")
-    found = fit(config, kind, machine.memory().available, vram, with_mtp=asked.speculation == "mtp")
+    found = fit(
+        config,
+        kind,
+        machine.memory().available,
+        vram,
+        with_mtp=asked.speculation == "mtp",
+        offload=asked.offload if config.moe is not None else None,
+        cache="fp8" if asked.cache_dtype == "fp8" else None,
+    )
     if found.ok and found.device == "cpu" and vram:
         return Verdict(
             False,
@@ -106,15 +117,13 @@ def check_fit(model: str, asked: Inference | None = None) -> None:
     from hadal.weights.info import inspect
 
     info, asked = inspect(model), asked or Inference()
-    if asked.offload is not None and info.config.moe is not None:
-        return  # the engine knows how much of it is to be where
     verdict = judge(info.config, asked)
     if not verdict.runs:
         smaller: tuple[Kind, ...] = ("int8", "int4")
         for kind in smaller:
             if asked.quantize is None and judge(info.config, replace(asked, quantize=kind)).runs:
                 raise CliError(f"{name_of(info)} {verdict.reason}; with --quantize {kind} it would fit")
-        other = "--offload disk leaves the experts in the files, " if info.config.moe is not None else ""
+        other = "" if info.config.moe is None or asked.offload == "disk" else _DISK
         raise CliError(f"{name_of(info)} {verdict.reason}; {other}--force tries all the same")
 
 

@@ -1,13 +1,10 @@
-"""Does a model fit into a machine's memory, before anything is downloaded: the arithmetic, and what would
-fit.
+"""Does a model fit into a machine's memory, before anything is downloaded: the verdict for one device, and
+what would fit.
 
-    needed = weights + cache + workspace
-    weights   = Σ parameters × bytes (FP8: blocks with FP32 scales, the rest BF16), MTP module included
-    cache     = context × sequences × kv bytes per token          (V3: 70,272 B in BF16, 61 layers × 576 × 2)
-    workspace = activations and logits of one step + what a GPU's runtime itself takes
+    needed = weights + cache + workspace            (hadal/plan/memory.py has the arithmetic)
 
-All experts must be resident: "37B active" is a matter of speed, not of memory. One device holds everything; a
-machine counts with 90% of its memory.
+All experts must be resident, or streamed from host memory or the files (offloading). One device holds the
+rest; a machine counts with 90% of its memory. More devices: hadal/plan/running.py.
 """
 
 from __future__ import annotations
@@ -16,16 +13,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from hadal.config import PRESETS, Mla, ModelConfig
-from hadal.config.packing import packed_bytes
+from hadal.config import PRESETS, ModelConfig
+from hadal.plan.machines import USABLE
+from hadal.plan.memory import (
+    DTYPE_NAMES,
+    CacheDtype,
+    WeightDtype,
+    cache_bytes_per_token,
+    cache_dtype_of,
+    expert_group_bytes,
+    memory_bytes,
+    value_bytes,
+    workspace,
+)
 
-WeightDtype = Literal["int4", "int8", "fp8", "bf16", "fp32"]
-USABLE = 0.9
+__all__ = [
+    "USABLE",
+    "Fit",
+    "Need",
+    "WeightDtype",
+    "alternatives",
+    "fit",
+    "gigabytes",
+    "memory_bytes",
+    "needed",
+]
+
 MIN_CONTEXT = 4096
-STEP_TOKENS = 2048
-STEP_SEQUENCES = 64
-GPU_RUNTIME_BYTES = 600_000_000
-_DTYPE_NAMES = {"int4": "INT4", "int8": "INT8", "fp8": "FP8 blocks", "bf16": "BF16", "fp32": "FP32"}
+Offload = Literal["cpu", "disk"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,7 @@ class Need:
     weights: int
     cache: int
     workspace: int
+    elsewhere: int = 0  # routed experts that are offloaded: in host memory, or in the files
 
     @property
     def total(self) -> int:
@@ -68,11 +84,14 @@ def fit(
     *,
     sequences: int = 1,
     with_mtp: bool = True,
+    offload: Offload | None = None,
+    cache: CacheDtype | None = None,
 ) -> Fit:
     """Whether weights, workspace and a cache for `context` tokens (default: all) fit on the GPU, else in RAM.
 
     weight_dtype: how weights lie in memory. vram_bytes: of one GPU, 0 without. Where the weights fit but the
-    whole context does not, the verdict is yes with the context that does, at least 4,096 tokens.
+    whole context does not, the verdict is yes with the context that does, at least 4,096 tokens. with_mtp:
+    the module is loaded and drafts, with a cache of its own. offload: where the routed experts are instead.
     """
     for name, value in (("ram_bytes", ram_bytes), ("vram_bytes", vram_bytes)):
         if value < 0:
@@ -81,12 +100,42 @@ def fit(
         raise ValueError(f"sequences is {sequences} and context {context}; both must be at least 1")
     wanted = min(context or config.max_position_embeddings, config.max_position_embeddings)
     verdict: Fit | None = None
+    asked = _Asked(config, weight_dtype, wanted, sequences, with_mtp, offload, cache)
     for device, memory in _devices(ram_bytes, vram_bytes):
-        verdict = _on(config, weight_dtype, device, int(memory * USABLE), wanted, sequences, with_mtp)
+        verdict = _on(asked, device, int(memory * USABLE), int(ram_bytes * USABLE))
         if verdict.ok:
             return verdict
     assert verdict is not None
     return _with_alternatives(verdict, config, ram_bytes, vram_bytes)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The question, once its values were judged."""
+
+    config: ModelConfig
+    dtype: WeightDtype
+    context: int
+    sequences: int
+    with_mtp: bool
+    offload: Offload | None
+    cache: CacheDtype | None
+
+    def needed(self, context: int, device: Literal["gpu", "cpu"]) -> Need:
+        return needed(
+            self.config,
+            self.dtype,
+            context,
+            sequences=self.sequences,
+            device=device,
+            with_mtp=self.with_mtp,
+            offload=self.offload,
+            cache=self.cache,
+        )
+
+    def per_token(self) -> float:
+        cache = self.cache or cache_dtype_of(self.dtype)
+        return cache_bytes_per_token(self.config, cache, with_mtp=self.with_mtp) * self.sequences
 
 
 def needed(
@@ -97,39 +146,21 @@ def needed(
     sequences: int = 1,
     device: Literal["gpu", "cpu"] = "cpu",
     with_mtp: bool = True,
+    offload: Offload | None = None,
+    cache: CacheDtype | None = None,
 ) -> Need:
-    """Bytes that a model takes in memory, by part."""
-    value_bytes = 4 if weight_dtype == "fp32" else 2
+    """Bytes that a model takes in memory, by part; what is offloaded is not there. A processor's experts are
+    in host memory anyway."""
+    kept = cache or cache_dtype_of(weight_dtype)
+    away = 0
+    if offload == "disk" or (offload == "cpu" and device == "gpu"):
+        away = expert_group_bytes(config, weight_dtype, with_mtp=with_mtp)
     return Need(
-        weights=memory_bytes(config, weight_dtype, with_mtp=with_mtp),
-        cache=int(config.kv_bytes_per_token(value_bytes) * context) * sequences,
-        workspace=_workspace(config, value_bytes, device),
+        weights=memory_bytes(config, weight_dtype, with_mtp=with_mtp) - away,
+        cache=int(cache_bytes_per_token(config, kept, with_mtp=with_mtp) * context) * sequences,
+        workspace=workspace(config, value_bytes(weight_dtype), device),
+        elsewhere=away,
     )
-
-
-def memory_bytes(config: ModelConfig, weight_dtype: WeightDtype, *, with_mtp: bool = True) -> int:
-    """Bytes of the weights in memory: as the engine keeps them, embedding and head of MTP modules shared."""
-    if weight_dtype == "fp8" or weight_dtype == "int8" or weight_dtype == "int4":
-        return packed_bytes(config, weight_dtype, mtp=with_mtp)
-    if not with_mtp:
-        config = replace(config, num_nextn_predict_layers=0)
-    copies = config.parameters().mtp_copies * (4 if weight_dtype == "fp32" else 2)
-    return config.weight_bytes(weight_dtype) - copies
-
-
-def _workspace(config: ModelConfig, value_bytes: int, device: str) -> int:
-    """Activations of one step of 2,048 tokens, FP32 logits of 64 sequences; CUDA's own share on a GPU."""
-    a, heads = config.attention, config.num_attention_heads
-    attention = (
-        heads * (2 * a.qk_head_dim + 2 * a.v_head_dim) if isinstance(a, Mla) else 4 * heads * a.head_dim
-    )
-    width = config.intermediate_size
-    if config.moe is not None:
-        width = max(width, config.moe.num_experts_per_tok * config.moe.moe_intermediate_size)
-    per_token = (4 * config.hidden_size + attention + 3 * width) * value_bytes
-    tokens = min(STEP_TOKENS, config.max_position_embeddings)
-    logits = STEP_SEQUENCES * config.vocab_size * 4
-    return tokens * per_token + logits + (GPU_RUNTIME_BYTES if device == "gpu" else 0)
 
 
 def _devices(ram_bytes: int, vram_bytes: int) -> Iterator[tuple[Literal["gpu", "cpu"], int]]:
@@ -138,61 +169,37 @@ def _devices(ram_bytes: int, vram_bytes: int) -> Iterator[tuple[Literal["gpu", "
     yield "cpu", ram_bytes
 
 
-def _on(
-    config: ModelConfig,
-    dtype: WeightDtype,
-    device: Literal["gpu", "cpu"],
-    available: int,
-    wanted: int,
-    sequences: int,
-    with_mtp: bool,
-) -> Fit:
+def _on(asked: _Asked, device: Literal["gpu", "cpu"], available: int, ram: int) -> Fit:
     """The verdict for one device: the whole context, else as much of it as fits."""
-    full = needed(config, dtype, wanted, sequences=sequences, device=device, with_mtp=with_mtp)
-    if full.total <= available:
-        return Fit(
-            True,
-            device,
-            dtype,
-            wanted,
-            full,
-            available,
-            _message(config, dtype, device, wanted, full, available),
+    wanted = asked.context
+    full = asked.needed(wanted, device)
+    host_short = asked.offload == "cpu" and device == "gpu" and full.elsewhere > ram
+    context, text = wanted, ""
+    if full.total > available and not host_short:
+        room = (available - full.weights - full.workspace) // max(1, int(asked.per_token()))
+        context = room // 64 * 64
+        text = f", with {context:,} of {wanted:,} tokens of context"
+    ok = not host_short and context >= min(MIN_CONTEXT, wanted)
+    if not ok:
+        context, text = wanted, ""
+    need = asked.needed(context, device)
+    message = _message(asked, device, context, need, available, ok)
+    if host_short:
+        message += (
+            f"; its experts take {gigabytes(full.elsewhere)} of host memory and {gigabytes(ram)} are usable"
         )
-    per_token = int(config.kv_bytes_per_token(4 if dtype == "fp32" else 2)) * sequences
-    room = (available - full.weights - full.workspace) // per_token
-    context = room // 64 * 64
-    if context < min(MIN_CONTEXT, wanted):
-        return Fit(
-            False,
-            device,
-            dtype,
-            wanted,
-            full,
-            available,
-            _message(config, dtype, device, wanted, full, available),
-        )
-    less = needed(config, dtype, context, sequences=sequences, device=device, with_mtp=with_mtp)
-    text = _message(config, dtype, device, context, less, available)
-    return Fit(
-        True,
-        device,
-        dtype,
-        context,
-        less,
-        available,
-        f"{text}, with {context:,} of {wanted:,} tokens of context",
-    )
+    return Fit(ok, device, asked.dtype, context, need, available, message + text)
 
 
-def _message(
-    config: ModelConfig, dtype: WeightDtype, device: str, context: int, need: Need, available: int
-) -> str:
+def _message(asked: _Asked, device: str, context: int, need: Need, available: int, ok: bool) -> str:
     place = "GPU memory" if device == "gpu" else "RAM"
-    verb = "fits" if need.total <= available else "does not fit"
+    away = ""
+    if need.elsewhere:
+        where = "in host memory" if asked.offload == "cpu" else "in the files"
+        away = f" beside {gigabytes(need.elsewhere)} of experts {where}"
     return (
-        f"{verb}: {gigabytes(need.weights)} of weights in {_DTYPE_NAMES[dtype]} + "
-        f"{gigabytes(need.cache)} of cache "
+        f"{'fits' if ok else 'does not fit'}: {gigabytes(need.weights)} of weights in "
+        f"{DTYPE_NAMES[asked.dtype]}{away} + {gigabytes(need.cache)} of cache "
         f"for {context:,} tokens + {gigabytes(need.workspace)} of workspace = {gigabytes(need.total)}; "
         f"{gigabytes(available)} of {place} are usable"
     )
@@ -211,16 +218,7 @@ def _with_alternatives(verdict: Fit, config: ModelConfig, ram_bytes: int, vram_b
     need = f"a machine with {gigabytes(int(verdict.needed.total / USABLE))} on one device would hold it"
     smaller = f"; here fit {', '.join(names)}" if names else ""
     message = f"{verdict.message}; {need}{smaller}"
-    return Fit(
-        False,
-        verdict.device,
-        verdict.dtype,
-        verdict.context,
-        verdict.needed,
-        verdict.available,
-        message,
-        names,
-    )
+    return replace(verdict, message=message, alternatives=names)
 
 
 def alternatives(
@@ -235,7 +233,7 @@ def alternatives(
             continue
         for device, memory in _devices(ram_bytes, vram_bytes):
             wanted = min(MIN_CONTEXT, preset.config.max_position_embeddings)
-            need = needed(preset.config, weight_dtype, wanted, device=device)
+            need = needed(preset.config, weight_dtype, wanted, device=device, with_mtp=False)
             if need.total <= int(memory * USABLE):
                 found[total] = name
     return tuple(found[total] for total in sorted(found, reverse=True)[:limit])

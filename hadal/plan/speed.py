@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hadal.config import Mla, ModelConfig
 
 
-def expected_experts(experts: int, chosen: int, batch: int) -> float:
+def expected_experts(experts: int, chosen: int, batch: float) -> float:
     """How many of a layer's experts `batch` tokens touch, when each picks `chosen` of them evenly."""
     return experts * (1 - (1 - chosen / experts) ** batch)
 
