@@ -61,11 +61,11 @@ class Backend(Protocol):
         self,
         items: Sequence[Item],
         layers: Sequence[int] | None = None,
-        pooling: TargetPooling = "mean",
+        pooling: TargetPooling | None = None,
         *,
         progress: Progress | None = None,
     ) -> Embeddings:
-        """One vector an item and layer, in the items' order."""
+        """One vector an item and layer, in the items' order; None leaves a choice to the backend."""
 
     def estimate(self, items: Sequence[Item]) -> Estimate:
         """What `embed` of these will take."""
@@ -149,12 +149,13 @@ class Local:
         self,
         items: Sequence[Item],
         layers: Sequence[int] | None = None,
-        pooling: TargetPooling = "mean",
+        pooling: TargetPooling | None = None,
         *,
         progress: Progress | None = None,
     ) -> Embeddings:
-        """layers: default all. See pooling.py for the ways to pool."""
-        return self.embed_ways(items, layers, (pooling,), progress=progress)[pooling]
+        """layers: default all. pooling: default mean; see pooling.py."""
+        way = pooling or "mean"
+        return self.embed_ways(items, layers, (way,), progress=progress)[way]
 
     def embed_ways(
         self,
@@ -281,7 +282,7 @@ class Simulation:
         self,
         items: Sequence[Item],
         layers: Sequence[int] | None = None,
-        pooling: TargetPooling = "mean",
+        pooling: TargetPooling | None = None,
         *,
         progress: Progress | None = None,
     ) -> Embeddings:

@@ -205,6 +205,8 @@ class Embeddings:
                 if not self.identity.is_simulation
                 else "these vectors are shown as a simulation and do not carry its mark: they were changed"
             )
+        if not np.isfinite(values).all():
+            raise ValueError(f"vectors of {self.identity.model!r} hold numbers that are not finite")
         values.flags.writeable = False
 
     def __len__(self) -> int:
