@@ -1,0 +1,157 @@
+"""What a stage's model can do: held-out problems by DeepSeek's protocol, k samples each (R1 report §3).
+
+    pass@1   share of right samples, mean over problems
+    cons@k   share of problems whose most frequent answer is right (ties: the one that came first)
+    length   tokens of a completion     form   share with reasoning that ends and an answer behind it
+    language share of the words of the reasoning that are of the prompt's language, mean over completions with
+             words (DeepSeek-R1 §2.3.2); `no_words` counts those without
+
+Problems depend on the recipe's `[measure]` alone, so that all stages answer the same ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hadal.data.puzzles import verify
+from hadal.data.puzzles.task import bold_value
+from hadal.post.r1_recipe import MeasureRecipe
+from hadal.post.rewards.language import count
+from hadal.post.rewards.protocol import Completion
+from hadal.post.rewards.text import split
+from hadal.post.worked import Worked, WorkedTask, draw, prompt_record
+
+KEYS = ("pass@1", "cons", "length", "language", "form", "cut")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One sample."""
+
+    right: bool
+    value: str  # what is voted on: the value in the answer, else the whole answer
+    tokens: int
+    share: float | None  # of the words, the prompt's language; None: no words
+    formed: bool
+    cut: bool
+
+
+def judged(worked: Worked, completion: Completion) -> Judged:
+    """A sample against its problem."""
+    parts, made = split(completion), worked.sample
+    found = count(parts.reasoning, made.language)
+    text = f"<think>\n{completion.text}" if completion.opened else completion.text
+    return Judged(
+        verify(made, text), bold_value(parts.answer) or parts.answer, completion.tokens,
+        found[made.language] / found.total() if found.total() else None,
+        bool(parts.closed and parts.reasoning and parts.answer), completion.cut,
+    )  # fmt: skip
+
+
+def summary(groups: Sequence[Sequence[Judged]]) -> dict[str, Any]:
+    """The figures of problems with their samples."""
+    every = [one for group in groups for one in group]
+    shares = [one.share for one in every if one.share is not None]
+    n = max(1, len(every))
+    return {
+        "problems": len(groups), "samples": len(every),
+        "pass@1": sum(one.right for one in every) / n,
+        "cons": sum(map(_majority_is_right, groups)) / max(1, len(groups)),
+        "length": sum(one.tokens for one in every) / n,
+        "language": sum(shares) / len(shares) if shares else None,
+        "no_words": 1 - len(shares) / n,
+        "form": sum(one.formed for one in every) / n,
+        "cut": sum(one.cut for one in every) / n,
+    }  # fmt: skip
+
+
+def _majority_is_right(group: Sequence[Judged]) -> bool:
+    votes = Counter(one.value for one in group if one.formed)
+    if not votes:
+        return False
+    most = max(votes, key=lambda value: votes[value])
+    return next(one.right for one in group if one.value == most and one.formed)
+
+
+def problems(recipe: MeasureRecipe, task: WorkedTask) -> list[Worked]:
+    """The held-out problems of a task, each prompt once."""
+    found: dict[str, Worked] = {}
+    for number in range(50 * recipe.count):
+        worked = draw(task, number, recipe.seed, "held-out")
+        found.setdefault(worked.sample.prompt, worked)
+        if len(found) == recipe.count:
+            break
+    return list(found.values())
+
+
+def measure(engine: Any, recipe: MeasureRecipe, tell: Callable[[int, int], None]) -> dict[str, Any]:
+    """Ask an engine. Returns the figures over all problems, by task and by language, and the settings."""
+    from hadal.engine import SamplingParams
+
+    begun, tasks, everything = time.perf_counter(), {}, []
+    languages: dict[str, list[list[Judged]]] = {}
+    for at, task in enumerate(recipe.tasks):
+        asked = problems(recipe, task)
+        params = [
+            SamplingParams(
+                max_tokens=recipe.max_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
+                seed=recipe.seed + 1000 * n + i,
+            )
+            for n in range(len(asked)) for i in range(recipe.samples)
+        ]  # fmt: skip
+        chats = [[{"role": "user", "content": one.sample.prompt}] for one in asked]
+        ids = [engine.encode_chat(chat) for chat in chats]
+        answers = engine.generate([one for one in ids for _ in range(recipe.samples)], params)
+        groups: list[list[Judged]] = [[] for _ in asked]
+        for number, answer in enumerate(answers):
+            n = number // recipe.samples
+            opened = engine.template.starts_in_reasoning(None, chats[n])
+            said = Completion(
+                prompt_record(asked[n]), answer.text, len(answer.token_ids), answer.finish_reason, opened
+            )
+            groups[n].append(judged(asked[n], said))
+        tasks[task.label] = summary(groups)
+        for worked, group in zip(asked, groups, strict=True):
+            languages.setdefault(worked.sample.language, []).append(group)
+        everything += groups
+        tell(at + 1, len(recipe.tasks))
+    return {
+        "all": summary(everything), "tasks": tasks,
+        "languages": {name: summary(groups) for name, groups in sorted(languages.items())},
+        "settings": {"samples": recipe.samples, "temperature": recipe.temperature, "top_p": recipe.top_p,
+                     "max_tokens": recipe.max_tokens, "seed": recipe.seed, "split": "held-out"},
+        "seconds": time.perf_counter() - begun,
+    }  # fmt: skip
+
+
+def shown(key: str, value: float | None) -> str:
+    """A figure as tables have it."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if key == "length" else f"{100 * value:.1f}%"
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures of one model as Markdown."""
+    k = found["settings"]["samples"]
+    lines = [
+        f"| task | problems | pass@1 | cons@{k} | mean length (tokens) | language consistency | form | cut |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    named = [*found["tasks"].items(), *((f"in {n}", row) for n, row in found["languages"].items())]
+    for name, row in [*named, ("**all**", found["all"])]:
+        cells = " | ".join(shown(key, row[key]) for key in KEYS)
+        lines.append(f"| {name} | {row['problems']} | {cells} |")
+    s = found["settings"]
+    lines += [
+        "",
+        f"{k} samples a problem at temperature {s['temperature']:g}, top-p {s['top_p']:g}, at most "
+        f"{s['max_tokens']} tokens; problems that no training of this recipe draws (held out by a hash of "
+        "the problem). Language consistency: share of the reasoning's words that are of the prompt's "
+        "language.",
+    ]
+    return "\n".join(lines)
