@@ -1,0 +1,141 @@
+"""Data with a planted effect of size `delta`, and the nuisances that real data have: a common direction of
+all vectors (anisotropy); words, templates, parts of speech and negations with directions of their own."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hadal.probe.stats import (
+    Draft,
+    Sentences,
+    against_kinds,
+    antonym_direction,
+    clustering,
+    deixis,
+    description_length,
+    geometry,
+    isotopies,
+    lexical_controls,
+    max_statistic,
+    molecules,
+    negation,
+    selectivity,
+)
+from hadal.probe.stats.arrays import Floats
+from hadal.probe.stats.clusters import layer_clusters
+
+D = 16
+Rng = np.random.Generator
+
+
+def rows(rng: Rng, *shape: int) -> Floats:
+    """Noise [*shape, D] about a common mean, with two dimensions of large variance."""
+    scale = np.ones(D)
+    scale[:2] = 3.0
+    return rng.normal(size=(*shape, D)) * scale + 2.0 * rng.normal(size=D)
+
+
+def concepts(delta: float, rng: Rng) -> tuple[Floats, np.ndarray, np.ndarray]:
+    """32 concepts of 4 categories and 2 parts of speech, which have a direction and go with the
+    categories."""
+    category = np.repeat(np.arange(4), 8)
+    speech = np.where(rng.permutation(np.tile(np.arange(8), 4)) < 5, category % 2, 1 - category % 2)
+    x = rows(rng, 32) + 3 * rng.normal(size=(2, D))[speech] + delta * rng.normal(size=(4, D))[category]
+    return x - x.mean(0), category, speech
+
+
+def h1(delta: float, rng: Rng, draws: int = 99) -> list[Draft]:
+    x, category, speech = concepts(delta, rng)
+    return clustering(x, category, draws, rng, strata=speech)
+
+
+def squares(delta: float, rng: Rng, count: int = 12) -> Floats:
+    """s₁ and not-s₂ share a direction of size delta, s₂ and not-s₁ another; not-s echoes s, and all negations
+    share one direction."""
+    corner = rows(rng, count, 4)
+    corner[:, 2:] += 2.0 * rng.normal(size=D)
+    meant = delta * rng.normal(size=(count, 2, D))
+    corner[:, 0] += meant[:, 0]
+    corner[:, 3] += meant[:, 0]
+    corner[:, 1] += meant[:, 1]
+    corner[:, 2] += meant[:, 1]
+    return corner
+
+
+def h2(delta: float, rng: Rng, draws: int = 199) -> list[Draft]:
+    corner = squares(delta, rng)
+    antonym, synonym = rows(rng, 14, 2), rows(rng, 14, 2)
+    antonym[:, 0] += delta * rng.normal(size=D)
+    return [
+        *deixis(corner, draws, rng),
+        *negation(corner, draws, rng),
+        *antonym_direction(antonym, draws, rng),
+        *against_kinds(antonym, {"synonyms": synonym}, draws, rng),
+    ]
+
+
+def h3(delta: float, rng: Rng, draws: int = 99) -> list[Draft]:
+    """64 sentences: 4 isotopies, 16 lexemes, 4 templates; lexemes and templates have directions."""
+    label, lexeme, template = (
+        np.repeat(np.arange(4), 16),
+        np.repeat(np.arange(16), 4),
+        np.tile(np.arange(4), 16),
+    )
+    meaning = delta * rng.normal(size=(4, D))
+    x = rows(rng, 64) + meaning[label] + rng.normal(size=(16, D))[lexeme] + rng.normal(size=(4, D))[template]
+    words = np.eye(16)[lexeme] + rng.poisson(0.3, (64, 16))
+    true = np.arange(24) % 4
+    bait = (true + 1 + rng.integers(0, 3, 24)) % 4
+    control = rows(rng, 24) * 0 + x.mean(0) + rng.normal(size=(24, D)) + meaning[true]
+    sentences = Sentences.of(label, lexeme, template)
+    found = isotopies(x, sentences, draws, rng, folds=4, words_NV=words)
+    return [*found, lexical_controls(x, sentences, control, true, bait, draws, rng)]
+
+
+def h4(delta: float, rng: Rng, draws: int = 99) -> list[Draft]:
+    """16 molecules of 6 primes."""
+    primes = rng.poisson(1.0, (16, 6)).astype(float)
+    y = rows(rng, 16) + delta * primes @ rng.normal(size=(6, D))
+    return molecules(primes, y, draws, rng)
+
+
+def probes(delta: float, rng: Rng, draws: int = 39) -> list[Draft]:
+    """72 occurrences of 18 words of 3 classes; words have directions."""
+    kind = np.repeat(np.arange(18), 4)
+    label = kind // 6
+    x = rows(rng, 72) + rng.normal(size=(18, D))[kind] + delta * rng.normal(size=(3, D))[label]
+    return [
+        selectivity(x, label, kind, draws, rng, folds=4),
+        description_length(x, label, kind, draws, rng, axes=8),
+    ]
+
+
+def similarity(delta: float, rng: Rng, draws: int = 99) -> list[Draft]:
+    """Two models of 24 concepts with a shared part."""
+    shared = rng.normal(size=(24, D))
+    x, y = (rows(rng, 24) + delta * shared @ rng.normal(size=(D, D)) / 4 for _ in range(2))
+    return geometry(x, y, draws, rng)
+
+
+def layers(delta: float, rng: Rng, draws: int = 99) -> list[Draft]:
+    """Categories at one of 6 layers, which are alike; the best layer is told."""
+    category = np.repeat(np.arange(4), 6)
+    x = rows(rng, 24)[:, None] + rng.normal(size=(24, 6, D))
+    x[:, 3] += delta * rng.normal(size=(4, D))[category]
+    x = x - x.mean(0)
+    found, null, how, exact = layer_clusters(x, category, draws, rng)
+    return [max_statistic("silhouette", range(6), found, null, how, n=24, unit="concepts", d=D, folds=0,
+                          exact=exact).draft]  # fmt: skip
+
+
+FAMILIES = {
+    "H1": h1,
+    "H2": h2,
+    "H3": h3,
+    "H4": h4,
+    "probes": probes,
+    "similarity": similarity,
+    "layers": layers,
+}
+EFFECTS = {"H1": (0.7, 2.0), "H2": (0.6, 2.0), "H3": (0.6, 2.0), "H4": (0.4, 2.0), "probes": (0.7, 3.0),
+           "similarity": (0.8, 3.0), "layers": (0.8, 3.0)}  # fmt: skip
