@@ -58,7 +58,8 @@ def data_card(stage: Stage, entry: Mapping[str, Any]) -> str:
     lines += [f"| {task} | {rows:,} |" for task, rows in sorted(facts["tasks"].items())]
     if "faults" in section:
         faults = section["faults"]
-        said = f"Without work: {faults['direct']:.0%} of the rows; each line in a language drawn anew: "
+        said = f"Without work: {faults['direct']:.0%} of the rows; in a hurry: {faults['hurried']:.0%}; "
+        said += "each line in a language drawn anew: "
         lines += ["", said + f"{faults['mixed']:.0%} (hadal/post/worked.py)."]
     return "\n".join([*lines, ""])
 

@@ -32,7 +32,7 @@ from hadal.post.sft_recipe import BaseRecipe
 from hadal.post.worked import write_conversations, write_prompts
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.flops import flops_per_token
-from hadal.train.main import device_of, train
+from hadal.train.main import Outcome, device_of, train
 from hadal.train.sources import ON_BOARD
 from hadal.weights import hub
 from hadal.weights import save as save_weights
@@ -158,16 +158,21 @@ def _beside(name: str, beside: Path) -> str:
     return str(here if here.is_file() or not (beside / name).is_file() else beside / name)
 
 
+def ended(outcome: Outcome) -> bool:
+    """Whether a run is over: at its last step, or at `train.max_minutes`, which is a stage's budget here."""
+    return outcome.reason in ("finished", "time")
+
+
 def _train(job: Job) -> Made:
     outcome = train(
         _own_recipe(job), resume=job.resume, out=job.folder, device=job.device, console=job.console
     )
-    return Made(outcome.finished, _trained(job.made, outcome.tokens) if outcome.finished else {})
+    return Made(ended(outcome), _trained(job.made, outcome.tokens) if ended(outcome) else {})
 
 
 def _sft(job: Job) -> Made:
     outcome = sft(_own_recipe(job), resume=job.resume, out=job.folder, device=job.device, console=job.console)
-    if not outcome.finished:
+    if not ended(outcome):
         return Made(False)
     join_files(job)
     return Made(True, _trained(job.made, outcome.tokens))
@@ -201,7 +206,7 @@ def _grpo(job: Job) -> Made:
         _own_recipe(job), resume=job.resume, out=job.folder, device=job.device, console=job.console,
         model=measured,
     )  # fmt: skip
-    if not outcome.finished:
+    if not ended(outcome):
         return Made(False)
     steps = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step["kind"] == "step"]

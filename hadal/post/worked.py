@@ -7,9 +7,10 @@ A problem is one of `hadal.data.puzzles` by its name (`extreme`, `countdown/3`),
 `steps/N`: a sum of N numbers of one digit, one addition a line, which a model of half a million parameters
 learns in a minute. Its problems are those of the puzzles' chains, so that the same verifier judges them.
 
-Three things can be wrong with a worked answer on purpose, each at a rate: no work at all (`direct`), lines in
-languages drawn anew (`mixed`: what R1-Zero's reasoning was like), a question of small talk in its place
-(`chat`). Everything is a function of the tables, the seed and the number of the row.
+Three things can be wrong with a worked answer on purpose, each at a rate: no work at all (`direct`), work in
+a hurry (`hurried`: two additions a line; of other puzzles the first and the last line only), and lines in
+languages drawn anew (`mixed`: R1-Zero's reasoning mixed languages). Everything is a function of the tables,
+the seed and the number of the row.
 """
 
 from __future__ import annotations
@@ -66,11 +67,12 @@ class WorkedTask:
 
 @dataclass(frozen=True)
 class Worked:
-    """A problem with its work: `lines[language]` are the same steps in each language."""
+    """A problem with its work: `lines[language]` are the same steps in each language, `hurried` fewer."""
 
     sample: Sample
     task: str
     lines: Mapping[str, Sequence[str]]
+    hurried: Mapping[str, Sequence[str]]
 
 
 def draw(task: WorkedTask, number: int, seed: int, split: str = "train") -> Worked:
@@ -80,7 +82,8 @@ def draw(task: WorkedTask, number: int, seed: int, split: str = "train") -> Work
     made = sample(number, seed, split, name=task.name)
     solve = TASKS[made.task].solve
     lines = {language: solve(made.problem, language).think.splitlines() for language in LANGUAGES}
-    return Worked(made, task.label, lines)
+    hurried = {one: list(dict.fromkeys([work[0], work[-1]])) for one, work in lines.items()}
+    return Worked(made, task.label, lines, hurried)
 
 
 def _steps(task: WorkedTask, number: int, seed: int, split: str) -> Worked:
@@ -93,16 +96,22 @@ def _steps(task: WorkedTask, number: int, seed: int, split: str) -> Worked:
         if is_held_out(text) == (split == "held-out"):
             break
     prompt = rng.choice(_ASK[language]).format(e=text)
-    lines = {one: [_FIRST[one], *_additions(digits, _THEN[one])] for one in LANGUAGES}
+    lines, hurried = (
+        {one: [_FIRST[one], *_additions(digits, _THEN[one], at_once)] for one in LANGUAGES}
+        for at_once in (1, 2)
+    )
     answer = f"**{problem.gold[0]}**"
-    return Worked(Sample(problem, language, prompt, "\n".join(lines[language]), answer), task.label, lines)
+    made = Sample(problem, language, prompt, "\n".join(lines[language]), answer)
+    return Worked(made, task.label, lines, hurried)
 
 
-def _additions(digits: Sequence[int], then: str) -> Iterator[str]:
+def _additions(digits: Sequence[int], then: str, at_once: int) -> Iterator[str]:
+    """Running totals, `at_once` digits added in a line."""
     total = digits[0]
-    for place, digit in enumerate(digits[1:]):
-        yield f"{then} " * (place > 0) + f"{total}+{digit}={total + digit}"
-        total += digit
+    for place in range(1, len(digits), at_once):
+        some = digits[place : place + at_once]
+        yield f"{then} " * (place > 1) + f"{total}+{'+'.join(map(str, some))}={total + sum(some)}"
+        total += sum(some)
 
 
 def prompt_record(worked: Worked) -> dict[str, Any]:
@@ -118,13 +127,15 @@ def prompt_record(worked: Worked) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Faults:
-    """Rates: of answers without work, and of work whose lines are each in a language of their own."""
+    """Rates: of answers without work; of the others, of work in a hurry; of work whose lines are each in a
+    language of their own."""
 
     direct: float = 0.0
+    hurried: float = 0.0
     mixed: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("direct", "mixed"):
+        for key in ("direct", "hurried", "mixed"):
             require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "in 0..1")
 
 
@@ -132,15 +143,16 @@ def conversation(worked: Worked, faults: Faults, rng: random.Random) -> dict[str
     """A row of an SFT set."""
     made, asked_in = worked.sample, worked.sample.language
     talk = made.task == "chat"
-    direct, mixed = (rng.random() < rate for rate in (faults.direct, faults.mixed))
+    direct, mixed, hurried = (rng.random() < r for r in (faults.direct, faults.mixed, faults.hurried))
+    lines = worked.hurried if hurried and not talk else worked.lines
     if direct and not talk:
         work, told_in = _DIRECT[asked_in], "none"
     elif mixed and not talk:
-        count = len(worked.lines[asked_in])
-        work = "\n".join(worked.lines[rng.choice(LANGUAGES)][place] for place in range(count))
+        count = min(map(len, lines.values()))
+        work = "\n".join(lines[rng.choice(LANGUAGES)][place] for place in range(count))
         told_in = "mixed"
     else:
-        work, told_in = "\n".join(worked.lines[asked_in]), asked_in
+        work, told_in = "\n".join(lines[asked_in]), asked_in
     record = prompt_record(worked)
     messages = [{"role": "user", "content": record.pop("prompt")},
                 {"role": "assistant", "reasoning_content": work, "content": made.answer}]  # fmt: skip

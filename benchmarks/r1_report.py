@@ -1,0 +1,122 @@
+"""The figures of a run of `hadal r1`, for docs/r1.md.
+
+python benchmarks/r1_report.py runs/r1-cpu          # docs/results/r1-cpu.json, and its section of the page
+python benchmarks/r1_report.py                      # the page's sections alone, from the results that are kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "r1.md"
+KEPT = ("kind", "title", "seconds", "facts", "measured", "digest")
+
+
+def result(run: Path, device: str) -> dict[str, Any]:
+    """What is kept of a run: machine, recipe's name, figures of each stage."""
+    import common
+
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    stages = {
+        name: {key: entry[key] for key in KEPT if key in entry}
+        for name, entry in manifest["stages"].items()
+    }  # fmt: skip
+    return {"machine": common.machine(device), "recipe": manifest["recipe"], "stages": stages}
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def section(found: dict[str, Any]) -> list[str]:
+    """Tables of a result: the stages with a model, by task, and the data sets."""
+    stages = found["stages"]
+    models = {name: s for name, s in stages.items() if s.get("measured")}
+    k = next(iter(models.values()))["measured"]["settings"]["samples"]
+    lines = [
+        f"### {found['recipe']}", "",
+        f"| model | how | operations | pass@1 | cons@{k} | mean length | language consistency | form | seconds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
+    for name, s in models.items():
+        row = s["measured"]["all"]
+        cells = [
+            percent(row["pass@1"]),
+            percent(row["cons"]),
+            f"{row['length']:.0f}",
+            percent(row["language"]),
+        ]
+        cells += [percent(row["form"]), f"{s['seconds']:.0f}"]
+        lines.append(f"| {name} | {s['kind']} | {s['facts']['operations']:.1e} | {' | '.join(cells)} |")
+    tasks = list(next(iter(models.values()))["measured"]["tasks"])
+    lines += ["", f"By task, pass@1 / cons@{k} / mean length:", "", f"| model | {' | '.join(tasks)} |",
+              "|---" * (1 + len(tasks)) + "|"]  # fmt: skip
+    for name, s in models.items():
+        cells = [
+            f"{percent(r['pass@1'])} / {percent(r['cons'])} / {r['length']:.0f}"
+            for r in s["measured"]["tasks"].values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| data | sampled (tokens) | kept (rows) | dropped |", "|---|---:|---:|---|"]
+    for name, s in stages.items():
+        if s["kind"] == "rejection":
+            facts = s["facts"]
+            dropped = ", ".join(f"{why} {n:,}" for why, n in facts["dropped"].items())
+            lines.append(f"| {name} | {facts['sampled_tokens']:,} | {facts['rows']:,} | {dropped} |")
+    heads = [s["facts"] for s in stages.values() if s["kind"] == "preference"]
+    lines += [""] + [
+        f"The preference head is right on {percent(f['accuracy'])} of {f['held_out_pairs']} pairs of unseen prompts."
+        for f in heads
+    ]
+    m = found["machine"]
+    where = m.get("gpu") or f"{m['cpu']}, {m['threads']} of {m['cores']} cores"
+    total = sum(s["seconds"] + s.get("measured", {}).get("seconds", 0.0) for s in stages.values())
+    return [
+        *lines,
+        "",
+        f"{where}; torch {m['torch']}; {m['date']}; {total / 60:.0f} minutes, measuring included.",
+    ]
+
+
+def markers(name: str) -> tuple[str, str]:
+    """What a result's section of the page stands between."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def page(text: str) -> str:
+    """The page with the sections of all results that are kept."""
+    for file in sorted(RESULTS.glob("r1-*.json")):
+        begin, end = markers(file.stem)
+        head, found, rest = text.partition(begin)
+        _, closed, tail = rest.partition(end)
+        if not found or not closed:
+            raise SystemExit(f"{PAGE} has no place for {file.name}: it lacks {begin} and {end}")
+        body = "\n".join(section(json.loads(file.read_text(encoding="utf-8"))))
+        text = f"{head}{begin}\n{body}\n{end}{tail}"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", nargs="?", type=Path, help="the folder of a run")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="that it ran on")
+    given = parser.parse_args(arguments)
+    if given.run is not None:
+        found = result(given.run, given.device)
+        path = RESULTS / f"{found['recipe']}.json"
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    sys.exit(main())
