@@ -1,7 +1,7 @@
 """The figures of a run of `hadal r1`, for docs/r1.md.
 
 python benchmarks/r1_report.py runs/r1-cpu          # docs/results/r1-cpu.json, and its section of the page
-python benchmarks/r1_report.py                      # the page's sections alone, from the results that are kept
+python benchmarks/r1_report.py                      # the page alone, from what is kept
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def section(found: dict[str, Any]) -> list[str]:
     k = next(iter(models.values()))["measured"]["settings"]["samples"]
     lines = [
         f"### {found['recipe']}", "",
-        f"| model | how | operations | pass@1 | cons@{k} | mean length | language consistency | form | seconds |",
+        f"| model | how | operations | pass@1 | cons@{k} | length | language | form | seconds |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for name, s in models.items():
@@ -70,10 +70,9 @@ def section(found: dict[str, Any]) -> list[str]:
             dropped = ", ".join(f"{why} {n:,}" for why, n in facts["dropped"].items())
             lines.append(f"| {name} | {facts['sampled_tokens']:,} | {facts['rows']:,} | {dropped} |")
     heads = [s["facts"] for s in stages.values() if s["kind"] == "preference"]
-    lines += [""] + [
-        f"The preference head is right on {percent(f['accuracy'])} of {f['held_out_pairs']} pairs of unseen prompts."
-        for f in heads
-    ]
+    for f in heads:
+        right = f"The preference head is right on {percent(f['accuracy'])}"
+        lines += ["", f"{right} of {f['held_out_pairs']} pairs of unseen prompts."]
     m = found["machine"]
     where = m.get("gpu") or f"{m['cpu']}, {m['threads']} of {m['cores']} cores"
     total = sum(s["seconds"] + s.get("measured", {}).get("seconds", 0.0) for s in stages.values())
