@@ -32,7 +32,7 @@ endif
 INSTALL = $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt \
   $(if $(HADAL_TORCH_INDEX),--extra-index-url $(HADAL_TORCH_INDEX))
 
-.PHONY: help run chat serve test lint bench test-gpu lock clean
+.PHONY: help run chat serve r1-zero test lint bench test-gpu lock clean
 
 help: ## this list
 	@echo "Hadal: the DeepSeek-V3/R1 system in one readable Python package."
@@ -49,6 +49,9 @@ chat: $(RUN_READY) ## chat with the model on board in the terminal
 
 serve: $(SERVE_READY) ## OpenAI, DeepSeek and Ollama API with the chat page; prints its address
 	@$(PY) -m hadal serve hadal-mini $(ARGS)
+
+r1-zero: $(TEST_READY) ## R1-Zero in minutes: a tiny base from nothing, reinforcement learning, plots
+	@$(PY) benchmarks/r1_zero.py $(ARGS)
 
 test: $(TEST_READY) ## all tests (no accelerator and no network needed)
 	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
