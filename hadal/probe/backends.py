@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from hadal.config.packing import resident_kind
 from hadal.engine.loading import check_weights_fit, pick_device, pick_dtype
 from hadal.model.transformer import Transformer
 from hadal.probe.extract import MAX_TOKENS, ProbeError, Progress, Taken, batches, extract, layer_numbers
@@ -107,16 +108,18 @@ class Local:
         folder = hub.resolve(model)
         config = read_config(folder)
         where = pick_device(device)
-        kind = pick_dtype(config, where, dtype)
-        check_weights_fit(config, where, kind)
+        packing = resident_kind(config, quantize)
+        kind = pick_dtype(config, where, dtype, packing)
+        check_weights_fit(config, where, kind, packing)
         self.name = str(model) if not isinstance(model, Path) and hub.find_preset(str(model)) else folder.name
         self.details: dict[str, str] = {}
         if random_weights is None:
-            self.model = load_weights(folder, dtype=kind, device=where, with_mtp=False, quantize=quantize,
-                                      progress=progress)  # fmt: skip
+            self.model = load_weights(
+                folder, dtype=kind, device=where, with_mtp=False, quantize=packing or "off", progress=progress
+            )
             self.revision = folder_revision(folder)
-            if quantize not in (None, "off"):
-                self.details["quantize"] = str(quantize)
+            if packing is not None:
+                self.details["quantized"] = packing
         else:
             self.model = Transformer(config, dtype=kind, device=where).init_weights(random_weights).eval()
             self.name, self.revision = f"{self.name} (random weights)", weights_revision(self.model)
@@ -234,7 +237,7 @@ def folder_revision(folder: Path) -> str:
 
 
 def weights_revision(model: Transformer) -> str:
-    """SHA-256 over names, shapes and bits of the weights in memory."""
+    """SHA-256 over names, shapes and bits of the weights in memory, packed ones included."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
