@@ -24,6 +24,7 @@ from hadal.cli import (
     grpo,
     listing,
     needle,
+    plan,
     ps,
     pull,
     r1,
@@ -48,6 +49,7 @@ GROUPS: dict[str, dict[str, Callable[..., None] | Family]] = {
         "pull": pull.pull,
         "list": listing.list_models,
         "rm": rm.rm,
+        "plan": plan.PLAN,
         "convert": convert.convert,
     },
     "Make and measure": {

@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., None])
 INTERRUPTED = 130
 
 # Faults that stand for a wrong value given by the user; by name, so that no room is imported here.
-_MISUSE = ("RequestError", "SettingsError", "RecipeError", "TemplateError")
+_MISUSE = ("RequestError", "SettingsError", "RecipeError", "TemplateError", "PlanError")
 _OS_REMEDY = {
     errno.ENOSPC: "free some space, or point HF_HOME (downloads) or XDG_CACHE_HOME at another disk",
     errno.EADDRINUSE: "another program listens there: choose another --port, or stop it (`hadal ps`)",
