@@ -89,10 +89,13 @@ def embed(
         hadal embed -i texts.txt --backend endpoint --url http://127.0.0.1:8000/v1 --cache kept.sqlite
     """
     from hadal.probe import table
+    from hadal.probe.backends import Local, check_items
 
     if out is not None:
         table.ending(out)
     items, columns = _items(texts, source, text_field, id_field, span_field)
+    layers = _layers(layer, backend)
+    check_items(items)
     asked = o.Inference(device, dtype, quantize)
     service = {"url": url, "api_key": api_key, "cache": cache, "requests_per_minute": rpm}
     service |= {"tokens_per_minute": tpm, "price": price}
@@ -100,8 +103,9 @@ def embed(
     if estimate:
         _tell_estimate(maker, items, json)
         return
-    layers = _layers(layer, backend)
     pooling: Pool | None = pool or ("span" if span_field is not None else None)
+    if isinstance(maker, Local) and (pooling or "").startswith("span") and (cut := maker.clipped(items)):
+        note(f"{len(cut)} targets share a token with a neighbour, the first: {cut[0]!r}")
     begin = time.perf_counter()
     with bar("embedding", unit_bytes=False, quiet=json) as update:
         found = maker.embed(items, layers, pooling, progress=update)

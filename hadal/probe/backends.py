@@ -25,7 +25,7 @@ from hadal.engine.loading import check_weights_fit, pick_device, pick_dtype
 from hadal.model.transformer import Transformer
 from hadal.probe.extract import MAX_TOKENS, ProbeError, Progress, Taken, batches, extract, layer_numbers
 from hadal.probe.identity import Embeddings, Floats, issue, simulation
-from hadal.probe.pooling import Encoded, Spans, TargetPooling, encode, joined, pool_weights
+from hadal.probe.pooling import Encoded, Spans, TargetPooling, encode, joined, pool_weights, span_tokens
 from hadal.text.tokenizer import Tokenizer
 from hadal.weights import hub
 from hadal.weights import load as load_weights
@@ -199,6 +199,11 @@ class Local:
         pooling = f"{pooling}, with control tokens" if self.special else pooling
         return issue("local", model=self.name, revision=self.revision, dtype=dtype, layers=layers,
                      pooling=pooling, details=self.details)  # fmt: skip
+
+    def clipped(self, items: Sequence[Item]) -> list[str]:
+        """Ids of the items of which a target's token holds a neighbour's characters too."""
+        pairs = zip(items, self.encode(items), strict=True)
+        return [item.id for item, e in pairs if item.spans and span_tokens(e, item.spans)[1]]
 
     def watch(self, item: Item, layers: Sequence[int] | None = None, *, routing: bool | None = None,
               attention: Sequence[int] = ()) -> tuple[Encoded, Taken]:  # fmt: skip

@@ -17,7 +17,11 @@ ROWS = [
     {"id": "b", "text": "Je sais où.", "word": [[8, 10]], "category": "space"},
     {"id": "c", "text": "know, I know", "word": [8, 12], "category": "mental"},
 ]
-LOCAL = ("--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture
+def local(tiny_folder: Path) -> tuple[str, ...]:
+    return ("--model", str(tiny_folder), "--device", "cpu", "--dtype", "float32")
 
 
 @pytest.fixture
@@ -27,12 +31,14 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def test_targets_of_jsonl_to_parquet(rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_targets_of_jsonl_to_parquet(
+    rows: Path, local: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "v.parquet"
     done = hadal(
-        capsys, "embed", "-i", str(rows), "--span-field", "word", "--layer", "0,4,-1", "-o", str(out), *LOCAL
+        capsys, "embed", "-i", str(rows), "--span-field", "word", "--layer", "0,1,-1", "-o", str(out), *local
     )
-    assert done.status == 0 and "hadal-mini @" in done.err and "layer 0, 4, 8" in done.err
+    assert done.status == 0 and "tiny @" in done.err and "layer 0-2" in done.err
     found, columns = table.read_with_columns(out)
     assert found.vectors.shape[:2] == (3, 3) and found.ids == ["a", "b", "c"]
     assert found.spans == ["know", "où", "know"] and found.identity.pooling == "span"
@@ -40,13 +46,13 @@ def test_targets_of_jsonl_to_parquet(rows: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_arguments_and_stdin_give_the_same(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    local: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = hadal(capsys, "embed", "one text", "une autre", "--json", *LOCAL)
+    given = hadal(capsys, "embed", "one text", "une autre", "--json", *local)
     body = json.loads(given.out)
     assert body["identity"]["backend"] == "local" and np.shape(body["vectors"]) == (2, 1, body["width"])
     monkeypatch.setattr("sys.stdin", io.StringIO("one text\n\nune autre\n"))
-    header, *lines = hadal(capsys, "embed", *LOCAL).out.splitlines()
+    header, *lines = hadal(capsys, "embed", *local).out.splitlines()
     assert json.loads(header)["digest"] == body["digest"]
     assert [json.loads(line)["vectors"] for line in lines] == body["vectors"]
     assert json.loads(lines[0])["text"] == "one text"
@@ -59,8 +65,10 @@ def test_a_simulation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert table.read(out).identity.is_simulation
 
 
-def test_estimate_runs_nothing(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    told = json.loads(hadal(capsys, "embed", "-i", str(rows), "--estimate", "--json", *LOCAL).out)
+def test_estimate_runs_nothing(
+    rows: Path, local: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = json.loads(hadal(capsys, "embed", "-i", str(rows), "--estimate", "--json", *local).out)
     assert told["texts"] == 3 and told["tokens"] > 9 and told["seconds"] > 0
     service = ("--backend", "endpoint", "--url", "http://127.0.0.1:9/v1", "--price", "2", "--rpm", "2")
     told = json.loads(hadal(capsys, "embed", "-i", str(rows), "--estimate", "--json", *service).out)
@@ -71,7 +79,7 @@ def test_estimate_runs_nothing(rows: Path, capsys: pytest.CaptureFixture[str]) -
     ("arguments", "match"),
     [
         (["x", "-o", "x.csv"], "must end in .parquet, .npy, .jsonl"),
-        (["x", "--layer", "9"], "0 (embedding) to 8"),
+        (["x", "--layer", "3"], "0 (embedding) to 2"),
         (["x", "--layer", "top"], "numbers with commas"),
         (["x", "--pool", "span"], "needs the target's span"),
         (["x", "--span-field", "s"], "belongs to an --input"),
@@ -86,8 +94,11 @@ def test_estimate_runs_nothing(rows: Path, capsys: pytest.CaptureFixture[str]) -
         ([" "], "is empty"),
     ],
 )
-def test_faults_are_one_line(arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
-    done = hadal(capsys, "embed", *arguments)
+def test_faults_are_one_line(
+    arguments: list[str], match: str, local: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = local if not {"--url", "--backend"} & set(arguments) else ()
+    done = hadal(capsys, "embed", *arguments, *where)
     assert done.status in (1, 2) and match in done.err and "Traceback" not in done.err
     assert len(done.err.strip().splitlines()) == 1 and not done.out
 
@@ -105,8 +116,10 @@ def test_faults_are_one_line(arguments: list[str], match: str, capsys: pytest.Ca
         ("[1]", "no text"),
     ],
 )
-def test_bad_rows_are_named(row: str, match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_rows_are_named(
+    row: str, match: str, local: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(row + "\n")
-    done = hadal(capsys, "embed", "-i", str(path), "--span-field", "word", *LOCAL)
+    done = hadal(capsys, "embed", "-i", str(path), "--span-field", "word", *local)
     assert done.status == 1 and match in done.err, done.err

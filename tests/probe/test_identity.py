@@ -224,6 +224,7 @@ def test_estimate_and_watch(local: Local) -> None:
     told = local.estimate(ITEMS)
     assert told.texts == 3 and told.tokens == sum(len(e.ids) for e in local.encode(ITEMS))
     assert told.seconds is not None and told.seconds > 0 and told.cost is None
+    assert local.clipped([*ITEMS, Item("d", "I see the moon.", ((6, 8),))]) == ["d"]
     encoded, taken = local.watch(ITEMS[0], attention=(0,))
     n = len(encoded.ids)
     assert taken.hidden_lnD.shape[:2] == (9, n) and taken.attention[0].shape[1:] == (n, n) and taken.experts
