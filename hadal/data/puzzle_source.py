@@ -69,7 +69,7 @@ class Exam:
 
 
 def examination(samples: int) -> list[tuple[str, Sample]]:
-    """(name, problem) of all that `hadal eval --samples N` asks."""
+    """(name, problem) of all that `hadal eval --limit N` asks."""
     return [(f"hadal eval, {one.task} {at}", one) for at, one in enumerate(problems(samples))]
 
 

@@ -114,7 +114,7 @@ class Decontaminate:
     fields: tuple[str, ...] = ("question", "prompt", "problem", "text", "input")
     ngram: int = 10
     shortest: int = 3
-    puzzles: int = 0  # and the problems that `hadal eval --samples N` asks
+    puzzles: int = 0  # and the problems that `hadal eval --limit N` asks
 
     def __post_init__(self) -> None:
         require(1 <= self.shortest <= self.ngram <= 64, "decontaminate.ngram", self.ngram, "shortest..64")

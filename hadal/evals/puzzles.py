@@ -4,8 +4,6 @@ Problems are drawn from the held-out split of `hadal.data.puzzles`: distinct, th
 language, the same for the same seed. Decoding is greedy and nothing is retried; an answer counts if the
 verifier of its task accepts what follows `</think>`. A reasoning that does not end within `max_tokens` is a
 wrong answer.
-
-Wilson's interval for k of n (1927): (k + z²/2)/(n + z²) ± z/(n + z²) · √(k(n − k)/n + z²/4), z = 1.96.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import Any, Protocol, TypedDict
 
 from hadal.data.puzzles import LANGUAGES, TASKS, Sample, verify
 from hadal.data.puzzles.examination import problems as problems
+from hadal.evals.statistics import wilson as wilson
 
 SAMPLES = 200  # problems a task, at least, for a figure that is published
 MAX_TOKENS = 768
@@ -67,15 +66,6 @@ class ChatEngine(Protocol):
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]: ...
     def generate(self, prompts: Any, params: Any = None) -> Any: ...
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a share: (low, high)."""
-    if total < 1 or not 0 <= correct <= total:
-        raise ValueError(f"{correct} of {total} is no share")
-    centre = (correct + z * z / 2) / (total + z * z)
-    half = z / (total + z * z) * (correct * (total - correct) / total + z * z / 4) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def engine_generate(engine: ChatEngine, max_tokens: int = MAX_TOKENS) -> Generate:

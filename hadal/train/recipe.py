@@ -45,7 +45,7 @@ class DataRecipe:
     mask_documents: bool = True  # False: attention crosses documents, as in V3's pre-training
     prompt_weight: float = 0.0  # how much the tokens of questions count, against 1 for those of solutions
     workers: int = 0  # processes that write puzzles; 0: as many as there are cores
-    examined: int = 300  # of puzzles: no question of `hadal eval --samples N` is trained on; 0: not compared
+    examined: int = 300  # of puzzles: no question of `hadal eval --limit N` is trained on; 0: not compared
 
     def __post_init__(self) -> None:
         known = ("puzzles", "needles", "shards")
