@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +56,37 @@ def machine(device: str) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = torch.version.cuda
     return found
+
+
+def clock(device: str, cpu_time: bool = False) -> Callable[[], float]:
+    """Seconds; on CUDA when the device is done. `cpu_time`: of this process's work instead of the wall, which
+    is what one thread on a busy machine can be judged by."""
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if cpu_time else time.perf_counter()
+
+    return now
+
+
+class Timed:
+    """A function that adds up the time spent in it."""
+
+    def __init__(self, function: Callable[..., Any], now: Callable[[], float]) -> None:
+        self.function, self.now, self.seconds = function, now, 0.0
+
+    def __call__(self, *args: Any, **rest: Any) -> Any:
+        begin = self.now()
+        try:
+            return self.function(*args, **rest)
+        finally:
+            self.seconds += self.now() - begin
+
+    def take(self) -> float:
+        """What has added up since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 def save(name: str, result: dict[str, Any], folder: str | None = None) -> Path:

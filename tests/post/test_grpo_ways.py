@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
@@ -222,7 +223,7 @@ def test_a_judge_and_a_reward_model_in_a_run(start: Path, tmp_path: Path) -> Non
     path.write_text(json.dumps(table))
     grpo(path, out=tmp_path / "run", overrides=["train.steps=1"], device="cpu", console=QUIET, judge=judge,
          model=measure)  # fmt: skip
-    assert asked == [16, 16]
+    assert asked == [16, 16] and gc.isenabled()
     step = records(tmp_path / "run")[0]
     assert step["reward_std"] > 0 and step["updates"] == 1 and step["accuracy"] is None
     line = json.loads((tmp_path / "run" / "samples.jsonl").read_text().splitlines()[0])
