@@ -102,6 +102,8 @@ def fit(
     verdict: Fit | None = None
     asked = _Asked(config, weight_dtype, wanted, sequences, with_mtp, offload, cache)
     for device, memory in _devices(ram_bytes, vram_bytes):
+        if offload is not None and vram_bytes and device == "cpu":
+            break  # it was to run on the GPU, with its experts elsewhere
         verdict = _on(asked, device, int(memory * USABLE), int(ram_bytes * USABLE))
         if verdict.ok:
             return verdict

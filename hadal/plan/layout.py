@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from hadal.config import Gqa, ModelConfig
@@ -92,6 +93,7 @@ def experts_per_device(config: ModelConfig, layout: Layout) -> int:
     return 0 if config.moe is None else ceil(config.moe.n_routed_experts / layout.ep)
 
 
+@lru_cache(maxsize=256)
 def attention_replicated(config: ModelConfig) -> float:
     """Share of attention's matrices that tp does not divide: MLA's projections to the latents."""
     if isinstance(config.attention, Gqa):

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
-from hadal.config import Gqa, Mla, ModelConfig
+from hadal.config import Gqa, Mla, ModelConfig, ParameterCount
 from hadal.config.model import _bias_count, _matrices, _small
 from hadal.config.packing import Kind, matrix_bytes
 from hadal.plan.figures import PlanError
@@ -42,11 +43,18 @@ class Group:
     scales: int = 0
 
 
+@lru_cache(maxsize=256)
+def counts(config: ModelConfig) -> ParameterCount:
+    """`config.parameters()`, counted once."""
+    return config.parameters()
+
+
 def value_bytes(dtype: WeightDtype) -> int:
     """Bytes of what is not packed: activations, norms, embedding (but see INT8 heads)."""
     return 4 if dtype == "fp32" else 2
 
 
+@lru_cache(maxsize=256)
 def weight_groups(config: ModelConfig, dtype: WeightDtype, *, with_mtp: bool = True) -> tuple[Group, ...]:
     """The weights as the engine keeps them: MLA's up-projection and the gates unpacked, correction biases in
     FP32, embedding and head of MTP modules shared. Their sum is what loading takes."""
@@ -111,6 +119,7 @@ def memory_bytes(config: ModelConfig, dtype: WeightDtype, *, with_mtp: bool = Tr
     return sum(group.bytes for group in weight_groups(config, dtype, with_mtp=with_mtp))
 
 
+@lru_cache(maxsize=256)
 def expert_group_bytes(config: ModelConfig, dtype: WeightDtype, *, with_mtp: bool = True) -> int:
     """Bytes of all routed experts, those of MTP modules included: what offloading moves."""
     if config.moe is None:

@@ -21,7 +21,7 @@ from hadal.config import Mla, ModelConfig
 from hadal.plan.figures import PlanError, data
 from hadal.plan.layout import Layout, experts_per_device, weights_on_device
 from hadal.plan.machines import Machine
-from hadal.plan.memory import CacheDtype, WeightDtype, cache_bytes_per_token
+from hadal.plan.memory import CacheDtype, WeightDtype, cache_bytes_per_token, counts
 from hadal.plan.speed import expected_experts, routed_parameters
 
 Level = Literal["pessimistic", "typical", "best"]
@@ -255,7 +255,7 @@ def _weights_read(work: Work, tokens: float, sequences: float) -> float:
                 c.moe.n_routed_experts, c.moe.num_experts_per_tok, sequences * layout.dp
             )
             elements = c.moe.n_routed_experts * 3 * c.hidden_size * c.moe.moe_intermediate_size
-            share = elements / c.parameters().mtp_unique
+            share = elements / counts(c).mtp_unique
             module *= 1 - share * (1 - drafted / c.moe.n_routed_experts)
     return read + work.drafts * (module + groups.get("head", 0.0))
 
@@ -273,7 +273,7 @@ def _streamed_bytes(work: Work, tokens: float) -> float:
 def _decode_flop(work: Work, tokens: float) -> float:
     """Of the products, on one device."""
     c, layout = work.config, work.layout
-    active = c.parameters().active_with_head
+    active = counts(c).active_with_head
     routed = 0 if c.moe is None else routed_parameters(c) * c.moe.num_experts_per_tok
     busiest = 1.0
     if c.moe is not None:
@@ -302,7 +302,7 @@ def prefill(work: Work, machine: Machine, tokens: int, of: Efficiency, *, prompt
     """`prompts` of `tokens` each on every replica, in one pass; the head for each one's last token."""
     c, layout = work.config, work.layout
     replica = tokens * prompts
-    active = c.parameters().active_core
+    active = counts(c).active_core
     routed = 0 if c.moe is None else routed_parameters(c) * c.moe.num_experts_per_tok
     busiest = 1.0 / layout.tp
     if c.moe is not None and layout.ep > 1:

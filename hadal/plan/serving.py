@@ -21,6 +21,7 @@ from hadal.plan.memory import (
     WeightDtype,
     cache_bytes_per_token,
     cache_dtype_of,
+    counts,
     expert_group_bytes,
     memory_bytes,
     weight_groups,
@@ -60,7 +61,7 @@ class Ask:
         """The dtype that is meant: as asked, else as published."""
         if self.dtype is not None:
             return self.dtype
-        large = self.config.fp8 is not None and self.config.parameters().main > PUBLISHED_FP8
+        large = self.config.fp8 is not None and counts(self.config).main > PUBLISHED_FP8
         return "fp8" if large else "bf16"
 
     @property
@@ -276,7 +277,7 @@ def _memory_figures(ask: Ask, layout: Layout, context: int, parts: dict[str, flo
 
 # --- explanations -------------------------------------------------------------------------------------------
 def _notes(ask: Ask, fits: bool) -> list[str]:
-    c, device, n = ask.config, ask.machine.device, ask.config.parameters()
+    c, device, n = ask.config, ask.machine.device, counts(ask.config)
     found = []
     whole = memory_bytes(c, ask.weights, with_mtp=False)
     if device.lacks_fp8 and ask.weights == "fp8":
@@ -387,10 +388,10 @@ def cards(ask: Ask) -> int | None:
 
 def _other_models(ask: Ask, limit: int = 2) -> list[str]:
     """Smaller models that fit, named for what they are."""
-    size = ask.config.parameters().main
+    size = counts(ask.config).main
     found: dict[int, str] = {}
     for preset in PRESETS.values():
-        count = preset.config.parameters().main
+        count = counts(preset.config).main
         if count >= size or count in found or preset.template == "plain" or preset.config.dsa is not None:
             continue
         other = replace(
