@@ -9,7 +9,7 @@ from hadal.cli.plan_tables import accuracy, devices
 from hadal.cli.plan_training import pipeline, training
 
 PLAN = Family(
-    about="""Will a model run, how fast and at what cost; what does training take.
+    about="""Say whether it runs, how fast, at what cost.
 
     `hadal plan MODEL` is `hadal plan run MODEL`, on this machine unless --on names another:
     "A100-40GB, 52GB RAM" · 8xH800 · m1-max-64 · cluster.toml ·

@@ -36,10 +36,11 @@ def cost(
     pue: Annotated[float | None, typer.Option(min=1, help="Power of the room over that of devices.")] = None,
     json: o.Json = False,
 ) -> None:
-    """What tokens in and out cost on a machine and by API, and where the break-even lies.
+    """Compare the cost here with an API's.
 
-    A local run is not free: a rented device has a price an hour, an owned one takes electricity. Prices are
-    dated lists with their sources; your own go before them.
+    Tokens in and out, in hours and dollars, and where the break-even lies. A local run is not free: a
+    rented device has a price an hour, an owned one takes electricity. Prices are dated lists with their
+    sources; your own go before them.
 
     Examples:
         hadal plan cost deepseek-v2-lite --on a100-80 --in 2e6 --out 5e5 --batch 16 --api deepseek-chat

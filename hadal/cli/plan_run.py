@@ -32,10 +32,11 @@ def run(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Will it run, and how fast: memory by part, three speeds, and what would help.
+    """Say whether it runs, and how fast.
 
-    Memory is that of the fullest device, from the exact shapes; 90% of a device count as usable. Without
-    --tp, --dp, --pp or --ep the fastest layout that fits is taken. "Does not fit" is an answer: status 0.
+    Memory by part, three speeds, and what would help. Memory is that of the fullest device, from the
+    exact shapes; 90% of a device count as usable. Without --tp, --dp, --pp or --ep the fastest layout
+    that fits is taken. "Does not fit" is an answer: status 0.
 
     Examples:
         hadal plan deepseek-r1-distill-qwen-7b

@@ -10,7 +10,7 @@ from hadal.cli.terminal import note, print_json, table
 
 
 def devices(json: o.Json = False) -> None:
-    """The devices that the planner knows, with their sources.
+    """List the devices that are known.
 
     Examples:
         hadal plan devices
@@ -41,7 +41,7 @@ def devices(json: o.Json = False) -> None:
 
 
 def accuracy(json: o.Json = False) -> None:
-    """The planner against published figures and our own measurements.
+    """Hold the planner against public figures.
 
     Examples:
         hadal plan accuracy

@@ -39,9 +39,10 @@ def training(
     fp8: Annotated[bool, typer.Option("--fp8", help="Products in FP8, as V3.")] = False,
     json: o.Json = False,
 ) -> None:
-    """From tokens to device hours, days and dollars; what that leaves out; and a device's memory.
+    """Turn tokens into hours, days and dollars.
 
-    MFU (the share of the peak while steps run) and goodput (the share of hours that count) are kept apart.
+    Also what such a figure leaves out, and the memory of a device. MFU (the share of the peak while
+    steps run) and goodput (the share of hours that count) are kept apart.
 
     Examples:
         hadal plan training deepseek-v3 --on 2048xh800 --tokens 14.8T --mfu 0.3894 --pp 16 --ep 64
@@ -99,7 +100,9 @@ def pipeline(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it (.png or .svg).")] = None,
     json: o.Json = False,
 ) -> None:
-    """Bubbles of 1F1B, ZB1P, DualPipe and DualPipeV, by formula and as a schedule that is carried out.
+    """Compare pipeline schedules, and draw one.
+
+    Bubbles of 1F1B, ZB1P, DualPipe and DualPipeV, by formula and as a schedule that is carried out.
 
     Examples:
         hadal plan pipeline --stages 16
