@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from hadal.probe.rows import MARKINGS, Carrier, Prime
+from hadal.probe.rows import MARKINGS, Carrier, IsotopySentence, Prime
 
 if TYPE_CHECKING:
     from hadal.probe.dataset import Dataset
@@ -271,6 +271,7 @@ def _isotopies(dataset: Dataset, language: str) -> Iterator[Finding]:
         if n < LEAST_ISOTOPY:
             yield Finding("isotopies", f"{language} {isotopy}", f"{n} sentences of {LEAST_ISOTOPY}")
     place: dict[str, tuple[str, str]] = {}
+    yield from _leaks(rows, language)
     for row in rows:
         where, text, control = f"{language} {row.id}", row.text.lower(), words(row.control)
         if len(row.forms) != len(row.lemmas) or not row.lemmas:
@@ -288,6 +289,27 @@ def _isotopies(dataset: Dataset, language: str) -> Iterator[Finding]:
             yield Finding("isotopies", where, f"{lost} are not in both sentences")
         if row.control_isotopy not in {*number, "neutral"} or row.control_isotopy == row.isotopy:
             yield Finding("isotopies", where, f"a control of {row.control_isotopy!r} controls nothing")
+
+
+def _leaks(rows: Sequence[IsotopySentence], language: str) -> Iterator[Finding]:
+    """Words that bear one isotopy in sentences of another, and content words that two sentences share."""
+    bears: dict[str, set[str]] = defaultdict(set)
+    stands: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        for word in (*row.forms, *row.lemmas):
+            bears[word.lower()].add(row.isotopy)
+        for word in row.shared:
+            stands[word].add(row.id)
+    for row in rows:
+        own = {w.lower() for w in row.forms}
+        for label, text in ((row.isotopy, row.text), (row.control_isotopy, row.control)):
+            for word in sorted(set(words(text)) & bears.keys() - own):
+                if label not in bears[word]:
+                    where = f"{language} {row.id}"
+                    yield Finding("isotopies", where, f"{word!r} bears {sorted(bears[word])}: {text!r}")
+    for word, ids in stands.items():
+        if len(ids) > 1:
+            yield Finding("isotopies", f"{language} {sorted(ids)}", f"share {word!r}")
 
 
 def _words(dataset: Dataset, primes: dict[str, Prime], language: str) -> Iterator[Finding]:

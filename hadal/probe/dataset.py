@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +115,15 @@ class Dataset:
                     seen.add(word)
                     found[word].append(Occurrence(rows[word], carrier.text, begin, end))
         return tuple(o for places in found.values() if len(places) >= least for o in places)
+
+    def contexts(self, language: str) -> dict[str, Counter[str]]:
+        """Words that stand beside the target in each prime's carriers, counted: what a model without any
+        meaning has to tell primes apart by. A study shows more than this, or nothing."""
+        self._known(language)
+        found: dict[str, Counter[str]] = {p.id: Counter() for p in self.primes_of(language)}
+        for carrier in self.carriers_of(language):
+            found[carrier.prime].update(word for _, _, word in words_beside(carrier))
+        return found
 
     def _known(self, language: str) -> None:
         if language not in self.languages:
