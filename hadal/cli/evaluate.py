@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,6 +15,7 @@ from hadal.cli.terminal import CliError, bar, human_seconds, note, print_json, s
 
 if TYPE_CHECKING:
     from hadal.engine import Engine
+    from hadal.evals.folder import Folder
     from hadal.evals.sets import Problem
 
 PUZZLE_TOKENS = 768
@@ -364,7 +367,7 @@ def _run(
     started = time.perf_counter()
     with s.Journal(kept.samples if kept else None) as journal:
         before = len(journal.entries)
-        with bar("sampling", unit_bytes=False, quiet=asked.json) as update:
+        with going_on(kept), bar("sampling", unit_bytes=False, quiet=asked.json) as update:
             s.sample(engine, drawn, protocol, journal, update)
         fresh = list(journal.entries.values())[before:]
     sampled = time.perf_counter()
@@ -385,6 +388,17 @@ def _run(
          f"{human_seconds(spent['judging'])}")  # fmt: skip
     if kept is not None:
         note(f"kept: {kept.path}")
+
+
+@contextmanager
+def going_on(kept: Folder | None) -> Iterator[None]:
+    """Say on Ctrl-C how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept is not None:
+            note(f"kept so far: {kept.path}; the same command with --resume goes on")
+        raise
 
 
 def _tell(rows: list[dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ class Wanted:
 
 def run(wanted: Wanted, asked: Asked, load: Callable[[], tuple[Engine, dict[str, Any]]]) -> None:
     """Load the tasks, then the model; ask, keep, tell."""
+    from hadal.cli.evaluate import going_on
     from hadal.evals import folder as folders
     from hadal.evals import harness
 
@@ -58,7 +59,7 @@ def run(wanted: Wanted, asked: Asked, load: Callable[[], tuple[Engine, dict[str,
     answers = harness.Answers(kept.answers if kept else None)
     started = time.perf_counter()
     try:
-        with bar("evaluating", unit_bytes=False, quiet=asked.json) as update:
+        with going_on(kept), bar("evaluating", unit_bytes=False, quiet=asked.json) as update:
             rows, samples = harness.run_tasks(
                 tasks,
                 Kept(model, answers, update),
