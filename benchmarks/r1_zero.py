@@ -175,7 +175,7 @@ def examine(
     limit = recipe.sample.limit(1.0)
     engine = Engine.load(
         folder, device=device, max_num_seqs=recipe.sample.max_seqs,
-        max_model_len=recipe.sample.longest, speculation="off", cuda_graphs=False,
+        max_model_len=recipe.sample.longest, speculation="off",
     )  # fmt: skip
     found: dict[str, Any] = {}
     with rewards.Rewards(rewards.read(recipe.reward)) as judged:
@@ -213,6 +213,7 @@ class Study:
     device: str
     overrides: Mapping[str, Sequence[str]]
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: float = 0.0  # of this process, over its threads
 
     def recipe(self, name: str) -> Path:
         return RECIPES / f"{self.prefix}{name}.toml"
@@ -245,7 +246,8 @@ class Study:
         with self.timed("examinations"):
             exams["rl"] = examine(self.out / "rl" / "export", exam, recipe, samples, self.device)
         found = {
-            "seed": self.seed, "seconds": self.seconds, "curves": curves(self.out / "rl" / "samples.jsonl"),
+            "seed": self.seed, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds,
+            "threads": torch.get_num_threads(), "curves": curves(self.out / "rl" / "samples.jsonl"),
             "steps": steps(self.out / "rl" / "metrics.jsonl"),
             "exams": {name: dataclasses.asdict(one) for name, one in exams.items()},
         }  # fmt: skip
@@ -317,9 +319,10 @@ class Study:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+        self.cpu_seconds += time.process_time() - worked
 
 
 def steps(metrics: Path) -> list[dict[str, Any]]:
@@ -433,13 +436,15 @@ def show(runs: Sequence[Mapping[str, Any]]) -> None:
 def result(runs: Sequence[Mapping[str, Any]], prefix: str, device: str) -> dict[str, Any]:
     """The table in the form of benchmarks/results."""
     columns, rows = table(runs)
-    seconds = [sum(run["seconds"].values()) for run in runs]
+    walls = ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in runs)
+    cpus = ", ".join(f"{run['cpu_seconds']:.0f}" for run in runs)
     seeds = ", ".join(str(run["seed"]) for run in runs)
     return {
         "machine": common.machine(device),
         "title": f"R1-Zero in minutes (recipes/r1-zero/{prefix}*.toml), seeds {seeds}: mean ± deviation",
         "columns": columns, "rows": rows,
-        "notes": f"A seed from nothing to the end took {', '.join(f'{s:.0f}' for s in seconds)} s.",
+        "notes": f"A seed, from texts to the last examination, took {walls} s of wall clock and {cpus} s of "
+        f"processor time, with {runs[0]['threads']} thread(s).",
     }  # fmt: skip
 
 
@@ -451,7 +456,7 @@ def kept_runs(name: str) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--recipes", default="cpu", help='"cpu", or what the recipes begin with: "h100"')
+    parser.add_argument("--recipes", default="cpu", help="cpu, chain or h100: recipes/r1-zero/NAME-*.toml")
     parser.add_argument("--out", type=Path, default=None, help="default: runs/r1-zero")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", action="append", default=[], dest="overrides",
@@ -461,7 +466,7 @@ def main() -> int:
     args = parser.parse_args()
     prefix = "" if args.recipes == "cpu" else f"{args.recipes}-"
     name = "r1-zero" if args.recipes == "cpu" else f"r1-zero-{args.recipes}"
-    device = "cpu" if args.recipes == "cpu" and args.device == "auto" else args.device
+    device = "cpu" if args.recipes in ("cpu", "chain") and args.device == "auto" else args.device
     out = args.out or Path("runs") / name
     if args.threads:
         torch.set_num_threads(args.threads)
