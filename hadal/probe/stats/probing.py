@@ -30,7 +30,7 @@ from .result import Draft, Null
 
 PORTIONS = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # of the data, at which the online code fits again
 AXES = 32
-STEPS = 30  # a portion; each goes on from the weights of the one before
+STEPS = 20  # a portion; each goes on from the weights of the one before
 DECAY = 0.01  # L2, a row
 
 

@@ -83,6 +83,14 @@ class Null:
         return Null(mean, sd, low, high, int(null.size), f"{how} ({kind})", min(1.0, p), floor)
 
     @staticmethod
+    def of_flips(statistic: float, gain_N: Floats, sign_PN: Floats, how: str, *, exact: bool) -> Null:
+        """Of a sum of paired differences under flipped signs. Where no pair differs, every pattern gives the same, and
+        p is 1."""
+        if not np.abs(gain_N).max() > 0:
+            return Null(0.0, 0.0, 0.0, 0.0, len(sign_PN), f"{how} (no pair differs)", 1.0, 1 / len(sign_PN))
+        return Null.sampled(statistic, sign_PN @ gain_N, how, exact=exact)
+
+    @staticmethod
     def binomial(hits: int, n: int, chance: float, how: str) -> Null:
         """Of a share of hits in n independent trials, each of exact probability `chance`; at least as
         many."""
@@ -301,12 +309,16 @@ def result(family: str, draft: Draft, **told: Any) -> Result:
 
 
 def adjust(p: Sequence[float], method: str) -> list[float]:
-    """p values of one family, corrected: "holm" or "fdr_bh"."""
-    from statsmodels.stats.multitest import multipletests
-
+    """p values of one family, corrected, in their order. With p sorted, i from 1 to m: "holm" has
+    max over j ≤ i of (m − j + 1)·p_j, "fdr_bh" min over j ≥ i of m/j·p_j; at most 1."""
     if method not in CORRECTION_NAME:
         raise StatsError(f"the corrections are holm and fdr_bh, not {method!r}")
-    if not p:
-        return []
-    # An adjusted p is never smaller than its p; sums of floats may be.
-    return [max(float(q), raw) for q, raw in zip(multipletests(p, method=method)[1], p, strict=True)]
+    value = np.asarray(p, np.float64)
+    order, m = np.argsort(value), len(value)
+    if method == "holm":
+        step = np.maximum.accumulate((m - np.arange(m)) * value[order])
+    else:
+        step = np.minimum.accumulate((m / np.arange(1, m + 1) * value[order])[::-1])[::-1]
+    corrected = np.empty(m)
+    corrected[order] = np.minimum(step, 1.0)
+    return [float(q) for q in corrected]

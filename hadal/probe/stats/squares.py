@@ -12,16 +12,15 @@ Contraries are close in any distributional space, so the order of raw distances 
   exchanged.
 - *negation*: an operator s ↦ n (ridge with intercept), learned on all other squares; cos of (n̂₁ − n̂₂, n₁ −
   n₂). And its gain over the identity, which has all of the lexical echo.
-- *corners*: how often the true assignment of a square's four vectors to corners is the best of all 24, of
-  which equal ones are counted once: the exact chance is 1/6 for deixis. Assumes corners exchangeable under
-  the null.
+- *corners*: contradictories are the diagonals of a square. Of three ways to pair four corners into diagonals
+  the true one should be the nearest to a parallelogram: the exact chance is ⅓; of the two ways that give
+  every diagonal one negation it is ½.
 
 Squares and pairs are the independent units: no word may be in two.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -34,6 +33,11 @@ from .permute import permutations, sign_flips
 from .result import Draft, Null
 
 S1, S2, N1, N2 = range(4)
+PAIRINGS = (
+    (1, -1, 1, -1),
+    (1, 1, -1, -1),
+    (1, -1, -1, 1),
+)  # {s₁ n₁ | s₂ n₂}, {s₁ s₂ | n₁ n₂}, {s₁ n₂ | s₂ n₁}
 RIDGE = 1.0  # of the operator, times the mean eigenvalue; fixed beforehand
 
 
@@ -248,46 +252,34 @@ def _guess(fixed_QD: Floats, odd_QQ: Floats, offset_QD: Floats, sign_PQ: Floats)
     return np.asarray(own / np.sqrt(np.maximum(square, 1e-30) * np.diag(gram)), np.float64)
 
 
-def best_of_all_corners(corner_Q4D: ArrayLike) -> tuple[Floats, float]:
-    """For each square 1 if its true assignment has the largest deixis of all 24, 0 if another has, a share if
-    several tie, [Q]; and the exact chance: one over the number of assignments that can differ."""
+def nearest_pairing(corner_Q4D: ArrayLike) -> Floats:
+    """Squares whose diagonals, paired as the theory has it, are nearest to halving one another: of the three
+    pairings of four corners the true one has the smallest |s₁ + n₁ − s₂ − n₂|; 1 or 0, a tie its share,
+    [Q]."""
     corner = _corners(corner_Q4D, 1)
-    orders = list(itertools.permutations(range(4)))
-    value = np.stack([_deixis(corner[:, order]) for order in orders], 1)
-    best = value >= value.max(1, keepdims=True) - 1e-9
-    alike = sum(_alike(order) == _alike(orders[0]) for order in orders)
-    return best[:, 0] * alike / best.sum(1), alike / len(orders)
+    defect = np.stack([np.linalg.norm(np.einsum("qcd,c->qd", corner, sign), axis=1) for sign in PAIRINGS], 1)
+    best = defect <= defect.min(1, keepdims=True) * (1 + 1e-9)
+    return np.asarray(best[:, 0] / best.sum(1), np.float64)
 
 
-def _deixis(corner_Q4D: Floats) -> Floats:
-    return cosines(corner_Q4D[:, S1] - corner_Q4D[:, S2], corner_Q4D[:, N2] - corner_Q4D[:, N1], "square")
-
-
-def _alike(order: tuple[int, ...]) -> tuple[int, ...]:
-    """One name for all assignments of the same deixis: both pairs may turn (s₁↔s₂ with n₁↔n₂), and the pairs
-    may trade places (s₁↔n₂ with s₂↔n₁)."""
-    a, b, c, d = order
-    return min((a, b, c, d), (b, a, d, c), (d, c, b, a), (c, d, a, b))
-
-
-def corners(corner_Q4D: ArrayLike, name: str = "H2") -> Draft:
-    """The share of squares whose true corners are the best of all assignments, by the exact binomial."""
+def corners(corner_Q4D: ArrayLike, name: str = "H2") -> list[Draft]:
+    """Shares of squares by their exact chance: positive deixis (½, if not-s₁ and not-s₂ are exchangeable),
+    and the true diagonals (⅓, if all four corners are: all negations must share nothing)."""
     corner = _corners(corner_Q4D)
-    best, chance = best_of_all_corners(corner)
-    hits, count = int((best >= 1 - 1e-9).sum()), len(best)
-    null = Null.binomial(hits, count, chance, "corners of a square exchangeable (binomial, exact)")
-    return Draft(
-        f"{name}: best of all corners",
-        hits / count,
-        null,
-        count,
-        "squares",
-        corner.shape[2],
-        0,
-        None,
-        hits / count - chance,
-        f"above the exact chance of 1/{round(1 / chance)}",
-    )
+    positive = cosines(corner[:, S1] - corner[:, S2], corner[:, N2] - corner[:, N1], "square") > 0
+    drafts = []
+    for title, hit, chance, told in (
+        ("squares of positive deixis", positive, 1 / 2, "not-s1 and not-s2 exchangeable"),
+        ("squares of true diagonals", nearest_pairing(corner) >= 1, 1 / 3, "four corners exchangeable"),
+    ):
+        hits, count = int(hit.sum()), len(corner)
+        null = Null.binomial(hits, count, chance, f"{told} (binomial, exact)")
+        share = hits / count
+        drafts.append(
+            Draft(f"{name}: {title}", share, null, count, "squares", corner.shape[2], 0, None, share - chance,
+                  f"above the exact chance of 1/{round(1 / chance)}")
+        )  # fmt: skip
+    return drafts
 
 
 def pair_rows(vectors_ND: ArrayLike, names: ArrayLike, pairs: list[tuple[str, str]]) -> Floats:
