@@ -84,8 +84,8 @@ class Null:
 
     @staticmethod
     def of_flips(statistic: float, gain_N: Floats, sign_PN: Floats, how: str, *, exact: bool) -> Null:
-        """Of a sum of paired differences under flipped signs. Where no pair differs, every pattern gives the same, and
-        p is 1."""
+        """Of a sum of paired differences under flipped signs. Where no pair differs, every pattern gives the
+        same, and p is 1."""
         if not np.abs(gain_N).max() > 0:
             return Null(0.0, 0.0, 0.0, 0.0, len(sign_PN), f"{how} (no pair differs)", 1.0, 1 / len(sign_PN))
         return Null.sampled(statistic, sign_PN @ gain_N, how, exact=exact)
