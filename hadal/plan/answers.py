@@ -49,6 +49,8 @@ KEYS: dict[str, dict[str, Any]] = {
     "prices": {},
     "accuracy": {},
 }  # fmt: skip
+# Bounds of one answer, since questions may come from elsewhere.
+MOST_LAYERS, MOST_EXPERTS, MOST_STAGES, MOST_MICRO_BATCHES = 1000, 10_000, 64, 512
 RECOMPUTE = ("norm", "up", "swiglu", "rows")
 
 
@@ -103,6 +105,9 @@ def _model(q: Json) -> tuple[str, ModelConfig, int]:
     if isinstance(q["model"], str):
         return config_of(q["model"])
     config = ModelConfig.from_hf(q["model"])
+    experts = 0 if config.moe is None else config.moe.n_routed_experts
+    if config.num_hidden_layers > MOST_LAYERS or experts > MOST_EXPERTS:
+        raise PlanError(f"at most {MOST_LAYERS} layers and {MOST_EXPERTS} experts are planned for")
     return f"a {config.model_type} model", config, config.max_position_embeddings
 
 
@@ -260,6 +265,8 @@ def _bubbles(stages: int, times: pipeline.Times) -> list[dict[str, Any]]:
 
 def _pipelines(q: Json) -> dict[str, Any]:
     stages, times = q.get("stages", 16), times_of(q)
+    if stages > MOST_STAGES or q.get("micro_batches", 0) > MOST_MICRO_BATCHES:
+        raise PlanError(f"at most {MOST_STAGES} stages and {MOST_MICRO_BATCHES} micro-batches are drawn")
     found: dict[str, Any] = {"stages": stages, "bubbles": _bubbles(stages, times)}
     if "schedule" in q:
         line = pipeline.timeline(q["schedule"], stages, q.get("micro_batches", 2 * stages), times)

@@ -82,9 +82,8 @@ def layouts(config: ModelConfig, devices: int, per_node: int) -> Iterator[Layout
             dp = devices // pp // tp
             ep = 1
             if config.moe is not None:
-                ep = max(
-                    n for n in range(1, tp * dp + 1) if tp * dp % n == 0 and n <= config.moe.n_routed_experts
-                )
+                most = min(tp * dp, config.moe.n_routed_experts)
+                ep = next(n for n in range(most, 0, -1) if tp * dp % n == 0)
             yield Layout(tp, dp, pp, ep)
 
 

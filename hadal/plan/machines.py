@@ -21,6 +21,7 @@ from hadal.plan.figures import PlanError, data
 
 USABLE = 0.9  # of a memory: what drivers, fragmentation and others take is beyond the arithmetic
 PER_NODE = 8
+MOST_DEVICES = 1_000_000
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "KI": 2**10, "MI": 2**20, "GI": 2**30,
           "TI": 2**40}  # fmt: skip
 _AMOUNT = re.compile(r"([\d.]+)\s*([KMGTP]?I?)(B|B/S|FLOPS|FLOP/S|W)?", re.IGNORECASE)
@@ -209,8 +210,8 @@ def _machine(text: str, found: Device | None, count: int, given: Mapping[str, fl
         host=given.get("host", found.host),
         watts=given.get("watts", found.watts),
     )
-    if count < 1:
-        raise PlanError(f"--on {text!r}: the number of devices is {count}; it must be at least 1")
+    if not 1 <= count <= MOST_DEVICES:
+        raise PlanError(f"--on {text!r}: {count} devices; at least 1 and at most {MOST_DEVICES:,}")
     nodes = int(given.get("nodes", max(1, count // PER_NODE if count % PER_NODE == 0 else 1)))
     if count % nodes:
         raise PlanError(f"--on {text!r}: {count} devices do not spread over {nodes} nodes")

@@ -26,6 +26,7 @@ from hadal.plan.speed import expected_experts, routed_parameters
 
 Level = Literal["pessimistic", "typical", "best"]
 ONE = Layout()
+BYTES, FLOPS = "memory bandwidth", "arithmetic"
 LEVELS: tuple[Level, ...] = ("pessimistic", "typical", "best")
 
 
@@ -185,7 +186,8 @@ def decode_step(work: Work, machine: Machine, batch: float, context: float, of: 
     sequences = max(1.0, batch / layout.dp)
     flight = max(1.0, sequences / layout.pp)  # of one micro-batch; a stage works on each in turn
     tokens = flight * (1 + work.drafts)
-    read = _weights_read(work, tokens, flight)
+    everywhere = max(1.0, batch / layout.pp) * (1 + work.drafts)
+    read = _weights_read(work, everywhere, everywhere / (1 + work.drafts))
     flop = _decode_flop(work, tokens)
     peak = _peak(machine, work.dtype)
     core = _peak(machine, "bf16")
@@ -194,12 +196,10 @@ def decode_step(work: Work, machine: Machine, batch: float, context: float, of: 
     attended = tokens * context * attention_flop(c, absorbed=True) / layout.tp
     slow = _streamed_bytes(work, tokens)
     reading, arithmetic = read / bandwidth / of.reading(work.dtype), flop / peak / of.products
-    attention = max(cached / bandwidth / of.cache, attended / core / of.products)
+    loading, scoring = cached / bandwidth / of.cache, attended / core / of.products
     parts = {
-        f"products ({'reading weights' if reading >= arithmetic else 'arithmetic'})": max(
-            reading, arithmetic
-        ),
-        "attention (reading the cache)": attention,
+        f"products, by {BYTES if reading >= arithmetic else FLOPS}": max(reading, arithmetic),
+        f"attention, by {BYTES if loading >= scoring else FLOPS}": max(loading, scoring),
         "launches and small operations": _launches(work, tokens * layout.dp, of),
     }
     if layout.devices > 1:
@@ -236,7 +236,8 @@ _BEST_COLLECTIVE = 20e-6 / 3
 
 
 def _weights_read(work: Work, tokens: float, sequences: float) -> float:
-    """Bytes of weights that a step reads on the busiest device, over all stages."""
+    """Bytes of weights that a step reads on the busiest device, over all stages: `tokens` of all replicas
+    choose experts, one of each of `sequences` those of the drafting module."""
     c, layout = work.config, Layout(work.layout.tp, work.layout.dp, 1, work.layout.ep)
     groups = weights_on_device(c, work.dtype, layout, with_mtp=work.drafts > 0)
     groups.pop("embedding")  # a row of it
@@ -245,15 +246,12 @@ def _weights_read(work: Work, tokens: float, sequences: float) -> float:
     module = groups.pop("MTP module", 0.0)
     read = sum(groups.values())
     if c.moe is not None:
-        everywhere = tokens * layout.dp
         touched = work.touched
         if touched is None:
-            touched = expected_experts(c.moe.n_routed_experts, c.moe.num_experts_per_tok, everywhere)
+            touched = expected_experts(c.moe.n_routed_experts, c.moe.num_experts_per_tok, tokens)
         read -= groups["routed experts"] * (1 - touched / c.moe.n_routed_experts)
         if module:
-            drafted = expected_experts(
-                c.moe.n_routed_experts, c.moe.num_experts_per_tok, sequences * layout.dp
-            )
+            drafted = expected_experts(c.moe.n_routed_experts, c.moe.num_experts_per_tok, sequences)
             elements = c.moe.n_routed_experts * 3 * c.hidden_size * c.moe.moe_intermediate_size
             share = elements / counts(c).mtp_unique
             module *= 1 - share * (1 - drafted / c.moe.n_routed_experts)
@@ -299,7 +297,9 @@ def ceiling(work: Work, machine: Machine, batch: float = 1, context: float = 0) 
 
 # --- prefill ------------------------------------------------------------------------------------------------
 def prefill(work: Work, machine: Machine, tokens: int, of: Efficiency, *, prompts: int = 1) -> Step:
-    """`prompts` of `tokens` each on every replica, in one pass; the head for each one's last token."""
+    """`prompts` of `tokens` each on every replica, in one pass; the head for each one's last token.
+
+    `seconds` is one pass's; the tokens are those of as many passes as there are stages, all under way."""
     c, layout = work.config, work.layout
     replica = tokens * prompts
     active = counts(c).active_core
@@ -310,16 +310,14 @@ def prefill(work: Work, machine: Machine, tokens: int, of: Efficiency, *, prompt
     flop = 2 * replica * ((active - routed) / layout.tp + routed * busiest)
     pairs = prompts * tokens * (tokens + 1) / 2
     attended = pairs * attention_flop(c) / layout.tp
-    read = _weights_read(work, replica, prompts)
+    read = _weights_read(work, replica * layout.dp, prompts * layout.dp)
     bandwidth = _bandwidth(machine)
     share = of.prefill * (of.coded_prefill if work.dtype in ("int4", "int8") else 1.0)
     arithmetic = flop / _peak(machine, work.dtype) / share
     reading = read / bandwidth / of.reading(work.dtype)
     parts = {
-        f"products ({'arithmetic' if arithmetic >= reading else 'reading weights'})": max(
-            arithmetic, reading
-        ),
-        "attention (arithmetic)": attended / _peak(machine, "bf16") / of.prefill,
+        f"products, by {FLOPS if arithmetic >= reading else BYTES}": max(arithmetic, reading),
+        f"attention, by {FLOPS}": attended / _peak(machine, "bf16") / of.prefill,
         "launches and small operations": _launches(work, replica, of),
     }
     if layout.devices > 1:
@@ -327,8 +325,8 @@ def prefill(work: Work, machine: Machine, tokens: int, of: Efficiency, *, prompt
     slow = _streamed_bytes(work, replica)
     if slow and work.stream:
         parts["streaming experts"] = slow / work.stream
-    count = replica * layout.dp
-    return Step(parts, _together(parts, of), count, prompts * layout.dp)
+    passes = layout.dp * layout.pp
+    return Step(parts, _together(parts, of), replica * passes, prompts * passes)
 
 
 def _bandwidth(machine: Machine) -> float:

@@ -30,7 +30,7 @@ from hadal.plan.roofline import LEVELS, Step, Work, ceiling, decode_step, effici
 
 MIN_CONTEXT = 4096
 DECODE_CONTEXT = 4096  # speeds are stated for this context unless one is asked for
-SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MOST_A_REPLICA = 512  # sequences, in a sweep
 PUBLISHED_FP8 = 1e10  # parameters from which on a model that was published in FP8 is taken to run in FP8
 _CHIP = "the device's datasheet"
 
@@ -280,6 +280,8 @@ def _notes(ask: Ask, fits: bool) -> list[str]:
     c, device, n = ask.config, ask.machine.device, counts(ask.config)
     found = []
     whole = memory_bytes(c, ask.weights, with_mtp=False)
+    if ask.dtype is None and ask.weights == "fp8":
+        found.append("Weights are taken in FP8, as they are published (`hadal run --quantize fp8`)")
     if device.lacks_fp8 and ask.weights == "fp8":
         peak = device.peak("bf16")
         how = f"multiplied in {peak[1].upper()}" if peak else "decoded"
@@ -477,7 +479,8 @@ def _with_speeds(answer: Running) -> Running:
 def _batches(ask: Ask, layout: Layout, context: int) -> list[int]:
     """Batches of the sweep whose cache fits at `context`."""
     found = []
-    for n in sorted({*(size * layout.dp for size in SWEEP), ask.batch}):
+    powers = (2**i for i in range((MOST_A_REPLICA * layout.dp).bit_length()))
+    for n in sorted({*powers, ask.batch}):
         if _total(replace(ask, batch=n), layout, context) <= _usable(ask):
             found.append(n)
     return found

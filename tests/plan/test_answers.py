@@ -79,6 +79,13 @@ COST: dict[str, Any] = {
         (RUN | {"batch": True}, "batch is True"),
         (RUN | {"dtype": "fp4"}, "use one of int4"),
         (RUN | {"on": "/etc/hosts.toml"}, "unknown device"),
+        (RUN | {"on": "9999999999xh100"}, "at most 1,000,000"),
+        (
+            RUN | {"model": preset("deepseek-v2").config.to_hf() | {"num_hidden_layers": 10**9}},
+            "at most 1000",
+        ),
+        ({"ask": "pipeline", "stages": 10**6}, "at most 64 stages"),
+        ({"ask": "pipeline", "stages": 4, "micro_batches": 10**6}, "512 micro-batches"),
         ({"ask": "training", "model": "deepseek-v3", "on": "h100"}, "how many tokens"),
         (TRAIN | {"mfu": 1.5}, "MFU is 1.5"),
         (TRAIN | {"tokens": inf}, "must be finite"),

@@ -59,7 +59,7 @@ def test_a_cluster_file(tmp_path: Path) -> None:
         ("h100, memory=0GB", "positive number"),
         ("h100,,8GB RAM", "empty part"),
         ("ddr5-2ch", "how much"),
-        ("0xh100", "must be at least 1"),
+        ("0xh100", "at least 1"),
         ("10xh100, nodes=4", "do not spread"),
     ],
 )
