@@ -172,11 +172,12 @@ def test_drafts_keep_up_with_the_policy(start: Path, tmp_path: Path) -> None:
         tmp_path / "r", start, mtp={"weight": 1.0}, learning_rate={"peak": 5e-2}, train={"steps": 18},
         sample={"prompts": 2, "group": 8, "max_tokens": 4},
     )  # fmt: skip
-    kept, left = run(path, tmp_path / "kept"), run(path, tmp_path / "left", "mtp.weight=0")
-    losses = [step["mtp_loss"] for step in records(kept.folder)]
-    assert losses[-1] < losses[0] - 2 and records(left.folder)[0]["mtp_loss"] is None
-    before, after, without = (acceptance(folder) for folder in (start, kept.export, left.export))
-    assert after > 0.5 > max(before, without), (before, after, without)
+    kept = run(path, tmp_path / "kept")
+    left = run(path, tmp_path / "left", "mtp.weight=0", "train.steps=1")
+    told = [step["mtp_loss"] for step in records(kept.folder) if step["mtp_loss"] is not None]
+    assert min(told) < told[0] - 2 and records(left.folder)[0]["mtp_loss"] is None
+    before, after = acceptance(start), acceptance(kept.export)
+    assert after > 0.5 > before, (before, after)
     frozen, moved = parameters(start), parameters(left.export)
     assert all(torch.equal(x, moved[name]) for name, x in frozen.items() if name.startswith("mtp."))
 
