@@ -24,6 +24,7 @@ PRIMES: Final = 65
 LEAST_CARRIERS: Final = 20
 LEAST_SQUARES = LEAST_PAIRS = 100
 LEAST_ISOTOPY: Final = 15
+LEAST_EXPLICATIONS: Final = 20
 WORDS_OF_A_CARRIER: Final = (5, 20)
 SHINGLE: Final = 5
 WORD: Final = re.compile(r"[^\W\d_]+|\d+")
@@ -127,6 +128,7 @@ def check(dataset: Dataset, tokenizer: Tokenizer | None = None) -> Report:
         findings += _accents(dataset, language)
         findings += _squares(dataset, language)
         findings += _isotopies(dataset, language)
+        findings += _explications(dataset, language)
         findings += _words(dataset, primes, language)
         counts += [_count(p, carriers, tokenizer) for p in primes.values()]
         confounds[language] = _confounds(primes, carriers)
@@ -310,6 +312,19 @@ def _leaks(rows: Sequence[IsotopySentence], language: str) -> Iterator[Finding]:
     for word, ids in stands.items():
         if len(ids) > 1:
             yield Finding("isotopies", f"{language} {sorted(ids)}", f"share {word!r}")
+
+
+def _explications(dataset: Dataset, language: str) -> Iterator[Finding]:
+    rows = [e for e in dataset.explications if e.language == language]
+    if len(rows) < LEAST_EXPLICATIONS:
+        yield Finding("explications", language, f"{len(rows)} of at least {LEAST_EXPLICATIONS}")
+    for row in rows:
+        if not row.lines or len(row.primes) < 2 or min(row.primes.values()) < 1:
+            yield Finding("explications", f"{language} {row.molecule}", "no lines, or hardly a prime in them")
+    alike = Counter(tuple(sorted(row.primes.items())) for row in rows)
+    for row in rows:
+        if alike[tuple(sorted(row.primes.items()))] > 1:
+            yield Finding("explications", f"{language} {row.molecule}", "uses the same primes as another")
 
 
 def _words(dataset: Dataset, primes: dict[str, Prime], language: str) -> Iterator[Finding]:

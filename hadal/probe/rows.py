@@ -56,6 +56,11 @@ class Carrier:
     def target(self) -> str:
         return self.text[self.start : self.end]
 
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The target as `hadal.probe.backends.Item` takes it."""
+        return ((self.start, self.end),)
+
 
 @dataclass(frozen=True)
 class Square:

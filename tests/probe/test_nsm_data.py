@@ -120,6 +120,16 @@ def test_control_words_are_found_in_sentences_beside_the_target(data: Dataset) -
     assert "see" not in data.contexts("en")["SEE"] and data.contexts("en")["SEE"]["moon"] == 1
 
 
+def test_an_explication_of_another_s_primes_is_found(data: Dataset) -> None:
+    small = replace(
+        data, primes=data.primes_of("en"), carriers=(), isotopies=(), squares=(), pairs=(), words=()
+    )
+    assert not [f for f in check(small).findings if f.check == "explications"]
+    twice = (*small.explications, replace(small.explications[0], molecule="fib"))
+    found = check(replace(small, explications=twice)).findings
+    assert {f.where for f in found if f.check == "explications"} == {"en lie", "en fib"}
+
+
 def test_explications_use_most_primes(data: Dataset) -> None:
     for language, least in (("en", 55), ("fr", 45)):
         used = {p for e in data.explications if e.language == language for p in e.primes}
