@@ -456,7 +456,9 @@ def kept_runs(name: str) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--recipes", default="cpu", help="cpu, chain or h100: recipes/r1-zero/NAME-*.toml")
+    parser.add_argument(
+        "--recipes", default="cpu", help="cpu, or what names in recipes/r1-zero begin with: h100"
+    )
     parser.add_argument("--out", type=Path, default=None, help="default: runs/r1-zero")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--set", action="append", default=[], dest="overrides",
@@ -466,7 +468,7 @@ def main() -> int:
     args = parser.parse_args()
     prefix = "" if args.recipes == "cpu" else f"{args.recipes}-"
     name = "r1-zero" if args.recipes == "cpu" else f"r1-zero-{args.recipes}"
-    device = "cpu" if args.recipes in ("cpu", "chain") and args.device == "auto" else args.device
+    device = "cpu" if args.recipes == "cpu" and args.device == "auto" else args.device
     out = args.out or Path("runs") / name
     if args.threads:
         torch.set_num_threads(args.threads)
