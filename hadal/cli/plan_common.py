@@ -167,7 +167,7 @@ def amount(value: float, unit: str) -> str:
     if unit in ("FLOP", "FLOP/s", "tokens", "parameters", "elements"):
         return f"{value:.5g} {unit}" if value >= 1e15 else f"{human_count(value)} {unit}"
     if unit == "s" and value < 1:
-        return f"{value * 1e3:,.5g} ms"
+        return f"{value * 1e3:,.4g} ms"
     if value >= 1000:
         return f"{value:,.{0 if unit in ('h', 'tokens/s') else 1}f} {unit}".strip()
     return f"{value:,.4g} {unit}".strip()
@@ -200,5 +200,6 @@ def figure_lines(figures: Iterable[dict[str, Any]], *, ranges: bool = False) -> 
     for name, value, formula in rows:
         say(f"  {paint(name.ljust(names), CYAN)}  {value.rjust(values)}  {formula}")
     for source in sources:
-        if source != "arithmetic on the model's shapes":
+        longer = any(other != source and other.startswith(source) for other in sources)
+        if source != "arithmetic on the model's shapes" and not longer:
             say(f"  source: {source}")

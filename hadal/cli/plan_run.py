@@ -94,7 +94,7 @@ def _print(found: dict[str, Any], swept: int) -> None:
         c.heading("Speed")
         c.points([found["why_no_speed"]])
     if swept > 1:
-        c.heading("Decode by batch, typical")
+        c.heading("Decode by batch, typical" + (f", in {found['layout']}" if many else ""))
         for line in bars(found["sweep"]):
             say("  " + line)
 

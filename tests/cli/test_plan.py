@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,20 @@ def test_gpus_of_this_machine_are_known_by_name(monkeypatch: pytest.MonkeyPatch)
         assert (machine.device.name, machine.count, machine.device.memory) == (known, 2, 70e9)
 
 
-def test_gpus_by_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(
-        "#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81000'\necho 'NVIDIA H100 80GB HBM3, [N/A]'\n", "utf-8"
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(plan_common.shutil, "which", lambda name: str(program))
+def test_gpus_by_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "NVIDIA H100 80GB HBM3, 81000\nNVIDIA H100 80GB HBM3, [N/A]\n"
+
+    def asked(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[0] == "/usr/bin/nvidia-smi"
+        return subprocess.CompletedProcess(command, 0, told, "")
+
+    def refused(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        raise subprocess.CalledProcessError(9, command)
+
+    monkeypatch.setattr(plan_common.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(plan_common.subprocess, "run", asked)
     assert plan_common._smi() == [("NVIDIA H100 80GB HBM3", 81000 * 2**20)]
-    program.write_text("#!/bin/sh\nexit 9\n", "utf-8")
+    monkeypatch.setattr(plan_common.subprocess, "run", refused)
     assert plan_common._smi() == []
     monkeypatch.setattr(plan_common.shutil, "which", lambda name: None)
     assert plan_common._smi() == []
