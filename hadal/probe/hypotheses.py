@@ -79,15 +79,13 @@ class Squares:
 
 @dataclass(frozen=True)
 class Isotopies:
-    """H3. `vectors` [n, l, d] of sentences, `words` [n, v] a bag of words; controls use the words of one
-    isotopy (`bait`) and belong to another (`control_isotopy`)."""
+    """H3. `vectors` [n, l, d] of sentences, `words` [n, v] a bag of words; `controls` [n, l, d]: of every
+    sentence, one of the same other words which is not of its isotopy."""
 
     vectors: Vectors
     sentences: Sentences
     words: Floats | None = None
     controls: Vectors | None = None
-    control_isotopy: tuple[str, ...] = ()
-    bait: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ class Study:
         if data.controls is not None:
             control = _at(data.controls, plan)
             tests["lexical controls"] = lambda rng: lexical_controls(
-                x, data.sentences, control, data.control_isotopy, data.bait, plan.draws, rng
+                x, data.sentences, control, plan.draws, rng, folds=plan.folds
             )
         return tests
 

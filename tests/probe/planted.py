@@ -84,12 +84,11 @@ def h3(delta: float, rng: Rng, draws: int = 59) -> list[Draft]:
     meaning = delta * rng.normal(size=(4, D))
     x = rows(rng, 48) + meaning[label] + rng.normal(size=(12, D))[lexeme] + rng.normal(size=(4, D))[template]
     words = np.eye(12)[lexeme] + rng.poisson(0.3, (48, 12))
-    true = np.arange(24) % 4
-    bait = (true + 1 + rng.integers(0, 3, 24)) % 4
-    control = rows(rng, 24) * 0 + x.mean(0) + rng.normal(size=(24, D)) + meaning[true]
+    context = rng.normal(size=(48, D))
+    x, control = x + context, x - meaning[label] + context + rng.normal(size=(48, D))
     sentences = Sentences.of(label, lexeme, template)
     found = isotopies(x, sentences, draws, rng, folds=3, words_NV=words)
-    return [*found, lexical_controls(x, sentences, control, true, bait, draws, rng)]
+    return [*found, lexical_controls(x, sentences, control, draws, rng, folds=3)]
 
 
 def h4(delta: float, rng: Rng, draws: int = 39) -> list[Draft]:

@@ -22,6 +22,7 @@ from hadal.probe.stats import (
     deixis,
     interval,
     isotopies,
+    lexical_controls,
     matched_words,
     max_statistic,
     molecules,
@@ -33,7 +34,7 @@ from hadal.probe.stats.clusters import anosim, anosim_resampled, cosine_distance
 from hadal.probe.stats.linear import disjoint_folds, fit_weights, group_folds, linear_kernel, out_of_fold
 from hadal.probe.stats.molecules import nest, scores
 from hadal.probe.stats.permute import arrangements, group_permutations, permutations, sign_flips
-from hadal.probe.stats.predict import balanced_accuracy, predicted
+from hadal.probe.stats.predict import balanced_accuracy, lexeme_groups, predicted
 from hadal.probe.stats.probing import code_length, occurrence_folds, principal_axes
 from hadal.probe.stats.result import adjust
 from hadal.probe.stats.similarity import table
@@ -182,6 +183,22 @@ def test_memorised_words_do_not_help(rng: np.random.Generator) -> None:
     weight = out_of_fold(linear_kernel(x), group_folds(np.arange(60), 5, rng), 1.0)
     shared = balanced_accuracy(predicted(weight, label[None], 3), label[None], 3)[0]
     assert shared > 0.95 and apart.statistic < 0.6 and apart.n == 15 and apart.unit == "lexemes"
+
+
+def test_sentences_that_share_a_lemma_are_one_group() -> None:
+    lemmas = [{"know"}, {"see", "look"}, {"know", "learn"}, {"say"}, {"look", "stare"}, {"learn", "teach"}]
+    group = lexeme_groups([frozenset(words) for words in lemmas])
+    assert group[0] == group[2] == group[5] and group[1] == group[4] and len(set(group)) == 3
+
+
+def test_a_control_of_the_same_words_is_told_apart(rng: np.random.Generator) -> None:
+    """Vectors of context alone, which sentence and control share: no difference, and p is 1."""
+    label, lexeme = np.repeat(np.arange(3), 20), np.repeat(np.arange(15), 4)
+    x = rng.normal(size=(60, 8))
+    same = lexical_controls(x, Sentences.of(label, lexeme), x, 99, rng)
+    assert same.statistic == 0.0 and same.null._p == 1.0
+    meant = x + 4 * rng.normal(size=(3, 8))[label]
+    assert lexical_controls(meant, Sentences.of(label, lexeme), x, 99, rng).null._p == 0.01
 
 
 def test_balanced_accuracy_by_hand() -> None:

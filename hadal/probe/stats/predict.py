@@ -151,41 +151,54 @@ def _paired(
 
 
 def lexical_controls(
-    x_ND: ArrayLike,
-    sentences: Sentences,
-    control_MD: ArrayLike,
-    isotopy: ArrayLike,
-    bait: ArrayLike,
-    draws: int,
-    rng: np.random.Generator,
-    name: str = "H3",
-) -> Draft:
-    """Sentences that use words of one isotopy (the bait) and belong to another: how much more often does a
-    classifier of the study's sentences say the isotopy than the bait? Null: the two names exchanged, sentence
-    by sentence. Assumes control sentences independent given the fit."""
-    x, control = matrix(x_ND, "sentence vectors", 10), matrix(control_MD, "control vectors", 5)
-    place = {c: i for i, c in enumerate(sentences.classes)}
-    unknown = {str(v) for v in [*np.asarray(isotopy), *np.asarray(bait)]} - place.keys()
-    if unknown:
-        raise StatsError(f"controls name isotopies that no sentence has: {sorted(unknown)}")
-    true, lure = (np.array([place[str(v)] for v in np.asarray(labels)]) for labels in (isotopy, bait))
-    if (true == lure).any():
-        raise StatsError("a control sentence whose bait is its own isotopy controls nothing")
-    n, m = len(x), len(control)
+    x_ND: ArrayLike, sentences: Sentences, control_ND: ArrayLike, draws: int, rng: np.random.Generator, *,
+    folds: int = 5, name: str = "H3",
+) -> Draft:  # fmt: skip
+    """Every sentence against its control, row by row: a sentence of the same other words that is of another
+    isotopy or of none. How much more often is the sentence taken for its isotopy than the control, by fits
+    that saw neither? Null: sentence and control exchanged, lexeme by lexeme."""
+    x, control = matrix(x_ND, "sentence vectors", 10), matrix(control_ND, "control vectors", 10)
+    if len(control) != len(x):
+        raise StatsError(
+            f"{len(control)} controls for n = {len(x)} sentences; each has one, in the same order"
+        )
+    n, label, classes = len(x), sentences.label, len(sentences.classes)
     mean, sd = x.mean(0), x.std(0)
     both = (np.concatenate([x, control])[:, sd > 0] - mean[sd > 0]) / sd[sd > 0]
-    weight = fit_weights(both @ both.T, np.arange(n), np.arange(n, n + m), RIDGE)
-    score = weight @ one_hot(sentences.label, len(sentences.classes))
-    found = score.argmax(1)
-    gain = (found == true).astype(float) - (found == lure)
-    flips = sign_flips(m, draws, rng, "exchanging isotopy and bait")
-    value = float(gain.mean())
-    null = Null.of_flips(value, gain / m, flips.sign_PN, flips.how, exact=flips.exact)
+    kernel, hot, gain = both @ both.T, one_hot(label, classes), np.zeros(n)
+    cells = sentences.folds(folds, rng)
+    for train, test in cells:
+        for rows, sign in ((test, 1.0), (test + n, -1.0)):
+            found = (fit_weights(kernel, train, rows, RIDGE) @ hot[train]).argmax(1)
+            gain[test] += sign * (found == label[test])
+    group = np.bincount(sentences.lexeme, gain / n).astype(np.float64)
+    flips = sign_flips(len(group), draws, rng, "exchanging sentences and their controls, lexeme by lexeme")
+    value = float(group.sum())
+    null = Null.of_flips(value, group, flips.sign_PN, flips.how, exact=flips.exact)
     return Draft(
-        f"{name}: lexical controls", value, null, m, "control sentences", x.shape[1], 0, effect=value,
-        effect_name="share said rightly minus share baited",
-        note=f"trained on {n} other sentences, tested on the controls alone",
-    )  # fmt: skip
+        f"{name}: sentences minus lexical controls",
+        value,
+        null,
+        len(group),
+        "lexemes",
+        x.shape[1],
+        folds,
+        effect=value,
+        effect_name="difference of shares taken for the isotopy",
+        note=f"{n} pairs, {len(cells)} cells",
+    )
+
+
+def lexeme_groups(lemmas: Sequence[frozenset[str]]) -> Ints:
+    """A number for each sentence, [N]: the same for two that share a lemma, directly or by way of others."""
+    group = np.arange(len(lemmas))
+    holder: dict[str, int] = {}
+    for i, words in enumerate(lemmas):
+        for word in words:
+            if word in holder:
+                group[group == group[i]] = group[holder[word]]
+            holder[word] = i
+    return np.unique(group, return_inverse=True)[1].astype(np.int64)
 
 
 def layer_isotopies(
