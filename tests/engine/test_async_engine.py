@@ -223,7 +223,7 @@ def test_when_the_thread_dies_streams_end_and_health_says_so(
         assert last.finish_reason == "error" and "SystemExit: killed" in (last.error or "")
         assert (await waiting).finish_reason == "error"
         await until(lambda: not engine.healthy())
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < 20
         with pytest.raises(EngineError, match="is down"):
             await engine.generate([1], GREEDY)
 

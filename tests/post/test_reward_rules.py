@@ -70,10 +70,10 @@ def test_the_first_rule_that_finds_counts() -> None:
 
 
 def test_extraction_is_quick_on_hostile_text() -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     for text in ("\\boxed{" * 5000, "{" * 20000, "*" * 20000, "<answer>" * 5000, "1," * 10000, "#" * 20000):
         extract(text, ["boxed", "bold", "tag", "hashes", "last-number"])
-    assert time.perf_counter() - started < 5
+    assert time.thread_time() - started < 5
 
 
 # ---- arithmetic ----
@@ -127,10 +127,10 @@ def test_the_walker_agrees_with_the_puzzles_parser(text: str) -> None:
     ],
 )
 def test_what_is_no_arithmetic_is_refused(text: str, why: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ArithmeticRefused, match=why):
         evaluate(text)
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 def test_print_and_latex() -> None:

@@ -166,7 +166,7 @@ def test_refused(
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     start = time.monotonic()
     response = client.post(url(route), content=data)
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 10  # a fault of this kind took minutes
     assert response.status_code == status, response.text
     error = response.json()["error"]
     if route.startswith("/api/"):
@@ -257,13 +257,15 @@ def test_31_prompt_and_max_tokens_over_the_context(client: httpx.Client, fake: F
 
 @pytest.mark.parametrize("letter", ["a", " ", "é", "\n", "你"])
 def test_12_ten_megabytes_beside_a_stream(served: LiveServer, fake: FakeAsyncEngine, letter: str) -> None:
-    """400 in < 0.5 s, and a parallel stream keeps its pace. Best of three: others use this machine."""
+    """A 400 soon, and a parallel stream keeps its pace: encoding the text would hold both for half a minute.
+
+    0.1 s each on an idle machine; the limits are those of a busy one, and the best of three counts."""
     prompt = letter * (10_000_000 // len(letter.encode()))
     body = json.dumps(completion(prompt=prompt), ensure_ascii=False).encode()
     results = []
     for _ in range(3):
         results.append(ten_megabytes(served, fake, body))
-        if results[-1][0] < 0.5 and results[-1][1] < 0.3:
+        if results[-1][0] < 5 and results[-1][1] < 3:
             return
     raise AssertionError(f"(seconds to the 400, longest gap of the stream): {results}")
 

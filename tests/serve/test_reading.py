@@ -52,10 +52,10 @@ def test_depth(open_close: bytes) -> None:
 
     assert loads(nested(MAX_DEPTH))
     for depth in (MAX_DEPTH + 2, 10_000, 1_000_000):
-        start = time.monotonic()
+        start = time.thread_time()
         with pytest.raises(JsonError):
             loads(nested(depth))
-        assert time.monotonic() - start < 1
+        assert time.thread_time() - start < 1
 
 
 def test_bodies_that_would_explode_in_memory() -> None:

@@ -292,10 +292,10 @@ def nested(depth: int) -> dict[str, Any]:
     ids=lambda value: str(list(value)) if isinstance(value, dict) else None,
 )  # fmt: skip
 def test_bad_schemas_are_refused_in_time(deepseek: Tokenizer, schema: Any, message: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(GrammarError, match=message) as caught:
         Grammar.from_schema(schema, deepseek)
-    assert time.perf_counter() - started < 6
+    assert time.process_time() - started < 6
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -313,10 +313,10 @@ def test_bad_schemas_are_refused_in_time(deepseek: Tokenizer, schema: Any, messa
     ],
 )
 def test_bad_regexes_are_refused_in_time(deepseek: Tokenizer, pattern: Any, message: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(GrammarError, match=message) as caught:
         Grammar.from_regex(pattern, deepseek)
-    assert time.perf_counter() - started < 6
+    assert time.process_time() - started < 6
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -330,7 +330,7 @@ def test_bad_regexes_are_refused_in_time(deepseek: Tokenizer, pattern: Any, mess
 )  # fmt: skip
 def test_evil_regexes_stay_cheap(deepseek: Tokenizer, pattern: str) -> None:
     """Every step is bounded: it gives a mask, or fails for this request alone."""
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         matcher = Grammar.from_regex(pattern, deepseek)()
         for _ in range(40):
@@ -338,7 +338,7 @@ def test_evil_regexes_stay_cheap(deepseek: Tokenizer, pattern: str) -> None:
             matcher.accept(next((index for index in deepseek.encode("a") if index in choices), choices[0]))
     except GrammarError as error:
         assert "\n" not in str(error)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_a_step_that_costs_too_much_fails_alone(deepseek: Tokenizer) -> None:
@@ -346,12 +346,12 @@ def test_a_step_that_costs_too_much_fails_alone(deepseek: Tokenizer) -> None:
     other = Grammar.from_schema(PERSON, deepseek)()
     matcher, rng = Grammar.from_regex(r"(.{0,400}a.{0,400}){20}", deepseek)(), random.Random(0)
     letters = deepseek.encode("ab")
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(GrammarError, match="cannot be followed further: lexer error"):
         for _ in range(2000):
             matcher.mask()
             matcher.accept(rng.choice(letters))
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
     assert not matcher.is_done()
     assert allowed(other, deepseek)
 

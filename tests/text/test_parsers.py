@@ -298,9 +298,9 @@ def test_long_white_space_costs_no_time() -> None:
     for form in WRITE:
         for body in (" " * 200_000, "function" + SEP + " " * 200_000, "f" + SEP + "```" + "\n" * 200_000):
             text = f"{BEGIN}{CALL}{body}{CALL_END}{END}"
-            started = time.perf_counter()
+            started = time.thread_time()
             assert run(ToolParser(form), text) == [Piece("content", text)]
-            assert time.perf_counter() - started < 1.0
+            assert time.thread_time() - started < 1.0
 
 
 # --- both ---
