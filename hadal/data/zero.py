@@ -47,7 +47,9 @@ from hadal.data.vocabulary import new_tokenizer
 
 TASKS = ("countdown", "chain")
 LIMIT = 99  # no total beyond it: every number is one token
-VOCABULARY = 20 + 256 + 90 + 34  # control tokens, bytes, two-digit numbers, signs that stand together
+VOCABULARY = (
+    20 + 256 + 90 + 34
+)  # at most: control tokens, bytes, two-digit numbers, signs that stand together
 SHARD_DOCUMENTS = 5000
 YES, LESS, MORE = "✓", "<", ">"
 _TRY = re.compile(rf"(\d+)((?: ?[+\-×]\d+=\d+)+)(?:\?(\d+) ([{YES}{LESS}{MORE}]))?")
@@ -301,7 +303,7 @@ def read(text: str, numbers: Sequence[int], target: int) -> Trace:
 
 # --- files ---
 def write_tokenizer(folder: Path, seed: int = 0) -> Path:
-    """A byte-level BPE of VOCABULARY entries, numbers below 100 a token each, in R1's template."""
+    """A byte-level BPE of up to VOCABULARY entries, numbers below 100 a token each, in R1's template."""
     both = Mixture((("countdown", 0.6), ("chain", 0.4)), top=49, long=0.7, patience=0.7)
     texts = [part for i in range(8000) for q, a in [text(i, seed, both)]
              for part in (q.prompt, *a.replace("</think>", "<>").split("<>"))]  # fmt: skip

@@ -138,7 +138,7 @@ def test_numbers_are_a_token_each_and_texts_are_what_the_engine_reads(
 ) -> None:
     """Shards hold the ids that a prompt has at inference."""
     loaded = Tokenizer.load(tokenizer)
-    assert loaded.vocab_size == zero.VOCABULARY
+    assert 20 + 256 + 90 < loaded.vocab_size <= zero.VOCABULARY
     assert all(len(loaded.encode(str(number))) == 1 for number in range(100))
     made = zero.write_set(tmp_path / "set", tokenizer, count=40, seed=1, mixture=BOTH)
     lengths = []
