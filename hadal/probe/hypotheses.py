@@ -332,7 +332,7 @@ class Study:
                 len(set(o.types)),
                 w.shape[2],
                 plan.folds,
-                lambda rng: layer_selectivity(w, o.labels, o.types, plan.draws, rng, plan.folds),
+                lambda rng: layer_selectivity(w, o.labels, o.types, min(plan.draws, 199), rng, plan.folds),
             )
 
 
