@@ -175,9 +175,13 @@ def experts_by_segment(
     """Rows sorted by expert, then one dense product an expert that has rows (CPU). Differentiable."""
     row_ND, place, end_E = dispatch(x_TD, expert_TK, gate_up_E2ID.shape[0])
     parts = []
-    for e, rows in enumerate(row_ND.tensor_split(end_E[:-1].tolist())):
+    # Unbound at once: the gradient of an index is as large as the whole stack, and E of them would be added.
+    stacks = zip(
+        row_ND.tensor_split(end_E[:-1].tolist()), gate_up_E2ID.unbind(), down_EDI.unbind(), strict=True
+    )
+    for rows, gate_up_2ID, down_DI in stacks:
         if rows.shape[0]:
-            parts.append(ffn(rows, gate_up_E2ID[e], down_EDI[e]))
+            parts.append(ffn(rows, gate_up_2ID, down_DI))
     return combine(torch.cat(parts), place, weight_TK, shared_TD, residual_TD)
 
 
