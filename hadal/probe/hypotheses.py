@@ -144,21 +144,31 @@ class Study:
             raise StatsError(
                 f"layer {plan.layer} is not one of the {len(self.layers)} layers of these vectors"
             )
-        outcome, families = Outcome(), self._families(plan)
-        for number, (name, (kind, tests)) in enumerate(families.items()):
-            family, made = Family(name, kind, plan.alpha), 0
+        outcome = Outcome()
+        drafts, outcome.refused = self.drafts(plan)
+        for name, (kind, found) in drafts.items():
+            family = Family(name, kind, plan.alpha)
+            family.add(*found)
+            outcome.results[name] = family.results()
+        outcome.curves = self.curves(plan, outcome.refused)
+        return outcome
+
+    def drafts(self, plan: Plan) -> tuple[dict[str, tuple[Kind, list[Draft]]], dict[str, str]]:
+        """What every test found, by family and not corrected yet, so that a study of several models and
+        languages corrects all of them together; and tests that could not be made, with the reason."""
+        made: dict[str, tuple[Kind, list[Draft]]] = {}
+        refused: dict[str, str] = {}
+        for number, (name, (kind, tests)) in enumerate(self._families(plan).items()):
+            drafts: list[Draft] = []
             for test_number, (title, test) in enumerate(tests.items()):
                 try:
                     found = test(np.random.default_rng([plan.seed, number, test_number]))
-                    drafts = found if isinstance(found, list) else [found]
-                    family.add(*drafts)
-                    made += len(drafts)
+                    drafts += found if isinstance(found, list) else [found]
                 except StatsError as error:
-                    outcome.refused[f"{name}, {title}"] = str(error)
-            if made:
-                outcome.results[name] = family.results()
-        self._curves(plan, outcome)
-        return outcome
+                    refused[f"{name}, {title}"] = str(error)
+            if drafts:
+                made[name] = kind, drafts
+        return made, refused
 
     def _families(self, plan: Plan) -> dict[str, tuple[Kind, dict[str, Test]]]:
         """Family by name: its kind, and its tests by title."""
@@ -290,18 +300,21 @@ class Study:
             for name, other in self.others.items()
         }
 
-    def _curves(self, plan: Plan, outcome: Outcome) -> None:
-        """Layer-wise statistics, each a family corrected by its largest."""
+    def curves(self, plan: Plan, refused: dict[str, str]) -> list[Curve]:
+        """Layer-wise statistics, each a family corrected by its largest; what cannot be made goes into
+        `refused`."""
+        curves: list[Curve] = []
         for number, (name, unit, n, d, folds, make) in enumerate(self._layerwise(plan)):
             try:
                 found, null, how, exact = make(np.random.default_rng([plan.seed, 1000, number]))
-                outcome.curves.append(
+                curves.append(
                     max_statistic(
                         name, self.layers, found, null, how, n=n, unit=unit, d=d, folds=folds, exact=exact
                     )
                 )
             except StatsError as error:
-                outcome.refused[name] = str(error)
+                refused[name] = str(error)
+        return curves
 
     def _layerwise(self, plan: Plan) -> Iterable[tuple[str, str, int, int, int, Layerwise]]:
         if (c := self.concepts) is not None:
