@@ -336,7 +336,7 @@ def remedies(ask: Ask) -> list[str]:
             break
     found += _offloads(ask)
     alone = ask.machine.device.is_cpu or ask.machine.device.unified
-    count = None if alone else cards(ask)
+    count = None if alone else cards(replace(ask, offload=None))
     if count is not None:
         least = ceil(memory_bytes(ask.config, ask.weights, with_mtp=False) / ask.machine.device.memory)
         found.append(
