@@ -228,7 +228,7 @@ def test_a_damaged_folder_is_refused_by_name(tiny_folder: Path, tmp_path: Path, 
 
 
 def test_eval_of_a_few_problems(tiny_folder: Path, capsys: Capture) -> None:
-    arguments = ("--samples", "3", "--max-tokens", "4", "--json")
+    arguments = ("--limit", "3", "--max-tokens", "4", "--json")
     shown = hadal(capsys, "eval", str(tiny_folder), *arguments)
     assert shown.status == 0, shown.err
     found = json.loads(shown.out)
