@@ -55,16 +55,22 @@ def render(talk: Conversation) -> str:
 class Encoder:
     """The tokenizer, made quick for puzzles.
 
-    It splits at every digit first, so what stands between two digits is encoded on its own; and the same few
-    pieces (` → `, `+`, ` = **`) come again and again, so they are remembered.
+    Where each digit is a token of its own, what stands between two digits is encoded alone; and the same few
+    pieces (` → `, `+`, ` = **`) come again and again, so they are remembered. A tokenizer with tokens that
+    join a digit to anything else gets whole texts.
     """
 
     def __init__(self, tokenizer: Path) -> None:
         self.backend = Backend.from_file(str(tokenizer / "tokenizer.json"))
         self._known: dict[str, list[int]] = {}
+        special = {t.content for t in self.backend.get_added_tokens_decoder().values()}
+        vocabulary = set(self.backend.get_vocab()) - special
+        self._by_digit = not any(len(token) > 1 and _DIGIT.search(token) for token in vocabulary)
 
     def encode(self, text: str) -> list[int]:
         """Ids of trusted text: control tokens are recognised."""
+        if not self._by_digit:
+            return list(self.backend.encode(text, add_special_tokens=False).ids)
         known = self._known
         if len(known) > MAX_REMEMBERED:
             known.clear()

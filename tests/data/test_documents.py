@@ -23,6 +23,7 @@ from hadal.data.shards import (
     write_shard,
 )
 from hadal.data.stream import PackedRows, assistant_weights, packed_rows
+from hadal.data.zero import write_tokenizer
 from hadal.text import Control, Tokenizer
 from hadal.text.templates import TEMPLATES
 
@@ -55,6 +56,15 @@ def test_documents_are_the_template_of_the_engine() -> None:
             prompt
         )
     assert {1, 2, 3} == {turns for turns, _ in kinds} and {True, False} == {system for _, system in kinds}
+
+
+def test_numbers_that_are_one_token_stay_one(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    whole = Backend.from_file(str(folder / "tokenizer.json"))
+    text = "12+35=47 +8=55?13 >"
+    assert len(whole.encode(text).tokens) < len(text)
+    assert Encoder(folder).encode(text) == whole.encode(text, add_special_tokens=False).ids
+    assert not Encoder(folder)._by_digit and Encoder(ON_BOARD)._by_digit
 
 
 def test_the_quick_encoder_equals_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
