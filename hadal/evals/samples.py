@@ -28,8 +28,9 @@ from hadal.engine.request import Completion as Answer
 from hadal.engine.request import RequestError, SamplingParams, Update
 from hadal.evals.judges import Judge, Judging, Progress, Verdict
 from hadal.evals.sets import Problem
-from hadal.evals.statistics import interval, pass_at_k, powers_up_to, vote
+from hadal.evals.statistics import interval, pass_at_k, powers_up_to
 from hadal.post.rewards import Completion
+from hadal.post.vote import vote
 
 if TYPE_CHECKING:
     from hadal.engine import Engine

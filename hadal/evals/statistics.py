@@ -5,9 +5,7 @@ right, the chance that k drawn without replacement hold a right one is
 
     pass@k = 1 − C(n − c, k) / C(n, k)
 
-cons@k is the share of problems whose most frequent answer is right (R1 report, arXiv 2501.12948; Wang et al.
-2022). Samples without an answer have no vote. Where several answers lead, each is as likely to be taken: the
-problem counts the share of them that are right.
+cons@k is the share of problems whose most frequent answer is right (hadal/post/vote.py).
 """
 
 from __future__ import annotations
@@ -32,25 +30,6 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def powers_up_to(samples: int) -> list[int]:
     """1, 2, 4 … and `samples` itself: the k for which pass@k is told."""
     return sorted({1 << i for i in range(samples.bit_length())} | {samples})
-
-
-def vote(groups: Sequence[int | None], right: Sequence[bool]) -> float:
-    """A problem's part of cons@k. groups: the number of each sample's answer, equal answers having equal
-    numbers; None: no answer. right: of each sample. 1 if the most frequent answer is right, a share where
-    several lead, 0 if nobody voted.
-
-    An answer is judged by the first sample that gave it."""
-    counts: dict[int, int] = {}
-    good: dict[int, bool] = {}
-    for group, verdict in zip(groups, right, strict=True):
-        if group is not None:
-            counts[group] = counts.get(group, 0) + 1
-            good.setdefault(group, verdict)
-    if not counts:
-        return 0.0
-    most = max(counts.values())
-    leaders = [group for group, count in counts.items() if count == most]
-    return sum(good[group] for group in leaders) / len(leaders)
 
 
 def wilson(correct: float, total: int, z: float = 1.959964) -> tuple[float, float]:

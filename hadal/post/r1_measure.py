@@ -1,7 +1,7 @@
 """What a stage's model can do: held-out problems by DeepSeek's protocol, k samples each (R1 report §3).
 
     pass@1   share of right samples, mean over problems
-    cons@k   share of problems whose most frequent answer is right (ties: the one that came first)
+    cons@k   share of problems whose most frequent answer is right (hadal/post/vote.py)
     length   tokens of a completion     form   share with reasoning that ends and an answer behind it
     language share of the words of the reasoning that are of the prompt's language, mean over completions with
              words (DeepSeek-R1 §2.3.2); `no_words` counts those without
@@ -12,7 +12,6 @@ Problems depend on the recipe's `[measure]` alone, so that all stages answer the
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from hadal.post.r1_recipe import MeasureRecipe
 from hadal.post.rewards.language import count
 from hadal.post.rewards.protocol import Completion
 from hadal.post.rewards.text import split
+from hadal.post.vote import vote
 from hadal.post.worked import Worked, WorkedTask, draw, prompt_record
 
 KEYS = ("pass@1", "cons", "length", "language", "form", "cut")
@@ -60,7 +60,7 @@ def summary(groups: Sequence[Sequence[Judged]]) -> dict[str, Any]:
     return {
         "problems": len(groups), "samples": len(every),
         "pass@1": sum(one.right for one in every) / n,
-        "cons": sum(map(_majority_is_right, groups)) / max(1, len(groups)),
+        "cons": sum(map(_voted, groups)) / max(1, len(groups)),
         "length": sum(one.tokens for one in every) / n,
         "language": sum(shares) / len(shares) if shares else None,
         "no_words": 1 - len(shares) / n,
@@ -69,12 +69,8 @@ def summary(groups: Sequence[Sequence[Judged]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _majority_is_right(group: Sequence[Judged]) -> bool:
-    votes = Counter(one.value for one in group if one.formed)
-    if not votes:
-        return False
-    most = max(votes, key=lambda value: votes[value])
-    return next(one.right for one in group if one.value == most and one.formed)
+def _voted(group: Sequence[Judged]) -> float:
+    return vote([one.value if one.formed else None for one in group], [one.right for one in group])
 
 
 def problems(recipe: MeasureRecipe, task: WorkedTask) -> list[Worked]:

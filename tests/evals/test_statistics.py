@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from hadal.evals.statistics import bootstrap, interval, pass_at_k, powers_up_to, vote, wilson
+from hadal.evals.statistics import bootstrap, interval, pass_at_k, powers_up_to, wilson
+from hadal.post.vote import vote
 
 
 @pytest.mark.parametrize("samples", range(1, 8))
