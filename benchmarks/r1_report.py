@@ -1,6 +1,6 @@
 """The figures of a run of `hadal r1`, for docs/r1.md.
 
-python benchmarks/r1_report.py runs/r1-cpu          # docs/results/r1-cpu.json, and its section of the page
+python benchmarks/r1_report.py runs/r1-cpu          # docs/results/stages-r1-cpu.json, its section of the page
 python benchmarks/r1_report.py                      # the page alone, from what is kept
 """
 
@@ -90,7 +90,7 @@ def markers(name: str) -> tuple[str, str]:
 
 def page(text: str) -> str:
     """The page with the sections of all results that are kept."""
-    for file in sorted(RESULTS.glob("r1-*.json")):
+    for file in sorted(RESULTS.glob("stages-*.json")):
         if file.stem.startswith("r1-zero"):  # has a page of its own
             continue
         begin, end = markers(file.stem)
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.run is not None:
         found = result(given.run, given.device)
-        path = RESULTS / f"{found['recipe']}.json"
+        path = RESULTS / f"stages-{found['recipe']}.json"
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     return 0

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from hadal.data.strict import RecipeError, require
+from hadal.post import rejection
 from hadal.post.rejection import rows_of
 from hadal.post.rewards.model import Encode, RewardModel, bradley_terry
 from hadal.post.rewards.protocol import Completion
@@ -161,13 +162,18 @@ def _judged(
 
 
 def scorer(folder: Path, template: Template, tokenizer: Tokenizer, device: str) -> Any:
-    """What `grpo(…, model=…)` takes, from a stage's export: scores less their centre, over their spread."""
+    """What `grpo(…, model=…)` takes, from a stage's export: scores less their centre, over their spread.
+    Equal completions get equal scores: in batches apart they would differ in their last bits, and a group of
+    equals would then seem to say something."""
     report = json.loads((folder.parent / REPORT).read_text(encoding="utf-8"))
     measure = RewardModel.load(folder, device=device).scorer(encoder(template, tokenizer))
     centre, spread = report["centre"], report["spread"]
 
     def normal(completions: Sequence[Completion]) -> list[float]:
-        return [(score - centre) / spread for score in measure(completions)]
+        names = [(rejection.prompt_id(c.record), c.text, tuple(c.token_ids)) for c in completions]
+        first = dict(zip(names, completions, strict=True))
+        scores = dict(zip(first, measure(list(first.values())), strict=True))
+        return [(scores[name] - centre) / spread for name in names]
 
     return normal
 

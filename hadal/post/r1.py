@@ -162,7 +162,7 @@ class Run:
             if does in ("run", "resume", "perhaps"):
                 unsure[stage.name] = does
                 self._has_inputs(stage, unsure)
-            steps.append(Step(stage, does, why, self._cost(stage)))
+            steps.append(Step(stage, does, why, self._cost(stage, does)))
         return steps
 
     def _has_inputs(self, stage: Stage, coming: Mapping[str, str]) -> None:
@@ -176,8 +176,10 @@ class Run:
                 f"it; add --stage {missing[0]}, or leave --stage out"
             )
 
-    def _cost(self, stage: Stage) -> r1_stages.Cost:
-        entry = self.manifest.get(stage.name, {})
+    def _cost(self, stage: Stage, does: str) -> r1_stages.Cost:
+        before = self.manifest.get(stage.name, {})
+        same = does != "run" or before.get("material") == self.material(stage)
+        entry = before if same else {}
         done = [e for e in self.manifest.values() if e.get("finished")]
         return r1_stages.cost(stage, self.recipe, entry, done, self.made)
 

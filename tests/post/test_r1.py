@@ -405,7 +405,7 @@ def test_pairs_put_right_before_wrong_before_mixed(tmp_path: Path) -> None:
     assert preference.pairs_of([pool[0], pool[0]], 10, 0) == []
 
 
-def test_a_head_learns_pairs_that_can_be_told_apart(done: Path) -> None:
+def test_a_head_learns_pairs_that_can_be_told_apart(done: Path, tmp_path: Path) -> None:
     base = done / "run" / "base" / "export"
     pool = []
     for number in range(40):
@@ -430,6 +430,13 @@ def test_a_head_learns_pairs_that_can_be_told_apart(done: Path) -> None:
     )
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < 0.3
     assert report["accuracy"] == 1.0 and report["held_out_pairs"] >= 1 and report["pairs"] >= 30
+    tmp_folder = tmp_path / "stage" / "export"
+    model.save(tmp_folder, files_from=base)
+    (tmp_folder.parent / preference.REPORT).write_text(json.dumps(report), encoding="utf-8")
+    score = preference.scorer(tmp_folder, template_for(base), Tokenizer.load(base), "cpu")
+    better, worse = (Completion(pool[i]["record"], pool[i]["text"], 1, opened=True) for i in (0, 1))
+    scores = score([better] * 40 + [worse] + [better])
+    assert len(set(scores)) == 2 and scores[-1] == scores[0] > scores[40]  # equal ones to the last bit
     ids = encode(Completion(pool[0]["record"], pool[0]["text"], 1, opened=True))
     assert (
         ids[-1] == Tokenizer.load(base).eos_ids[0]
@@ -455,7 +462,7 @@ def test_figures_count_samples_votes_and_words() -> None:
     assert (good.right, good.share) == (True, 1.0) and (mixed.right, mixed.share) == (True, 0.0)
     assert not wrong.right and not cut.right and not cut.formed and bare.share is None
     found = summary([[good, mixed, wrong, cut], [wrong, wrong, good, bare]])
-    assert found["pass@1"] == 4 / 8 and found["cons"] == 0.5 and found["cut"] == 1 / 8
+    assert found["pass@1"] == 4 / 8 and found["cons"] == 0.75 and found["cut"] == 1 / 8
     assert found["language"] == pytest.approx(6 / 7) and found["no_words"] == pytest.approx(1 / 8)
     assert summary([[wrong, wrong, good]])["cons"] == 0.0 and summary([[cut]])["cons"] == 0.0
 
@@ -464,6 +471,15 @@ def test_all_models_answer_the_same_problems() -> None:
     recipe = MeasureRecipe(tasks=(WorkedTask("steps/3"),), count=12)
     asked = [one.sample.prompt for one in problems(recipe, recipe.tasks[0])]
     assert len(set(asked)) == 12 and asked == [one.sample.prompt for one in problems(recipe, recipe.tasks[0])]
+
+
+def test_the_page_has_the_figures_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import r1_report
+
+    page = (ROOT / "docs" / "r1.md").read_text(encoding="utf-8")
+    assert r1_report.page(page) == page
+    assert "| r1 | grpo |" in page
 
 
 def test_the_table_says_what_is_not_done() -> None:
