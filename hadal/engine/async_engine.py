@@ -13,6 +13,7 @@ step, and writes all stacks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import faulthandler
 import logging
 import queue
@@ -20,8 +21,10 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -36,7 +39,9 @@ from hadal.engine.request import (
     SamplingParams,
     Update,
 )
+from hadal.engine.watching import Watched, Wish, streams, watch
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _CHECK_AFTER_IDLE = 1.0  # seconds
@@ -103,6 +108,33 @@ def _fold(first: Update, then: Update) -> Update:
     return first
 
 
+@dataclass(eq=False)
+class _Job(Generic[T]):
+    """Work between two steps for a coroutine. `run` and `tell` in the engine's thread."""
+
+    work: Callable[[], T]
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[T]
+
+    def run(self) -> None:
+        try:
+            self.tell(self.work())
+        except Exception as error:
+            self.tell(None, error)
+
+    def tell(self, result: T | None, error: Exception | None = None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: its reader is gone
+            self.loop.call_soon_threadsafe(self._settle, result, error)
+
+    def _settle(self, result: T | None, error: Exception | None) -> None:
+        if self.future.done():
+            return
+        if error is not None:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(cast("T", result))
+
+
 class AsyncEngine:
     """Owns `engine` from construction to `shutdown`; use the engine's own methods only after that.
 
@@ -123,6 +155,7 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._boxes: dict[str, _Box] = {}  # requests not yet ended; touched under the lock
         self._awake: dict[asyncio.AbstractEventLoop, list[_Box]] = {}  # boxes filled since the last wake-up
+        self._jobs: set[_Job[Any]] = set()  # work between steps, not yet begun; touched under the lock
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="hadal-engine", daemon=True)
         self._stopped = threading.Event()
@@ -201,6 +234,28 @@ class AsyncEngine:
             for box in boxes:
                 self._leave(box)
         return vectors
+
+    async def watch(self, prompts: Sequence[Sequence[int]], wish: Wish) -> list[Watched]:
+        """What happens inside the model on these texts (hadal/engine/watching.py), in passes between which
+        the engine's steps go on. Raises ProbeError, or EngineError when the engine is down."""
+        found: dict[int, Watched] = {}
+        for members in streams(self.engine, prompts, wish):
+            chosen = [prompts[i] for i in members]
+            done = await self._between_steps(partial(_watch_all, self.engine, chosen, wish))
+            found |= {members[i]: taken for i, taken in done.items()}
+        return [found[i] for i in range(len(prompts))]
+
+    async def _between_steps(self, work: Callable[[], T]) -> T:
+        """Run `work` in the engine's thread and wait for what it returns or raises."""
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        job = _Job(work, loop, loop.create_future())
+        with self._lock:
+            self._jobs.add(job)
+        self._commands.put(lambda: self._do(job))
+        if self._stopped.is_set():
+            self._end_all()
+        return await job.future
 
     async def abort(self, request_id: str) -> None:
         """End a request, if it still runs, with finish_reason "abort"."""
@@ -284,6 +339,15 @@ class AsyncEngine:
             except Exception:
                 logger.exception("the idle engine's books do not add up; please report this")
 
+    def _do(self, job: _Job[Any]) -> None:
+        with self._lock:
+            if job not in self._jobs:
+                return
+            self._jobs.discard(job)
+        if not job.future.cancelled():
+            job.run()
+            self.last_progress = time.monotonic()
+
     def _enqueue(self, box: _Box) -> None:
         if box.ended:
             return
@@ -320,11 +384,13 @@ class AsyncEngine:
     def _end_all(self) -> None:
         """After the last step: no reader may wait for ever."""
         with self._lock:
-            boxes = list(self._boxes.values())
+            boxes, jobs, self._jobs = list(self._boxes.values()), self._jobs, set()
         message = f"the engine stopped: {self._failure}" if self._failure else "the engine was shut down"
         for box in boxes:
             reason: Any = "error" if self._failure else "abort"
             box.push(Update(finish_reason=reason, error=message, metrics=box.request.metrics))
+        for job in jobs:
+            job.tell(None, EngineError(message))
         self._wake()
 
     # --- health ---
@@ -380,6 +446,10 @@ class AsyncEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await asyncio.to_thread(self.shutdown, drain=error is None)
+
+
+def _watch_all(engine: Engine, prompts: Sequence[Sequence[int]], wish: Wish) -> dict[int, Watched]:
+    return dict(watch(engine, prompts, wish))
 
 
 def _set_ready(boxes: list[_Box]) -> None:

@@ -5,7 +5,7 @@ API and pages. Strict: a key that nothing would read, or a value of the wrong ki
     answer({"ask": "cost", "model": "deepseek-v2-lite", "on": "a100-80", "tokens_in": 1e6, "tokens_out": 1e5})
     answer({"ask": "training", "model": "deepseek-v3", "on": "2048xH800", "tokens": 14.8e12, "mfu": 0.3894})
     answer({"ask": "pipeline", "stages": 16, "micro_batches": 32})
-    answer({"ask": "devices"}), answer({"ask": "prices"}), answer({"ask": "accuracy"})
+    answer({"ask": "models"}), and alike: devices, prices, accuracy
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from hadal.config import ModelConfig
+from hadal.config import PRESETS, ModelConfig, Preset
 from hadal.plan import accuracy, cost, pipeline, pretraining
 from hadal.plan.figures import Figure, PlanError, known_keys
 from hadal.plan.layout import Layout
@@ -45,6 +45,7 @@ KEYS: dict[str, dict[str, Any]] = {
         "stages": int, "micro_batches": int, "forward": _NUMBER, "backward": _NUMBER, "weights": _NUMBER,
         "overlapped": _NUMBER, "schedule": pipeline.KINDS,
     },
+    "models": {},
     "devices": {},
     "prices": {},
     "accuracy": {},
@@ -73,6 +74,8 @@ def answer(question: Json, here: Machine | None = None) -> dict[str, Any]:
             return {"ask": ask, **training(q, here)}
         case "pipeline":
             return {"ask": ask, **_pipelines(q)}
+        case "models":
+            return {"ask": ask, "models": [_preset(p) for p in PRESETS.values()]}
         case "devices":
             return {"ask": ask, "devices": [_device(d) for d in devices().values()]}
         case "prices":
@@ -286,6 +289,19 @@ def _pipelines(q: Json) -> dict[str, Any]:
             ],
         }
     return found
+
+
+def _preset(p: Preset) -> dict[str, Any]:
+    """What a chooser of models needs to know."""
+    return {
+        "name": p.name,
+        "title": p.title,
+        "context": p.context,
+        "longest_context": p.config.max_position_embeddings,
+        "parameters": p.config.parameters().main,
+        "experts": p.config.moe is not None,
+        "mtp": p.config.num_nextn_predict_layers,
+    }
 
 
 def _device(d: Any) -> dict[str, Any]:

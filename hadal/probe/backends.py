@@ -30,7 +30,7 @@ from hadal.text.tokenizer import Tokenizer
 from hadal.weights import hub
 from hadal.weights import load as load_weights
 from hadal.weights.layout import read_config
-from hadal.weights.manifest import hash_file
+from hadal.weights.manifest import folder_revision
 
 
 @dataclass(frozen=True)
@@ -231,16 +231,6 @@ class Local:
             pass
 
 
-def folder_revision(folder: Path) -> str:
-    """SHA-256 over names and contents of what decides a model's vectors: weights, configuration,
-    tokenizer."""
-    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
-    total = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", *names):
-        total.update(f"{name}\0{hash_file(folder / name)}\n".encode())
-    return total.hexdigest()
-
-
 def weights_revision(model: Transformer) -> str:
     """SHA-256 over names, shapes and bits of the weights in memory, packed ones included."""
     total = hashlib.sha256()
@@ -262,6 +252,8 @@ class Simulation:
     squares    (s1, s2, not_s1, not_s2), ids of semiotic squares: s1 and not_s2 lie on one side of a direction
                that all squares share, s2 and not_s1 on the other; the negated terms on the far side of a
                second one, so that a term and its contradictory are antipodes
+    mixtures   id → {name: amount}: a sum of directions by name, of amounts scaled to a length of 1, at a
+               distance of about `effect`·√d from 0
 
     effect 0 leaves the noise alone. `layers` of it carry the effect; default all. The result says that it is
     simulated, in its identity and in its numbers, and nothing that reads it lets that be changed.
@@ -276,6 +268,7 @@ class Simulation:
         effect: float = 0.0,
         groups: Mapping[str, str] | None = None,
         squares: Sequence[tuple[str, str, str, str]] = (),
+        mixtures: Mapping[str, Mapping[str, float]] | None = None,
         layers: Sequence[int] | None = None,
     ) -> None:
         if not (math.isfinite(effect) and effect >= 0):
@@ -283,7 +276,7 @@ class Simulation:
         if width < 16:
             raise ProbeError(f"width must be 16 or more, not {width}: narrower vectors cannot be marked")
         self.width, self.num_layers, self.seed, self.effect = width, num_layers, seed, effect
-        self.groups, self.squares = dict(groups or {}), list(squares)
+        self.groups, self.squares, self.mixtures = dict(groups or {}), list(squares), dict(mixtures or {})
         self.where = layer_numbers(num_layers, layers)
 
     def embed(
@@ -309,6 +302,10 @@ class Simulation:
             for row, name in enumerate(ids):
                 if name in self.groups:
                     values[row] += self.effect * self._draw("group", self.groups[name], layer)
+                if parts := self.mixtures.get(name):
+                    length = math.hypot(*parts.values())
+                    for part, amount in parts.items():
+                        values[row] += self.effect * amount / length * self._draw("part", part, layer)
             place = {name: row for row, name in enumerate(ids)}
             axis, other = (self._draw("axis", kind, layer) for kind in ("contrary", "negation"))
             for corners in self.squares:

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hadal.engine.request import RequestError
-from hadal.serve import chat, completions, embeddings, meta, ollama, ollama_models
+from hadal.serve import chat, completions, embeddings, meta, ollama, ollama_models, planning, probing
 from hadal.serve.body import ClientGone
 from hadal.serve.errors import ApiError, error_response
 from hadal.serve.logs import AccessLog, escaped
@@ -45,6 +45,8 @@ OPENAI: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "/models/{model_id:path}", meta.model),
     ("POST", "/tokenize", meta.tokenize),
     ("POST", "/detokenize", meta.detokenize),
+    ("POST", "/plan", planning.plan),
+    ("POST", "/probe", probing.probe),
 )
 SERVER: tuple[tuple[str, str, Endpoint], ...] = (
     ("GET", "/health", meta.health),

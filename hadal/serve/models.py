@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from hadal.engine.pooling import Pooling
 from hadal.engine.request import SamplingParams, Update
+from hadal.engine.watching import Watched, Wish
 from hadal.serve.errors import ApiError, bad, overloaded
 from hadal.serve.fields import Fields, shown
 from hadal.serve.prompts import Encoder
@@ -52,6 +53,8 @@ class Backend(Protocol):
         special: bool = False,
         cache_salt: str = "",
     ) -> list[list[float]]: ...
+
+    async def watch(self, prompts: Sequence[Sequence[int]], wish: Wish) -> list[Watched]: ...
 
     def healthy(self) -> bool: ...
 

@@ -1,8 +1,8 @@
 """The page's only way to a model: the public HTTP API, asked with httpx.
 
-`GET /v1/models`, `GET /health`, `POST /v1/chat/completions` with `stream: true` (server-sent events, one
-JSON chunk per `data:` line, `[DONE]` at the end). Every failure becomes a `ServerError` whose text a person
-can act on.
+`GET /v1/models`, `GET /health`; `POST` of one question for one answer (plan, probe); `POST
+/v1/chat/completions` with `stream: true` (server-sent events, one JSON chunk per `data:` line, `[DONE]` at
+the end). Every failure becomes a `ServerError` whose text a person can act on.
 """
 
 from __future__ import annotations
@@ -83,6 +83,22 @@ class Client:
         except (ValueError, KeyError, TypeError) as error:
             raise ServerError(f"{self.base_url} answered, but not like a model server.") from error
         return [_model(entry) for entry in entries]
+
+    async def post(self, path: str, body: Mapping[str, Any], key: str = "") -> dict[str, Any]:
+        """One question, one JSON object in answer. Raises ServerError."""
+        try:
+            async with self._http(key) as http:
+                response = await http.post(path, json=body)
+            if response.status_code != 200:
+                raise _refusal(response.status_code, response.content, response.headers)
+            found = response.json()
+        except httpx.HTTPError as error:
+            raise self._broken(error, started=False) from error
+        except ValueError as error:
+            raise ServerError(f"{self.base_url} answered {path}, but not with JSON.") from error
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.base_url} answered {path}, but not with a JSON object.")
+        return found
 
     async def chat(self, body: Mapping[str, Any], key: str = "") -> AsyncIterator[dict[str, Any]]:
         """Stream the chunks of one answer. Leaving the iterator closes the connection, which stops the model.
@@ -186,6 +202,8 @@ def plain(status: int, error: object, retry_after: str = "") -> str:
         return "This server asks for an API key. Enter it under Settings, at API key."
     if status == 403:
         return f"The server refuses requests from this page.{detail}"
+    if status == 404 and code != "model_not_found" and "there is nothing at" in message:
+        return f"The server has no such route; this page needs Hadal's own server.{detail}"
     if status == 404:
         return f"The server does not have this model. Choose another one at the top.{detail}"
     if status == 413:

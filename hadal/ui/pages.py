@@ -1,6 +1,6 @@
 """The pages of the site: one entry here is one page, its route and its name in the navigation bar.
 
-A new page (a planner, a probe) is a module with a `build(client)` that lays out Gradio components, and one
+A page is a module with a `build(client)` that lays out Gradio components, and one
 line in PAGES. The first page lives at `/`; the bar appears as soon as there are two.
 """
 
@@ -29,7 +29,13 @@ def _chat(client: Client) -> None:
     chat.build(client)
 
 
-PAGES: tuple[Page, ...] = (Page("Chat", "", _chat),)
+def _plan(client: Client) -> None:
+    from hadal.ui import plan
+
+    plan.build(client)
+
+
+PAGES: tuple[Page, ...] = (Page("Chat", "", _chat), Page("Plan", "plan", _plan))
 
 
 def build_site(client: Client, pages: Sequence[Page] = PAGES) -> Any:
@@ -45,6 +51,7 @@ def build_site(client: Client, pages: Sequence[Page] = PAGES) -> Any:
         pages[0].build(client)
     for page in pages[1:]:
         with site.route(page.name, page.path):
+            Navbar(main_page_name=pages[0].name)
             page.build(client)
     site.queue(default_concurrency_limit=None, api_open=False)
     return site

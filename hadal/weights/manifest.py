@@ -41,6 +41,16 @@ def hash_file(path: Path, report: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
+def folder_revision(folder: Path) -> str:
+    """SHA-256 over names and contents of what decides a model's vectors: weights, configuration,
+    tokenizer."""
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors")
+    total = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", *names):
+        total.update(f"{name}\0{hash_file(folder / name)}\n".encode())
+    return total.hexdigest()
+
+
 def write_manifest(folder: Path, files: Mapping[str, FileHash]) -> None:
     """Write `manifest.json` for files that are there already."""
     table = {name: {"size": f.size, "sha256": f.sha256} for name, f in sorted(files.items())}

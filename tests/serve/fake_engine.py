@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hadal.config import Mla, ModelConfig, Moe, Rope
 from hadal.engine.request import (
     RequestMetrics,
@@ -21,6 +23,7 @@ from hadal.engine.request import (
     resolve_max_tokens,
 )
 from hadal.engine.speculation import SpeculationStats
+from hadal.engine.watching import Watched, Wish
 from hadal.text.detokenizer import Detokenizer
 from hadal.text.templates import TEMPLATES
 from hadal.text.tokenizer import Tokenizer
@@ -184,6 +187,22 @@ class FakeAsyncEngine:
             ([list(p) for p in prompts], options["pooling"], options["layer"], options["normalize"])
         )
         return [[float(len(prompt)), 0.5, -0.25] for prompt in prompts]
+
+    async def watch(self, prompts: Sequence[Sequence[int]], wish: Wish) -> list[Watched]:
+        """States that say which text and layer they are of; routers that choose experts 0 and 1."""
+        c, found = self.engine.config, []
+        for prompt in prompts:
+            layers = wish.layers or tuple(range(c.num_hidden_layers + 1))
+            shape = (
+                (len(layers), c.hidden_size) if wish.pooling else (len(layers), len(prompt), c.hidden_size)
+            )
+            states = np.random.default_rng(sum(prompt)).normal(size=shape).astype(np.float32)
+            blocks = (1,) if wish.routing else ()
+            found.append(
+                Watched(states, {b: [[0, 1]] * len(prompt) for b in blocks},
+                        {b: [[0.75, 0.25]] * len(prompt) for b in blocks})
+            )  # fmt: skip
+        return found
 
     def healthy(self) -> bool:
         return self.alive

@@ -142,14 +142,14 @@ def test_drain_hooks_are_kept() -> None:
 def test_pages_can_be_added(live: Live) -> None:
     import gradio as gr
 
-    def plan(client: Client) -> None:
-        gr.Markdown("# A plan for " + client.base_url)
+    def extra(client: Client) -> None:
+        gr.Markdown("# More about " + client.base_url)
 
-    pages = (*PAGES, Page("Plan", "plan", plan))
+    pages = (*PAGES[:1], Page("More", "more", extra))
     blocks = build_site(Client("http://127.0.0.1:1"), pages)
-    assert ("plan", "Plan") in [(path, name) for path, name, _ in blocks.pages]
+    assert ("more", "More") in [(path, name) for path, name, _ in blocks.pages]
     bars = [c["props"]["main_page_name"] for c in blocks.config["components"] if c["type"] == "navbar"]
-    assert bars == ["Chat"]
+    assert bars == ["Chat", "Chat"]  # one on each page
     app = hadal.ui.mount(fastapi.FastAPI(), base_url="http://127.0.0.1:1", pages=pages)
 
     async def fetch(path: str, accept: str) -> httpx.Response:
@@ -159,10 +159,10 @@ def test_pages_can_be_added(live: Live) -> None:
             return await http.get(path, headers={"accept": accept})
 
     async def look() -> None:
-        page = await fetch("/plan", "text/html")
-        assert page.status_code == 200 and "A plan for http://127.0.0.1:1" in page.text
+        page = await fetch("/more", "text/html")
+        assert page.status_code == 200 and "More about http://127.0.0.1:1" in page.text
         assert "<title>Hadal</title>" in page.text and "content-security-policy" in page.headers
-        assert (await fetch("/plan", "*/*")).status_code == 404
+        assert (await fetch("/more", "*/*")).status_code == 404
 
     asyncio.run(look())
     with pytest.raises(ValueError, match='must have the path ""'):

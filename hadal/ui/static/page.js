@@ -175,5 +175,11 @@ window.hadal = (() => {
   }
   document.addEventListener("click", copyAnswer);
 
-  return { boot, settled, keep, save, fresh, open, remove, askTitle, rename, download };
+  /* The API key that was typed into the chat page's settings (their last value), for the other pages. */
+  function key() {
+    const kept = fetchJson(localStorage, SETTINGS);
+    return Array.isArray(kept) && typeof kept.at(-1) === "string" ? kept.at(-1) : "";
+  }
+
+  return { key, boot, settled, keep, save, fresh, open, remove, askTitle, rename, download };
 })();
