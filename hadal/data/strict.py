@@ -54,6 +54,14 @@ def read_toml(
     return table
 
 
+def overridden(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The table with overrides as `read_toml` takes them, for a recipe that is no file. Raises
+    RecipeError."""
+    for override in overrides:
+        _override(table, override, (1, 2))
+    return table
+
+
 def _override(table: dict[str, Any], text: str, depths: tuple[int, ...]) -> None:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")

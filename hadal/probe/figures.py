@@ -138,6 +138,8 @@ def curve(found: Curve, maker: Maker, path: Path) -> Path:
     first = found.results[0]
     plot.set_title(f"{found.name}: {first.exchanged}; n = {first.n} {first.unit}, d = {first.d}", fontsize=9)
     plot.set_xlabel("layer")
+    if len(layer) <= 20:
+        plot.set_xticks(layer)
     plot.set_ylabel(found.name)
     plot.legend(fontsize=7)
     return _save(figure, maker, path)

@@ -4,7 +4,7 @@ only.
 - Cosine distance d_ij = 1 − cos(x_i, x_j); on centred vectors, else all cosines are near 1.
 - Silhouette (Rousseeuw, J. Comput. Appl. Math. 20, 1987): s_i = (b_i − a_i)/max(a_i, b_i), a_i the mean
   distance to the own category, b_i the smallest mean distance to another; 0 where the category has no second
-  member.
+  member, or where both are 0.
 - ANOSIM (Clarke, Austr. J. Ecol. 18, 1993): R = (r̄_between − r̄_within)/(M/2) on ranks of all M distances.
 
 Silhouettes take memberships [P, N, K] = count × one-hot category: permuted labels and bootstrap counts are
@@ -53,7 +53,7 @@ def silhouette(distance_NN: Floats, member_PNK: Floats) -> Floats:
         np.put_along_axis(mean, own, np.inf, 2)
         b = np.where(np.isnan(mean), np.inf, mean).min(2)
         with np.errstate(divide="ignore", invalid="ignore"):
-            s = np.where(alone, 0.0, (b - a) / np.maximum(a, b))
+            s = np.where(alone | (np.maximum(a, b) == 0), 0.0, (b - a) / np.maximum(a, b))
             values.append((weight * np.where(weight > 0, s, 0.0)).sum(1) / weight.sum(1))
     found = np.concatenate(values)
     return np.where(np.isfinite(found), found, np.nan)
