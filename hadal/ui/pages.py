@@ -35,7 +35,17 @@ def _plan(client: Client) -> None:
     plan.build(client)
 
 
-PAGES: tuple[Page, ...] = (Page("Chat", "", _chat), Page("Plan", "plan", _plan))
+def _probe(client: Client) -> None:
+    from hadal.ui import probe
+
+    probe.build(client)
+
+
+PAGES: tuple[Page, ...] = (
+    Page("Chat", "", _chat),
+    Page("Plan", "plan", _plan),
+    Page("Probe", "probe", _probe),
+)
 
 
 def build_site(client: Client, pages: Sequence[Page] = PAGES) -> Any:

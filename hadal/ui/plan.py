@@ -172,7 +172,7 @@ class PlanPage:
             gr.on([self.parts[name].change for name in names], handler, inputs, output, **LIVE)
 
     async def _answer(self, request: gr.Request, key: str | None, question: dict[str, Any]) -> dict[str, Any]:
-        return await self.client.post("/v1/plan", question, _key(key, request))
+        return await self.client.post("/v1/plan", question, key_of(key, request))
 
     async def offer(self, request: gr.Request, key: str | None) -> tuple[Any, Any, Any]:
         """The names to choose from, as the planner knows them."""
@@ -218,6 +218,6 @@ class PlanPage:
             return view.alarm(str(error))
 
 
-def _key(kept: str | None, request: gr.Request) -> str:
+def key_of(kept: str | None, request: gr.Request) -> str:
     """The visitor's key: kept by the chat page in the browser, or the one that opened this page."""
     return (kept or "").strip() or presented_key(str(request.headers.get("authorization") or ""))

@@ -21,6 +21,7 @@ import ipaddress
 import logging
 import os
 import re
+import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -185,6 +186,8 @@ class Site:
 def _build(client: Client, pages: Sequence[Page]) -> tuple[fastapi.FastAPI, Any]:
     """The Gradio application inside a FastAPI of its own, and Gradio's part of it. Slow: imports Gradio."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio says so of any site with several pages, even where ssr_mode is False.
+    warnings.filterwarnings("ignore", message="SSR mode is not supported with multi-page")
     import gradio as gr
 
     inner = fastapi.FastAPI(openapi_url=None)

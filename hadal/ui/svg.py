@@ -105,7 +105,7 @@ def bars(rows: Sequence[Bar], title: str, limit: tuple[float, str] | None = None
 def decades(low: float, high: float) -> list[float]:
     """Ticks of a logarithmic axis from low to high: powers of ten, with 2 and 5 where there are few."""
     first, last = floor(log10(low)), ceil(log10(high))
-    steps = (1, 2, 5) if last - first <= 3 else (1,)
+    steps = (1, 2, 5) if log10(high / low) <= 3.5 else (1,)
     ticks = [m * 10.0**e for e in range(first, last + 1) for m in steps]
     return [tick for tick in ticks if low <= tick * 1.0001 and tick <= high * 1.0001]
 
