@@ -100,7 +100,7 @@ def probe(
     changes = {"language": language, "data": data, "layers": layers, "primary": primary, "pool": pool}
     changes |= {"permutations": permutations, "seed": seed}
     recipe = _recipe(what, override or [], _models(model, backend, simulate, inference), changes)
-    gathered = gather(recipe.data)
+    gathered = gather(recipe.data, recipe.tests.hypotheses)
     makers = _makers(recipe, gathered, api_key, inference, (yes, force, json))
     if estimate:
         _tell_estimate(study.estimate(recipe, gathered, makers), json)

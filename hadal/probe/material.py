@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from hadal.probe.backends import Item
 from hadal.probe.checks import Report, check, words
 from hadal.probe.dataset import Dataset, load
 from hadal.probe.extract import ProbeError
-from hadal.probe.recipe import Data
+from hadal.probe.recipe import HYPOTHESES, Data
 from hadal.probe.rows import DatasetError
 
 SPAN_KEYS = {"text": str, "start": int, "end": int, "concept": str, "category": str}
@@ -86,18 +86,29 @@ class Material:
             found[target.concept].update(set(words(text[:begin]) + words(text[end:])))
         return found
 
+    @property
+    def letters(self) -> dict[str, Counter[str]]:
+        """Three letters in a row in the targets of each concept: what words of one spelling share, and so
+        most of what their tokens do."""
+        found: dict[str, Counter[str]] = {concept: Counter() for concept in self.concepts}
+        for target in self.targets:
+            whole = " … ".join(target.item.text[begin:end] for begin, end in target.item.spans)
+            text = f" {whole.lower()} "
+            found[target.concept].update(text[i : i + 3] for i in range(len(text) - 2))
+        return found
+
     def items(self) -> Iterator[Item]:
         """Everything that vectors are wanted of."""
-        for target in (*self.targets, *self.others, *self.sentences, *self.controls):
-            if not (self.sentences_are_targets and target in self.sentences):
-                yield target.item
+        own = () if self.sentences_are_targets else self.sentences
+        for target in (*self.targets, *self.others, *own, *self.controls):
+            yield target.item
         for term in (*self.terms.values(), *self.other_terms):
             yield from term.items
 
     @property
     def sentences_are_targets(self) -> bool:
         """Whether the isotopies are the categories of the targets themselves, as in labelled spans."""
-        return bool(self.sentences) and self.sentences is self.targets
+        return bool(self.sentences) and self.sentences[0].item is self.targets[0].item
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,30 @@ class Checked:
     confounds: tuple[str, ...] = ()
 
 
-def gather(data: Data) -> Gathered:
-    """Read everything. Raises DatasetError, ProbeError."""
-    if data.spans:
-        return _of_spans(data)
+def gather(data: Data, hypotheses: Sequence[str] = HYPOTHESES) -> Gathered:
+    """Read everything, and keep what these hypotheses need. Raises DatasetError, ProbeError."""
+    found = _of_spans(data) if data.spans else _of_dataset_files(data)
+    return replace(found, materials=tuple(_needed(m, hypotheses) for m in found.materials))
+
+
+def _needed(material: Material, hypotheses: Sequence[str]) -> Material:
+    """Without what nothing is asked about: vectors cost time, and of a service money."""
+    if "H3" not in hypotheses:
+        material = replace(material, sentences=(), controls=(), lemmas=())
+    used = {w for _, _, corners in material.squares for w in corners}
+    used |= {w for pairs in material.pairs.values() for pair in pairs for w in pair}
+    if "H2" not in hypotheses:
+        used = set()
+        material = replace(material, squares=(), pairs={})
+    if "H4" in hypotheses:
+        used |= set(material.molecules)
+    else:
+        material = replace(material, molecules={})
+    terms = {word: term for word, term in material.terms.items() if word in used}
+    return replace(material, terms=terms, other_terms=material.other_terms if terms else ())
+
+
+def _of_dataset_files(data: Data) -> Gathered:
     if data.set != "nsm" and not data.folders:
         raise ProbeError("there is nothing to study: give data.set, data.folders or data.spans")
     found = load(*data.folders, languages=data.languages or None, packaged=data.set == "nsm")

@@ -134,7 +134,7 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Tests:
+class Questions:
     """What is tested, and with how many draws."""
 
     hypotheses: tuple[str, ...] = HYPOTHESES
@@ -164,7 +164,7 @@ class StudyRecipe:
     data: Data = field(default_factory=Data)
     model: tuple[Model, ...] = (Model("hadal-mini"),)
     vectors: Vectors = field(default_factory=Vectors)
-    tests: Tests = field(default_factory=Tests)
+    tests: Questions = field(default_factory=Questions)
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "a plain name")

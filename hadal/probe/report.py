@@ -97,8 +97,11 @@ class Several:
         return " | ".join(maker.label() for maker in self.makers)
 
 
-def write(outcome: StudyOutcome, folder: Path, run: Mapping[str, Any] | None = None) -> Path:
-    """All files of a study; gives the report's path. `run`: what belongs to this run alone (time, date)."""
+def write(
+    outcome: StudyOutcome, folder: Path, run: Mapping[str, Any] | None = None, *, pictures: bool = True
+) -> Path:
+    """All files of a study; gives the report's path. `run`: what belongs to this run alone (time, date).
+    `pictures` take half a second each."""
     folder.mkdir(parents=True, exist_ok=True)
     found = verdicts(outcome)
     results = as_json(outcome, found)
@@ -107,9 +110,9 @@ def write(outcome: StudyOutcome, folder: Path, run: Mapping[str, Any] | None = N
     if run is not None:
         _json(folder / "run.json", dict(run))
     tables(outcome, found, folder / "tables")
-    pictures = draw(outcome, folder / "figures")
+    drawn = draw(outcome, folder / "figures") if pictures else []
     report = folder / "report.html"
-    report.write_text(page(outcome, found, pictures), "utf-8")
+    report.write_text(page(outcome, found, drawn), "utf-8")
     return report
 
 

@@ -43,6 +43,7 @@ Vectors = NDArray[np.float64]
 Tell = Callable[[str], None]
 RANDOM = "random weights"
 AROUND = "the words around"
+LETTERS = "the targets' letters"
 KIND_NAMES = {"synonym": "synonyms", "cohyponym": "co-hyponyms"}
 
 
@@ -310,14 +311,13 @@ def bag(texts: Sequence[Sequence[str]]) -> Vectors:
     return found
 
 
-def _around(material: Material) -> Vectors:
-    """Logarithms of counts of the words beside each concept's targets [n, words]."""
-    contexts = list(material.contexts.values())
-    place = {word: i for i, word in enumerate(sorted({w for c in contexts for w in c}))}
-    found = np.zeros((len(contexts), max(1, len(place))))
-    for row, counts in enumerate(contexts):
-        for word, n in counts.items():
-            found[row, place[word]] = np.log1p(n)
+def _counts(rows: Sequence[Mapping[str, int]]) -> Vectors:
+    """Logarithms of counts [n, names]."""
+    place = {name: i for i, name in enumerate(sorted({name for row in rows for name in row}))}
+    found = np.zeros((len(rows), max(1, len(place))))
+    for row, counts in enumerate(rows):
+        for name, n in counts.items():
+            found[row, place[name]] = np.log1p(n)
     return found
 
 
@@ -344,7 +344,8 @@ def _concepts(made: Made, blank: Made | None) -> Concepts:
     if blank is not None:
         baselines[RANDOM] = blank.at_primary
     if made.maker.role == "studied":
-        baselines[AROUND] = _around(material)
+        baselines[AROUND] = _counts(list(material.contexts.values()))
+        baselines[LETTERS] = _counts(list(material.letters.values()))
         if strata is not None:
             baselines["part of speech"] = one_hot_rows(strata)
         if isinstance(made.maker.backend, Local) and 0 in made.layers and made.layers[made.primary] != 0:
@@ -432,7 +433,7 @@ def run(recipe: StudyRecipe, *, gathered: Gathered | None = None, found: Sequenc
         tell: Tell = lambda text: None) -> StudyOutcome:  # fmt: skip
     """The study. `found`: makers that are there already. Raises ProbeError, and what backends raise; a test
     that cannot be made is told in `refused`."""
-    gathered = gathered or gather(recipe.data)
+    gathered = gathered or gather(recipe.data, recipe.tests.hypotheses)
     outcome = StudyOutcome(recipe, gathered)
     everyone = makers(recipe, gathered) if found is None else list(found)
     for maker in everyone:

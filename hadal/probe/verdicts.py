@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from hadal.probe.stats.result import Result
-from hadal.probe.study import AROUND, RANDOM, StudyOutcome
+from hadal.probe.study import AROUND, LETTERS, RANDOM, StudyOutcome
 
 Status = Literal["evidence", "not the model's own", "no evidence", "not tested"]
 LOW: Final = "H1: silhouette minus "
@@ -38,8 +38,9 @@ HYPOTHESES: Final = (
         "the theory has them; no clusters are searched for. They are compared with the same vectors under "
         "labels exchanged between concepts of the same part of speech, since verbs lie near verbs in any "
         "case.",
-        "It would have been shown by a silhouette above nearly all that exchanged labels give, and above "
-        "those of a network with random weights and of the mere counts of the words beside the targets.",
+        "It would have been shown by a silhouette above nearly all that exchanged labels give, by more than "
+        "what a network with random weights, mere counts of the words beside the targets, and the targets' "
+        "letters have over their exchanged labels.",
         (("H1: silhouette",), ("H1: ANOSIM R",)), "H1, categories",
     ),
     Hypothesis(
@@ -157,16 +158,14 @@ def _not_own(outcome: StudyOutcome, hypothesis: Hypothesis, model: str, language
     lead = outcome.found(model, language, claim[0])
     assert lead is not None
     if hypothesis.id == "H1":
-        for other, name in (
-            (RANDOM, "random weights"),
-            (AROUND, "mere counts of the words around"),
-        ):
+        for other in (RANDOM, AROUND, LETTERS):
             gap = outcome.found(model, language, LOW + other)
-            if gap is not None and gap.interval is not None and gap.interval.low <= 0:
+            if gap is not None and gap.interval is not None and gap.interval.low <= gap.null_mean:
                 i = gap.interval
                 return (
-                    f"it is not surely more than {name} have: the silhouettes differ by {gap.statistic:+.3f} "
-                    f"[{i.low:+.3f}, {i.high:+.3f}]"
+                    f"it is not surely more than {other} have: the "
+                    f"silhouettes differ by {gap.statistic:+.3f} [{i.low:+.3f}, {i.high:+.3f}], and by "
+                    f"{gap.null_mean:+.3f} if there is nothing in either"
                 )
     if blank is None:
         return ""
@@ -228,7 +227,7 @@ def summary(found: list[Verdict]) -> str:
         head = f"Evidence for {'; '.join(held)}."
     rest = [f"{n} {text}" for key, text in (
         ("no evidence", "without evidence"),
-        ("not the model's own", "not surely more than random weights or the words around have"),
+        ("not the model's own", "not surely more than random weights or mere words have"),
         ("not tested", "not tested"),
     ) if (n := number[key])]  # fmt: skip
     return (
