@@ -95,10 +95,9 @@ def bars(rows: Sequence[Bar], title: str, limit: tuple[float, str] | None = None
     if limit:
         x = _LABEL + limit[0] / most * room
         anchor = "end" if x > WIDTH - 160 else "start" if x < _LABEL + 60 else "middle"
-        out.append(
-            f'<path class="hadal-limit" d="M{x:.1f} 18V{height - 2:g}"/>'
-            + words(x, 13, limit[1], anchor=anchor, kind="strong")
-        )
+        # First, so that it lies behind the values.
+        out.insert(0, f'<path class="hadal-limit" d="M{x:.1f} 18V{height - 2:g}"/>')
+        out.append(words(x, 13, limit[1], anchor=anchor, kind="strong"))
     return frame(height, "".join(out), title)
 
 
