@@ -30,6 +30,9 @@ from hadal.ops.dispatch import forced_reference, has_triton
 
 SLAB = 2**26
 """Elements updated at a time without the kernel: bounds the FP32 temporaries of a step (256 MiB each)."""
+CACHED = 2**17
+"""Elements that a thread of a CPU updates at a time: temporaries (512 KiB each) that stay in its cache, and
+are not fresh pages. An element's arithmetic does not depend on it."""
 LARGE = 2**18
 """Elements from which on a parameter's gradient is taken as soon as it is made (`collecting`)."""
 ALIGNED = 64
@@ -220,9 +223,10 @@ class AdamW:
             self.to_model()
 
     def _slabs(self) -> Iterator[tuple[slice, bool]]:
+        slab = min(SLAB, CACHED * torch.get_num_threads()) if self.master_N.is_cpu else SLAB
         for low, high, decayed in ((0, self.decayed, True), (self.decayed, self.master_N.numel(), False)):
-            for start in range(low, high, SLAB):
-                yield slice(start, min(start + SLAB, high)), decayed
+            for start in range(low, high, slab):
+                yield slice(start, min(start + slab, high)), decayed
 
     def _update(self, part: slice, rate: float, decay: float, scale: Tensor, alive: Tensor) -> None:
         beta1, beta2 = self.betas

@@ -53,6 +53,23 @@ def test_equals_torch_adamw_in_fp32(clip, slab, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_a_cpu_updates_by_cached_parts_with_the_same_bits(clip, monkeypatch):
+    """Whatever their length: a run may go on with other threads."""
+    states = []
+    for cached in (2**26, 48, 16):
+        monkeypatch.setattr(optimizer_module, "CACHED", cached)
+        model = _model()
+        adamw = AdamW(model.named_parameters(), clip=clip)
+        for step in range(5):
+            _backward(model, step, 10.0)
+            adamw.accumulate()
+            adamw.step(1e-2, adamw.grad_norm(), ALIVE)
+        states.append(adamw.state() | dict(model.state_dict()))
+    for other in states[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in states[0].items())
+
+
 def test_decay_acts_on_matrices_only():
     model = _model()
     adamw = AdamW(model.named_parameters(), weight_decay=0.5)
