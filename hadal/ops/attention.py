@@ -22,6 +22,8 @@ from hadal.ops.heads import mla_heads, rotate_queries
 from hadal.ops.kept import kept
 from hadal.ops.recompute import recomputed
 
+BATCHED = 256  # tokens: on a CPU, sequences up to this length share a call with others about as long
+
 
 class Spans(NamedTuple):
     """Sequences whose lengths the host does not know, as a CUDA graph wants them: offsets in a tensor of
@@ -90,6 +92,8 @@ def attention(
         starts = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
         return _varlen(q_THC, k_NGC, v_NGV, starts, (max(q_len), max(k_len)), scale)
     q_len, k_len = list(q_len), list(k_len)
+    if q_len == k_len and q_THC.device.type == "cpu":
+        return _batched(q_THC, k_NGC, v_NGV, tuple(q_len), scale)
     pieces = zip(q_THC.split(q_len), k_NGC.split(k_len), v_NGV.split(k_len), strict=True)
     # split, since the gradient of every slice is as large as the stream
     return torch.cat([_uniform(q, k, v, 1, scale) for q, k, v in pieces])
@@ -155,6 +159,40 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1)[..., :width_V]
+
+
+def _batched(q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """Sequences that see themselves alone, similar lengths as one batch with zeros at their ends: no query
+    sees a key behind it, so that they change nothing. Many short ones are bound by the calls, not by the
+    work."""
+    slot_T, batches = _batches(lengths)
+    sizes = [sequences * longest for sequences, longest in batches]
+    padded = [x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, slot_T, x).split(sizes)
+              for x in (q_THC, k_TGC, v_TGV)]  # fmt: skip
+    out = [_uniform(q, k, v, n, scale) for (n, _), q, k, v in zip(batches, *padded, strict=True)]
+    return torch.cat(out).index_select(0, slot_T)
+
+
+@functools.lru_cache(maxsize=64)
+def _batches(lengths: tuple[int, ...]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Batches (sequences, longest): lengths up to BATCHED within a factor of two, longer ones alone; and the
+    place of each token in them, one after another [T]."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, length in enumerate(lengths):
+        if not length:
+            continue
+        key = (length.bit_length(), -1 if length <= BATCHED else number)
+        groups.setdefault(key, []).append(number)
+    first, base, batches = [0] * len(lengths), 0, []
+    for members in groups.values():
+        longest = max(lengths[number] for number in members)
+        batches.append((len(members), longest))
+        for place, number in enumerate(members):
+            first[number] = base + place * longest
+        base += len(members) * longest
+    with torch.inference_mode(False):  # kept, and wanted by gradients as well
+        slots = [torch.arange(at, at + length) for at, length in zip(first, lengths, strict=True)]
+        return torch.cat(slots), batches
 
 
 def _kind(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.device, torch.dtype, int, int, int, int, int]:
