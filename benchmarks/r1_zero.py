@@ -2,6 +2,7 @@
 
     make r1-zero                                     one seed, less than ten minutes on two cores
     python benchmarks/r1_zero.py --seeds 1 2 3       each from texts and weights of its own
+    make r1-zero ARGS="--recipes chain"              chain sums, the fast task: a few minutes
     python benchmarks/r1_zero.py --recipes h100      recipes/r1-zero/h100-*.toml, for one GPU
 
     texts         hadal/data/zero.py, by texts.toml
@@ -53,7 +54,11 @@ TITLES = {
     "length": "tokens of a completion",
     "tries": "tries of a completion",
     "precision": "verification precision: ✓ is right",
+    "long": "share of answers that are worked out",
+    "sound": "lists of running totals without an error",
 }
+CHAIN = ("accuracy", "length", "long", "sound")  # what is drawn of chain sums, which have nothing to verify
+CHECKS = ("tries", "claims", "precision")  # rows of tables that chain sums have not
 
 
 # --- recipes ---
@@ -205,7 +210,7 @@ def examine(
 # --- the chain of one seed ---
 @dataclass
 class Study:
-    """One seed, in a folder of its own. `prefix` of the recipes' names: "" or "h100-"."""
+    """One seed, in a folder of its own. `prefix` of the recipes' names: "", "chain-" or "h100-"."""
 
     out: Path
     seed: int
@@ -263,6 +268,7 @@ class Study:
         if not (tokenizer / "tokenizer.json").is_file():
             zero.write_tokenizer(tokenizer)
         parts = {"skills": recipe.skills, "diluted": recipe.diluted}
+        workers = 1 if recipe.chain_share == 1 else usable_cores()  # chains are written in a second
         for number, (name, part) in enumerate(parts.items()):
             zero.write_set(
                 data / name,
@@ -270,7 +276,7 @@ class Study:
                 count=part.documents,
                 seed=seed + number,
                 mixture=recipe.mixture(part),
-                workers=usable_cores(),
+                workers=workers,
             )
         held = recipe.mixture(recipe.skills)
         zero.write_set(data / "held-out", tokenizer, count=200, seed=seed + 2, mixture=held, split="held-out")
@@ -343,16 +349,20 @@ def smooth(values: Sequence[float | None], width: int = 5) -> list[float | None]
     return found
 
 
-def draw(runs: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Accuracy, length, tries and precision over steps, each seed a line; kept runs grey. False without
-    matplotlib."""
+def draw(
+    runs: Sequence[Mapping[str, Any]],
+    kept: Sequence[Mapping[str, Any]],
+    path: Path,
+    keys: Sequence[str] = CURVES,
+) -> bool:
+    """Four curves over steps, each seed a line; kept runs grey. False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     axes = figure.subplots(2, 2).flat
-    for key, axis in zip(CURVES, axes, strict=True):
+    for key, axis in zip(keys, axes, strict=True):
         for number, run in enumerate([*kept, *runs]):
             steps_ = [record["step"] for record in run["curves"]]
             raw = [record[key] for record in run["curves"]]
@@ -369,8 +379,8 @@ def draw(runs: Sequence[Mapping[str, Any]], kept: Sequence[Mapping[str, Any]], p
             label = f"seed {run['seed']}" + ("" if live else ", kept")
             line = [float("nan") if v is None else v for v in smooth(raw)]
             axis.plot(steps_, line, color=color, linewidth=1.4, label=label)
-        if key in ("accuracy", "precision"):
-            axis.set_ylim(0, 1)
+        if key not in ("length", "tries"):
+            axis.set_ylim(0, 1.02)
         else:
             axis.set_ylim(bottom=0)
         axis.set_title(TITLES[key], fontsize=10)
@@ -393,10 +403,12 @@ ROWS = (
 STAGES = {"skills": "after skills", "base": "base (diluted)", "rl": "after RL"}
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(runs: Sequence[Mapping[str, Any]], prefix: str = "") -> tuple[list[str], list[list[str]]]:
     """Held-out questions, stage by stage; the mean over seeds and, from three on, their deviation."""
     rows = []
     for title, way, key, form in ROWS:
+        if prefix == "chain-" and key in CHECKS:
+            continue
         row = [title]
         for stage in STAGES:
             values = [run["exams"][stage][way][key] for run in runs]
@@ -409,9 +421,9 @@ def table(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     return ["held-out questions", *STAGES.values()], rows
 
 
-def show(runs: Sequence[Mapping[str, Any]]) -> None:
+def show(runs: Sequence[Mapping[str, Any]], prefix: str) -> None:
     """The summary on the terminal."""
-    columns, rows = table(runs)
+    columns, rows = table(runs, prefix)
     wide = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     print()
     for row in [columns, *rows]:
@@ -435,7 +447,7 @@ def show(runs: Sequence[Mapping[str, Any]]) -> None:
 
 def result(runs: Sequence[Mapping[str, Any]], prefix: str, device: str) -> dict[str, Any]:
     """The table in the form of benchmarks/results."""
-    columns, rows = table(runs)
+    columns, rows = table(runs, prefix)
     walls = ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in runs)
     cpus = ", ".join(f"{run['cpu_seconds']:.0f}" for run in runs)
     seeds = ", ".join(str(run["seed"]) for run in runs)
@@ -457,7 +469,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument(
-        "--recipes", default="cpu", help="cpu, or what names in recipes/r1-zero begin with: h100"
+        "--recipes", default="cpu", help="cpu, or what names in recipes/r1-zero begin with: chain, h100"
     )
     parser.add_argument("--out", type=Path, default=None, help="default: runs/r1-zero")
     parser.add_argument("--device", default="auto")
@@ -468,7 +480,8 @@ def main() -> int:
     args = parser.parse_args()
     prefix = "" if args.recipes == "cpu" else f"{args.recipes}-"
     name = "r1-zero" if args.recipes == "cpu" else f"r1-zero-{args.recipes}"
-    device = "cpu" if args.recipes == "cpu" and args.device == "auto" else args.device
+    keys = CHAIN if prefix == "chain-" else CURVES
+    device = "cpu" if args.recipes in ("cpu", "chain") and args.device == "auto" else args.device
     out = args.out or Path("runs") / name
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -487,8 +500,8 @@ def main() -> int:
         (out / "r1-zero.json").write_text(
             json.dumps({"runs": runs}, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        drawn = draw(runs, kept, out / "r1-zero.png")
-    show(runs)
+        drawn = draw(runs, kept, out / "r1-zero.png", keys)
+    show(runs, prefix)
     print(out / "r1-zero.png" if drawn else "no picture: it needs matplotlib (pip install 'hadal[train]')")
     if args.save:
         found = result(runs, prefix, "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
@@ -497,7 +510,7 @@ def main() -> int:
         (KEPT / f"{name}.json").write_text(
             json.dumps({"runs": runs}, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        draw(runs, [], ROOT / "docs" / "images" / f"{name}.png")
+        draw(runs, [], ROOT / "docs" / "images" / f"{name}.png", keys)
     return 0
 
 

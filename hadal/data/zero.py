@@ -3,8 +3,10 @@
     3 7 5 → 50            countdown: reach 50 with + − ×, every number once (all different)
     7+8+5+9 mod 10        chain: the last digit of a sum
 
-A *long* answer works it out, a running total a line as on a pocket calculator. In Countdown every line is a
-try, held against the target, and ends in a verdict: too small, too large, or right.
+A *long* answer works it out. Of a chain it lists the last digits of the running totals, two tokens a number
+like the question, so that each lies as far behind its number as every other: `7,5,0,9`. In Countdown every
+line is a try as on a pocket calculator, held against the target, and ends in a verdict: too small, too large,
+or right.
 
     3+7=10 -5=5?50 <
     3+7=10 ×5=50?50 ✓
@@ -31,7 +33,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ VOCABULARY = (
 SHARD_DOCUMENTS = 5000
 YES, LESS, MORE = "✓", "<", ">"
 _TRY = re.compile(rf"(\d+)((?: ?[+\-×]\d+=\d+)+)(?:\?(\d+) ([{YES}{LESS}{MORE}]))?")
+_TOTALS = re.compile(r"\d(?:,\d)+")
 _STEP = re.compile(r" ?([+\-×])(\d+)=(\d+)")
 
 Step = tuple[str, int]  # an operation and its right operand
@@ -186,7 +189,7 @@ def draw(rng: random.Random, mixture: Mixture, split: str) -> Question:
     task = rng.choices(names, shares)[0]
     while True:
         if task == "chain":
-            numbers = tuple(rng.randint(1, 9) for _ in range(rng.randint(*mixture.chain)))
+            numbers = tuple(rng.randint(0, 9) for _ in range(rng.randint(*mixture.chain)))
             question = Question(task, numbers, sum(numbers) % 10)
         else:
             numbers = tuple(rng.sample(range(1, mixture.top + 1), rng.randint(*mixture.countdown)))
@@ -201,6 +204,11 @@ def draw(rng: random.Random, mixture: Mixture, split: str) -> Question:
 def solutions(question: Question) -> list[Attempt]:
     """The tries that reach the target of a Countdown."""
     return [a for a in attempts(tuple(sorted(question.numbers))) if a.value == question.target]
+
+
+def last_digits(numbers: Sequence[int]) -> list[int]:
+    """Of the running totals."""
+    return [total % 10 for total in accumulate(numbers)]
 
 
 # --- answers ---
@@ -220,8 +228,7 @@ def long(question: Question, rng: random.Random, patience: float, within: int) -
     """Running totals; of Countdown one try after another, none twice, until one reaches the target or
     patience ends."""
     if question.task == "chain":
-        first, *others = question.numbers
-        return completion(f"{Attempt(first, tuple(('+', n) for n in others)).line}\n", str(question.target))
+        return completion(f"{','.join(map(str, last_digits(question.numbers)))}\n", str(question.target))
     tried = list(attempts(tuple(sorted(question.numbers))))
     rng.shuffle(tried)
     wrong = [one for one in tried if one.value != question.target]
@@ -250,7 +257,7 @@ def text(index: int, seed: int, mixture: Mixture, split: str = "train") -> tuple
 class Try:
     """A line of a trace. sound: every total is right, and the target is the one asked for; numbers: exactly
     those given, each once; reaches: sound, with these numbers, and the target; verdict: YES, LESS, MORE or
-    empty."""
+    empty, as of a chain, whose totals are right up to the last or not sound."""
 
     line: str
     sound: bool
@@ -286,6 +293,11 @@ def read(text: str, numbers: Sequence[int], target: int) -> Trace:
     found, strange = [], 0
     for line in text.split("</think>")[0].splitlines():
         if not line.strip():
+            continue
+        if _TOTALS.fullmatch(line):
+            totals, right = [int(total) for total in line.split(",")], last_digits(numbers)
+            sound = totals == right[: len(totals)]
+            found.append(Try(line, sound, len(totals) == len(right), totals == right, ""))
             continue
         match = _TRY.fullmatch(line)
         if match is None:

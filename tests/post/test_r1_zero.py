@@ -133,6 +133,36 @@ def test_a_wrong_target_or_nothing_at_all_is_no_sound_try() -> None:
     assert zero.read("7+8=15 +5=20\n</think>\n\n**0**", (7, 8, 5), 0).tries[0].sound
 
 
+CHAIN = zero.Mixture((("chain", 1.0),), chain=(6, 6), long=0.5)
+
+
+def test_chains_are_worked_out_at_a_fixed_distance_and_read_again(tokenizer: Path) -> None:
+    """Each running total lies as many tokens behind its number as every other, which is what a small model
+    learns them by; what is read is computed again."""
+    loaded = Tokenizer.load(tokenizer)
+    kinds = set()
+    for index in range(60):
+        question, text = zero.text(index, 4, CHAIN)
+        think = text.split("</think>")[0].strip()
+        kinds.add(bool(think))
+        trace = zero.read(text, question.numbers, question.target)
+        assert len(trace.tries) == bool(think) and not trace.strange
+        assert rewarded([(question, text)] if index < 6 else []) == [1.0] * (index < 6)
+        if not think:
+            continue
+        assert trace.tries[0].reaches and trace.tries[0].sound
+        asked, worked = loaded.encode(question.prompt)[:11], loaded.encode(think)
+        assert len(worked) == 11
+        total = 0
+        for number, shown in zip(asked[::2], worked[::2], strict=True):
+            total = (total + int(loaded.decode([number]))) % 10
+            assert int(loaded.decode([shown])) == total
+    assert kinds == {True, False}
+    for written, sound, complete in (("3,0,4", True, True), ("3,0", True, False), ("3,1,5", False, True)):
+        (one,) = zero.read(f"{written}\n</think>\n\n**4**", (3, 7, 4), 4).tries
+        assert (one.sound, one.numbers, one.reaches) == (sound, complete, sound and complete)
+
+
 def test_numbers_are_a_token_each_and_texts_are_what_the_engine_reads(
     tokenizer: Path, tmp_path: Path
 ) -> None:
