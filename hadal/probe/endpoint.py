@@ -78,7 +78,8 @@ class Endpoint:
         self._sleep, self._clock, self._next = sleep, clock, 0.0
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(timeout=timeout, headers=headers)
-        self._failed = httpx.TransportError
+        self._failed, self._unreachable = httpx.TransportError, httpx.ConnectError
+        self._answered = False  # a service that never answered is a wrong address, and is not waited for
         self.kept = Kept(Path(cache)) if cache is not None else None
         self._reported: set[str] = set()
 
@@ -157,7 +158,10 @@ class Endpoint:
             raise EndpointError(
                 f"a service gives one vector a text, so pooling {pooling!r} cannot be had: use a local model"
             )
-        answer = self._client.get(f"{self.url}/models/{self.model}")
+        try:
+            answer = self._client.get(f"{self.url}/models/{self.model}")
+        except self._failed as error:
+            raise EndpointError(f"{self.url} does not answer: {type(error).__name__}: {error}") from None
         if answer.status_code != 200 or "hadal" not in _object(answer):
             raise EndpointError(
                 f"{self.url} is not a Hadal server: it gives the vectors that its model makes, and takes no "
@@ -201,8 +205,13 @@ class Endpoint:
             try:
                 answer = self._client.post(f"{self.url}/embeddings", json=body)
             except self._failed as error:
+                if isinstance(error, self._unreachable) and not self._answered:
+                    raise EndpointError(
+                        f"nothing answers at {self.url} ({error}): check the address"
+                    ) from None
                 why, wait = f"{type(error).__name__}: {error}", None
             else:
+                self._answered = True
                 if answer.status_code == 200:
                     return self._vectors(answer, len(texts))
                 if answer.status_code not in AGAIN:

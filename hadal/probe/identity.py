@@ -75,7 +75,8 @@ class Identity:
         done = "".join(f" · {step}" for step in self.steps)
         if self.is_simulation:
             return f"SIMULATION, no model{detail} · {layers}{done}"
-        who = f"{self.model} @ {self.revision[:12]}"
+        revision = self.revision.partition(":")[0]  # "unknown: …" without its reason
+        who = f"{self.model} @ {revision[:12]}"
         return f"{who} · {self.backend} · {self.dtype} · {layers} · {self.pooling}{detail}{done}"
 
     def to_json(self) -> dict[str, Any]:

@@ -87,6 +87,22 @@ class Material:
         return found
 
     @property
+    def apart(self) -> list[int]:
+        """Numbers of concepts, in order, each of which shares no word of its targets with one before it of
+        the same category (letters alone do not count as words)."""
+        own: dict[str, set[str]] = {concept: set() for concept in self.concepts}
+        for target in self.targets:
+            for begin, end in target.item.spans:
+                own[target.concept].update(w for w in words(target.item.text[begin:end]) if len(w) > 1)
+        kept: list[int] = []
+        taken: dict[str, set[str]] = defaultdict(set)
+        for number, (concept, category) in enumerate(self.concepts.items()):
+            if not own[concept] & taken[category]:
+                kept.append(number)
+                taken[category] |= own[concept]
+        return kept
+
+    @property
     def letters(self) -> dict[str, Counter[str]]:
         """Three letters in a row in the targets of each concept: what words of one spelling share, and so
         most of what their tokens do."""

@@ -100,7 +100,8 @@ class Model:
         """What it is called in tables."""
         if self.simulate is not None:
             return f"simulation {self.simulate:g}"
-        return f"{self.name} at {self.url}" if self.url else self.name
+        short = Path(self.name).name if self.name.startswith(("/", ".", "~")) else self.name
+        return f"{self.name} at {self.url}" if self.url else short
 
 
 @dataclass(frozen=True)

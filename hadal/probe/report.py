@@ -214,7 +214,9 @@ def _csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _safe(text: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in text).strip("-").lower()
+    """Of a file name."""
+    plain_text = "".join(c if c.isalnum() else "-" for c in text.lower())
+    return "-".join(part for part in plain_text.split("-") if part)[-80:]
 
 
 def draw(outcome: StudyOutcome, folder: Path) -> list[Picture]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -44,6 +44,7 @@ Tell = Callable[[str], None]
 RANDOM = "random weights"
 AROUND = "the words around"
 LETTERS = "the targets' letters"
+APART = "H1: silhouette, no shared words"
 KIND_NAMES = {"synonym": "synonyms", "cohyponym": "co-hyponyms"}
 
 
@@ -481,9 +482,28 @@ def _test(outcome: StudyOutcome, families: Families, made: Made) -> None:
     for curve in study.curves(plan, refused):
         outcome.curves.append(LayerCurve(title, role, language, curve))
     if role == "studied" and study.concepts is not None:
+        families.add(role, "H1, baselines", "exploratory", title, language,
+                     _without_shared_words(made, plan, study.concepts, refused))  # fmt: skip
         families.add(role, "H1, other poolings", "exploratory", title, language,
                      _other_poolings(made, plan, study.concepts, refused))  # fmt: skip
     outcome.refused += [(title, language, test, why) for test, why in refused.items()]
+
+
+def _without_shared_words(made: Made, plan: Plan, concepts: Concepts, refused: dict[str, str]) -> list[Draft]:
+    """The silhouette of concepts of which no two of a category share a word: what is gone here was spelling.
+    Empty where none do."""
+    kept = made.material.apart
+    if len(kept) == len(concepts.names):
+        return []
+    rng = np.random.default_rng([plan.seed, 2500])
+    strata = None if concepts.strata is None else [concepts.strata[i] for i in kept]
+    x, category = np.asarray(concepts.vectors)[kept, plan.layer], [concepts.category[i] for i in kept]
+    try:
+        found = clustering(x, category, plan.draws, rng, strata=strata)
+    except StatsError as error:
+        refused[APART] = str(error)
+        return []
+    return [replace(found[0].named(APART), note=f"{len(kept)} of {len(concepts.names)} concepts")]
 
 
 def _other_poolings(made: Made, plan: Plan, concepts: Concepts, refused: dict[str, str]) -> list[Draft]:

@@ -28,9 +28,9 @@ def read_items(
     """(texts, the rows that they came from). `.jsonl`: an object a line; anything else: a text a line. Rows
     without `id_field` are numbered. Raises ProbeError with the line."""
     if not path.is_file():
-        raise ProbeError(f"{path} does not exist")
+        raise ProbeError(f"{path} " + ("is no file" if path.exists() else "does not exist"))
     try:
-        content = path.read_text("utf-8")
+        content = path.read_text("utf-8-sig")  # a byte order mark is no part of the first text
     except UnicodeDecodeError as error:
         raise ProbeError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
     if path.suffix not in (".jsonl", ".ndjson"):
@@ -51,10 +51,17 @@ def read_items(
 
 
 def _item(row: Any, number: int, text_field: str, id_field: str, span_field: str | None) -> Item:
-    if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
-        raise ProbeError(f"no text under {text_field!r}")
+    if not isinstance(row, dict):
+        raise ProbeError(f"no text under {text_field!r}: the row is no object")
+    for what, field in (("text", text_field), ("target", span_field)):
+        if field is not None and field not in row:
+            raise ProbeError(
+                f"no {what} under {field!r}; the row has {', '.join(map(repr, row)) or 'nothing'}"
+            )
     text = row[text_field]
-    spans = () if span_field is None else read_spans(text, row.get(span_field))
+    if not isinstance(text, str):
+        raise ProbeError(f"{text_field!r} is {text!r}; it must be a text")
+    spans = () if span_field is None else read_spans(text, row[span_field])
     return Item(str(row.get(id_field, number)), text, spans)
 
 
@@ -70,6 +77,9 @@ def read_spans(text: str, value: Any) -> Spans:
     pairs = [value] if isinstance(value, list) and value and isinstance(value[0], int) else value
     if not isinstance(pairs, list) or not pairs or not all(map(_is_pair, pairs)):
         raise ProbeError(f"a span is [begin, end], a list of such, or a word of the text, not {value!r}")
+    for begin, end in pairs:
+        if not 0 <= begin < end <= len(text):
+            raise ProbeError(f"span {begin}:{end} is not inside the {len(text)} characters of {text[:60]!r}")
     return tuple((int(begin), int(end)) for begin, end in pairs)
 
 

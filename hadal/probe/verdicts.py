@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from hadal.probe.stats.result import Result
-from hadal.probe.study import AROUND, LETTERS, RANDOM, StudyOutcome
+from hadal.probe.study import APART, AROUND, LETTERS, RANDOM, StudyOutcome
 
 Status = Literal["evidence", "not the model's own", "no evidence", "not tested"]
 LOW: Final = "H1: silhouette minus "
@@ -40,7 +40,8 @@ HYPOTHESES: Final = (
         "case.",
         "It would have been shown by a silhouette above nearly all that exchanged labels give, by more than "
         "what a network with random weights, mere counts of the words beside the targets, and the targets' "
-        "letters have over their exchanged labels.",
+        "letters have over their exchanged labels; and by one that stays without the "
+        "concepts that share a word with another of their category.",
         (("H1: silhouette",), ("H1: ANOSIM R",)), "H1, categories",
     ),
     Hypothesis(
@@ -158,6 +159,10 @@ def _not_own(outcome: StudyOutcome, hypothesis: Hypothesis, model: str, language
     lead = outcome.found(model, language, claim[0])
     assert lead is not None
     if hypothesis.id == "H1":
+        alone = outcome.found(model, language, APART)
+        if alone is not None and not alone.significant:
+            which = f"the {alone.note} that share no word with another of their category"
+            return f"it is gone among {which} ({told(alone)})"
         for other in (RANDOM, AROUND, LETTERS):
             gap = outcome.found(model, language, LOW + other)
             if gap is not None and gap.interval is not None and gap.interval.low <= gap.null_mean:
