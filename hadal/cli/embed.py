@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -86,13 +87,13 @@ def embed(
     Examples:
         hadal embed "I see the moon." "Je vois la lune."
         hadal embed -m qwen2.5-1.5b -i words.jsonl --span-field word --layer all -o words.parquet
-        hadal embed -i texts.txt --backend endpoint --url http://127.0.0.1:8000/v1 --cache kept.sqlite
+        hadal embed -i texts.txt --backend endpoint --url http://127.0.0.1:11435/v1 --cache kept.sqlite
     """
     from hadal.probe import table
     from hadal.probe.backends import Local, check_items
 
     if out is not None:
-        table.ending(out)
+        _check_out(table.ending(out), source)
     items, columns = _items(texts, source, text_field, id_field, span_field)
     layers = _layers(layer, backend)
     check_items(items)
@@ -101,7 +102,7 @@ def embed(
     service |= {"tokens_per_minute": tpm, "price": price}
     maker = _backend(backend, model, asked, service, seed, special, (yes, force, json))
     if estimate:
-        _tell_estimate(maker, items, json)
+        _tell_estimate(maker, items, backend, json)
         return
     pooling: Pool | None = pool or ("span" if span_field is not None else None)
     if isinstance(maker, Local) and (pooling or "").startswith("span") and (cut := maker.clipped(items)):
@@ -123,10 +124,10 @@ def _items(
         raise CliError("give texts or --input, not both", 2)
     if source is not None:
         items, rows = read_items(source, text_field=text_field, id_field=id_field, span_field=span_field)
-        taken = {id_field, "id", "text", "span", "vectors"}
-        names = [n for n in (rows[0] if rows else {}) if n not in taken and not n.startswith("layer_")]
-        kept = {n: [row.get(n) for row in rows] for n in names if all(map(_plain, (r.get(n) for r in rows)))}
-        return items, {"text": [item.text for item in items], **kept}
+        taken = {id_field, text_field, "id", "text", "span", "vectors"}
+        if span_field is not None and not all(isinstance(row[span_field], str) for row in rows):
+            taken.add(span_field)
+        return items, {"text": [item.text for item in items], **_columns(rows, taken)}
     if span_field is not None:
         raise CliError("--span-field belongs to an --input of .jsonl", 2)
     if not texts and is_terminal(sys.stdin):
@@ -135,8 +136,28 @@ def _items(
     return items, {"text": [item.text for item in items]}
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, str)
+def _check_out(out: Path, source: Path | None) -> None:
+    """Refuses, before anything runs, a place where nothing can be written, and the input itself."""
+    if source is not None and out.exists() and source.exists() and out.samefile(source):
+        raise CliError(f"--out {out} is the input: it would be overwritten; name another file", 2)
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise CliError(f"--out {out} cannot be written; name a file in a folder that can", 2)
+
+
+def _columns(rows: list[dict[str, Any]], taken: set[str]) -> dict[str, list[Any]]:
+    """Fields of texts, numbers or truth values, one kind a column; None where a row lacks it. Says which
+    others are left out."""
+    found: dict[str, list[Any]] = {}
+    for name in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(name) for row in rows]
+        kinds = {type(value) for value in values} - {type(None)}
+        if name in taken or name.startswith("layer_"):
+            continue
+        if kinds in ({str}, {bool}) or (kinds and kinds <= {int, float}):
+            found[name] = values
+        else:
+            note(f"field {name!r} is not written beside the vectors: it is not text or number in every row")
+    return found
 
 
 def _layers(layer: str | None, backend: str) -> list[int] | None:
@@ -184,7 +205,7 @@ def _backend(
         )  # fmt: skip
 
 
-def _tell_estimate(maker: Backend, items: list[Item], json: bool) -> None:
+def _tell_estimate(maker: Backend, items: list[Item], backend: str, json: bool) -> None:
     from dataclasses import asdict
 
     told = maker.estimate(items)
@@ -193,7 +214,9 @@ def _tell_estimate(maker: Backend, items: list[Item], json: bool) -> None:
         return
     seconds = "time unknown" if told.seconds is None else human_seconds(told.seconds)
     cost = "" if told.cost is None else f", cost {told.cost:.4g}"
-    say(f"{told.texts:,} texts, {told.tokens:,} tokens, {told.requests:,} requests, {seconds}{cost}")
+    asked = f"{told.requests:,} {'pass' if backend == 'local' else 'request'}"
+    asked += "" if told.requests == 1 else "es" if backend == "local" else "s"
+    say(f"{told.texts:,} texts, {told.tokens:,} tokens, {asked}, {seconds}{cost}")
     note(told.note)
 
 
@@ -215,4 +238,5 @@ def _give(
     n, layers, width = found.vectors.shape
     note(found.identity.label())
     where = f" to {out}" if out is not None else ""
-    note(f"{n} texts, {layers} layers of {width}{where} in {human_seconds(seconds)}")
+    counted = f"{n} text{'s' * (n > 1)}, {layers} layer{'s' * (layers > 1)} of {width}"
+    note(f"{counted}{where} in {human_seconds(seconds)}")

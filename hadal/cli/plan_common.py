@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hadal.config import ModelConfig
     from hadal.plan.machines import Device, Machine
 
+MOST = 10_000  # layers, experts of a layer: each is counted one by one
 On = Annotated[
     str | None,
     typer.Option("--on", metavar="MACHINE", help="Such as 8xH800, or figures; default: this machine."),
@@ -54,17 +55,20 @@ Hourly = Annotated[
 # --- model and machine --------------------------------------------------------------------------------------
 def model_of(name: str) -> tuple[str, ModelConfig, int]:
     """(name, shape, stated context) of a name, folder, repository or config.json."""
-    from hadal.config import ConfigError, ModelConfig
+    from hadal.config import ModelConfig
     from hadal.plan.figures import PlanError
     from hadal.plan.serving import config_of
 
     if name.endswith(".json"):
         try:
-            config = ModelConfig.from_hf(json.loads(Path(name).read_text("utf-8")))
-        except ConfigError:
-            raise
-        except ValueError as error:
+            found = json.loads(Path(name).read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise CliError(f"{name} is no JSON: {error}", 2) from None
+        if not isinstance(found, dict):
+            raise CliError(f"{name} is no config.json: it holds a {type(found).__name__}, not an object", 2)
+        config = ModelConfig.from_hf(found)
+        if max(config.num_hidden_layers, config.moe.n_routed_experts if config.moe else 0) > MOST:
+            raise CliError(f"{name}: at most {MOST:,} layers and experts are planned for", 2)
         return name, config, config.max_position_embeddings
     try:
         return config_of(name)
@@ -153,7 +157,7 @@ def number(text: str) -> float:
         value = float(match[1].replace(",", "")) if match else -1.0
     except ValueError:
         value = -1.0
-    if match is None or value < 0:
+    if match is None or not 0 <= value < 1e30:
         raise typer.BadParameter(f"{text!r} is no number of tokens, such as 2e6, 500k or 14.8T")
     return value * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}[match[2]]
 

@@ -62,3 +62,7 @@ def cost(
         return
     say(paint(f"{found.ask.name} on {found.ask.machine.describe()}, {batch} at once", BOLD))
     c.figure_lines(rows, ranges=True)
+    if api is not None:
+        say(
+            f"  the API answers with a model of its own, named above: compare its answers with {model}'s, too"
+        )

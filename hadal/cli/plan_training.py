@@ -9,7 +9,7 @@ import typer
 
 from hadal.cli import options as o
 from hadal.cli import plan_common as c
-from hadal.cli.terminal import BOLD, CliError, note, paint, print_json, say, table
+from hadal.cli.terminal import BOLD, CliError, human_count, note, paint, print_json, say, table
 
 Schedule = Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]
 
@@ -61,7 +61,7 @@ def training(
     if json:
         print_json(found)
         return
-    say(paint(f"{found['model']} on {found['on']}: {c.number(tokens):.4g} tokens", BOLD))
+    say(paint(f"{found['model']} on {found['on']}: {human_count(c.number(tokens))} tokens", BOLD))
     c.figure_lines(found["figures"])
     if mfu is None:
         low, high = found["range"]["best"], found["range"]["pessimistic"]
@@ -78,6 +78,8 @@ def training(
     need, have = (c.amount(found[k], "B") for k in ("needed", "usable"))
     say(f"  {need} of {have}: {'fits' if found['needed'] <= found['usable'] else 'does not fit'}")
     say("  activations as Hadal's operations keep them (DeepSeek's keep less), without workspace")
+    if found["needed"] > found["usable"]:
+        say("  less a device: --zero 2 or 3, --recompute, a shorter --sequence, --tp, --pp or --ep")
     if found["bubbles"]:
         c.heading("Bubbles, in times of one forward")
         _bubbles(found["bubbles"])

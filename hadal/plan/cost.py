@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from math import inf
 from typing import Any
 
@@ -47,6 +48,11 @@ def api_price(name: str, on: str | None = None) -> ApiPrice:
     if not named:
         names = sorted({p.name for p in known})
         raise PlanError(f"no price is known for {name!r}.{suggest(name, names)} Known: {', '.join(names)}")
+    if on is not None:
+        try:
+            on = date.fromisoformat(on).isoformat()
+        except ValueError:
+            raise PlanError(f"{on!r} is no day; give one such as 2025-03-01") from None
     then = [p for p in named if on is None or p.since <= on]
     if not then:
         raise PlanError(f"no price of {name} is known for {on}; the first is from {named[0].since}")

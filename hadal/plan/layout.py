@@ -102,6 +102,21 @@ def attention_replicated(config: ModelConfig) -> float:
     return sum(sizes[i] for i in kept) / sum(sizes)
 
 
+def _stage_shares(config: ModelConfig, pp: int) -> dict[str, float]:
+    """Share of each group on the fullest stage, which has expert layers where there are enough of them: the
+    dense ones stand first."""
+    layers = ceil(config.num_hidden_layers / pp)
+    sparse = sum(config.is_moe_layer(n) for n in range(config.num_hidden_layers))
+    dense = config.num_hidden_layers - sparse
+    here = min(layers, sparse)
+    found = {"layers": layers / config.num_hidden_layers}
+    if dense:
+        found["dense feed-forward"] = (layers - here) / dense
+    if sparse:
+        found |= dict.fromkeys(("routed experts", "shared experts", "gates"), here / sparse)
+    return found
+
+
 def weights_on_device(
     config: ModelConfig, dtype: WeightDtype, layout: Layout, *, with_mtp: bool = False
 ) -> dict[str, float]:
@@ -113,7 +128,7 @@ def weights_on_device(
         "gates": 1.0,
         "norms and biases": 1.0,
     }
-    stage = ceil(config.num_hidden_layers / layout.pp) / config.num_hidden_layers
+    stages = _stage_shares(config, layout.pp)
     found: dict[str, float] = {}
     for group in weight_groups(config, dtype, with_mtp=with_mtp):
         share = spread.get(group.name, 1 / layout.tp)
@@ -123,7 +138,7 @@ def weights_on_device(
             part = experts / group.parameters
             share = part * spread["routed experts"] + (1 - part) / layout.tp
         elif group.name not in ("embedding", "head"):
-            share *= stage
+            share *= stages.get(group.name, stages["layers"])
         elif layout.pp > 1 and group.name == "embedding":
             continue  # the last stage, with the head, is as full as the first
         found[group.name] = group.bytes * share

@@ -32,6 +32,7 @@ LEDGER = (
 )
 
 ONE = Layout()
+USUAL_SEQUENCE = 4096  # what is counted with where nothing is said, for shorter models, too
 ZERO = (0, 1, 2, 3)
 Schedule = Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]
 
@@ -85,6 +86,9 @@ def run(
     """Hours, days and dollars of a pre-training. The peak is BF16's, as papers count MFU, for FP8, too."""
     if tokens <= 0 or sequence < 1:
         raise PlanError(f"{tokens:,} tokens in sequences of {sequence} are no training")
+    most = max(USUAL_SEQUENCE, config.max_position_embeddings)
+    if sequence > most:
+        raise PlanError(f"sequence is {sequence:,}; the model bears 1 to {most:,} tokens a row")
     found = machine.device.peak("bf16")
     if found is None:
         raise PlanError(f"the arithmetic of {machine.device.title} is not known; add bf16=…TFLOPS to --on")
@@ -166,7 +170,8 @@ def memory(config: ModelConfig, of: TrainingLayout) -> tuple[Figure, ...]:
         size = sum(parts[k] * width / ways[k] for k in parts)
         formula = f"{count / 1e9:.3g}B parameters here × {width:g} B"
         if of.zero >= level:
-            formula += f", over {ways['others']} replicas (experts: {ways['experts']})"
+            copied = "" if ways["others"] == ways["experts"] else f" (experts: {ways['experts']})"
+            formula += f", over {ways['others']} replicas{copied}" if ways["others"] > 1 else ""
         return Figure(name, size, "B", formula)
 
     # Devices that share experts see each other's rows: gaps between experts are counted once for all of them.

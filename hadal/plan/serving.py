@@ -328,11 +328,13 @@ def remedies(ask: Ask) -> list[str]:
         found.append("fewer sequences at once")
     drafts = ask.drafts > 0
     size = memory_bytes(ask.config, ask.weights, with_mtp=drafts)
-    smaller: tuple[WeightDtype, ...] = ("fp8", "int8", "int4")
+    smaller: tuple[WeightDtype, ...] = ("int8", "int4")  # integers where FP8 has no units
+    if not ask.machine.device.lacks_fp8 and not ask.machine.device.is_cpu:
+        smaller = ("fp8", *smaller)
     for dtype in smaller:
         less = memory_bytes(ask.config, dtype, with_mtp=drafts)
-        if less < 0.99 * size and _fits(replace(ask, dtype=dtype, context=None)):
-            found.append(f"weights in {DTYPE_NAMES[dtype]}: {_gb(less)} (--dtype {dtype})")
+        if less < 0.99 * size and (room := _room(replace(ask, dtype=dtype))) is not None:
+            found.append(f"weights in {DTYPE_NAMES[dtype]}: {_gb(less)} (--dtype {dtype}){room}")
             break
     found += _offloads(ask)
     alone = ask.machine.device.is_cpu or ask.machine.device.unified
@@ -350,6 +352,19 @@ def remedies(ask: Ask) -> list[str]:
 def _fits(ask: Ask) -> bool:
     plain = replace(ask, tp=None, dp=None, pp=None, ep=None)
     return _context_that_fits(plain, _chosen(plain)) is not None and _host_short(plain) is None
+
+
+def _room(ask: Ask) -> str | None:
+    """What to say of the context with which it fits: nothing if it is all that was asked for; None if it does
+    not fit."""
+    plain = replace(ask, tp=None, dp=None, pp=None, ep=None)
+    if ask.context is not None and _fits(plain):
+        return ""
+    plain = replace(plain, context=None)
+    context = _context_that_fits(plain, _chosen(plain))
+    if context is None or _host_short(plain) is not None:
+        return None
+    return "" if context >= ask.wanted_context else f", with {context:,} tokens of context"
 
 
 def _offloads(ask: Ask) -> list[str]:
@@ -451,9 +466,13 @@ def _with_speeds(answer: Running) -> Running:
         return Figure(name, typical, unit, formula, source, of.date, low, high)
 
     shown = " + ".join(f"{s * 1e3:,.3g} ms {part}" for part, s in decodes[1].parts.items())
+    after = f"at {context:,} tokens of context"
     speeds = [
         levels(
-            "decode", "tokens/s", [s.rate for s in decodes], f"{ask.batch} × tokens / step; step = {shown}"
+            "decode",
+            "tokens/s",
+            [s.rate for s in decodes],
+            f"{ask.batch} × tokens / step {after}; step = {shown}",
         ),
         levels("decode, each sequence", "tokens/s", [s.per_sequence for s in decodes], "decode / sequences"),
         levels(
@@ -464,7 +483,7 @@ def _with_speeds(answer: Running) -> Running:
             "decode ceiling",
             top,
             "tokens/s",
-            "bytes of a step / memory bandwidth, all else free",
+            f"bytes of a step {after} / memory bandwidth, all else free",
             m.device.source,
         ),
     ]

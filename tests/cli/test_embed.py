@@ -58,6 +58,18 @@ def test_arguments_and_stdin_give_the_same(
     assert json.loads(lines[0])["text"] == "one text"
 
 
+def test_places_and_fields_of_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    path.write_text('\ufeff{"text": "a", "n": 3, "z": [1]}\n{"text": "b", "n": 4.5, "only": true}\n', "utf-8")
+    simulated = ("embed", "-i", str(path), "--backend", "simulate", "-o")
+    done = hadal(capsys, *simulated, str(out))
+    assert done.status == 0 and "'z' is not written" in done.err and "2 texts, 1 layer of" in done.err
+    assert table.read_with_columns(out)[1] == {"text": ["a", "b"], "n": [3, 4.5], "only": [None, True]}
+    before = path.read_bytes()
+    assert "is the input" in hadal(capsys, *simulated, str(path)).err and path.read_bytes() == before
+    assert "cannot be written" in hadal(capsys, *simulated, str(tmp_path / "no" / "x.npy")).err
+
+
 def test_a_simulation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "s.npy"
     done = hadal(capsys, "embed", "a", "b", "--backend", "simulate", "--seed", "3", "-o", str(out))
@@ -110,7 +122,8 @@ def test_faults_are_one_line(
         ('{"text": "I know", "word": "moon"}', "does not stand"),
         ('{"text": "I know", "word": [1, 99]}', "not inside"),
         ('{"text": "I know", "word": [[1]]}', "a span is"),
-        ('{"text": "I know"}', "a span is"),
+        ('{"text": "I know"}', "no target under 'word'; the row has 'text'"),
+        ('{"text": "I know", "word": null}', "a span is"),
         ('{"txt": "I know", "word": "I"}', "no text under 'text'"),
         ("{", "line 1"),
         ("[1]", "no text"),

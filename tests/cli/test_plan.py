@@ -88,6 +88,22 @@ def test_cost_training_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("[]", "not an object"), ("{", "no JSON"), ({"num_hidden_layers": 10**12}, "at most 10,000 layers")],
+)
+def test_a_config_that_is_none(
+    content: str | dict[str, Any], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    whole = (
+        content if isinstance(content, str) else json.dumps(preset("deepseek-v3").config.to_hf() | content)
+    )
+    path.write_text(whole)
+    shown = hadal(capsys, "plan", str(path), "--on", "h100")
+    assert shown.status == 2 and complaint in shown.err, shown.err
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "complaint"),
     [
         (["plan", "deepseek-v3", "--on", "h1000"], 2, "Did you mean h100"),
@@ -99,6 +115,9 @@ def test_cost_training_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
         (["plan", "pipeline", "--stages", "5", "--schedule", "dualpipe"], 2, "even number"),
         (["plan", "training", "deepseek-v3", "--on", "h100", "--tokens", "lots"], 2, "no number of tokens"),
         (["plan", "cost", "deepseek-v2-lite", "--on", "h20", "--in", "1", "--out", "1"], 2, "--hourly"),
+        (["plan", "cost", "deepseek-v2-lite", "--on", "h100", "--in", "1e400", "--out", "1"], 2, "no number"),
+        (["plan", "training", "deepseek-v3", "--on", "h100", "--tokens", "1", "--sequence", "200000"], 2,
+         "bears 1 to 163,840"),
     ],
 )  # fmt: skip
 def test_misuse(

@@ -102,6 +102,8 @@ def test_questions_are_read_strictly(question: dict[str, Any], complaint: str) -
 
 # --- cost ---------------------------------------------------------------------------------------------------
 def test_api_prices_by_date() -> None:
+    with pytest.raises(PlanError, match="'yesterday' is no day"):
+        api_price("deepseek-chat", "yesterday")
     r1 = api_price("deepseek-reasoner", "2025-02-01")
     assert (r1.input_hit, r1.input_miss, r1.output) == (0.14, 0.55, 2.19)
     assert api_price("deepseek-chat", "2025-03-01").output == 1.10

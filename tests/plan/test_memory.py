@@ -92,6 +92,17 @@ def test_a_layout_divides_what_it_can() -> None:
     )
 
 
+def test_the_fullest_stage_has_expert_layers_alone() -> None:
+    """V3: 61 layers, of which the first 3 are dense; 8 stages of 8 at most."""
+    whole = weights_on_device(V3, "bf16", Layout())
+    stage = weights_on_device(V3, "bf16", Layout(pp=8))
+    for group in ("routed experts", "shared experts", "gates"):
+        assert stage[group] == pytest.approx(whole[group] * 8 / 58)
+    assert stage["dense feed-forward"] == 0
+    assert stage["attention"] == pytest.approx(whole["attention"] * 8 / 61)
+    assert stage["routed experts"] == 8 * 256 * 3 * 7168 * 2048 * 2
+
+
 def test_tp_divides_the_cache_of_gqa_alone() -> None:
     def cache(config: object, layout: Layout) -> float:
         assert config in (V3, LLAMA)

@@ -33,6 +33,15 @@ def test_v3_on_colab_pro_is_refused_rightly() -> None:
     assert "--offload cpu" not in would  # 654 GB of experts in 52 GB of RAM
 
 
+def test_speeds_say_at_what_context_and_formats_what_context_they_leave() -> None:
+    answer = asked("deepseek-v2-lite", "A100-40GB")
+    for name in ("decode", "decode ceiling"):
+        figure = next(f for f in answer.speeds if f.name == name)
+        assert "at 4,096 tokens of context" in figure.formula
+    would = asked("deepseek-r1-distill-qwen-7b", "t4").remedies[0]  # no FP8 units: integers
+    assert would.startswith("weights in INT8") and would.endswith("tokens of context")
+
+
 def test_v2_lite_on_an_a100_fits() -> None:
     answer = asked("deepseek-v2-lite", "A100-40GB")
     assert answer.fits and answer.context == 32768 and answer.needed.value < answer.usable.value
