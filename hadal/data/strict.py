@@ -17,6 +17,7 @@ SECTIONS_OF = {  # sections that tell one kind of recipe from the others
     "lora": "`hadal sft` and `hadal grpo`",
     **dict.fromkeys(("init", "needles", "phases"), "`hadal train`"),
     **dict.fromkeys(("balance", "data", "ema"), "`hadal train` and `hadal sft`"),
+    **dict.fromkeys(("estimate", "measure", "stages"), "`hadal r1`"),
     **dict.fromkeys(("decontaminate", "duplicates", "fim", "mixture", "source"), "`hadal data prepare`"),
 }
 
@@ -96,13 +97,14 @@ def build(kind: type, table: object, path: str = "") -> Any:
         raise RecipeError(f"{path or 'the recipe'} is {table!r}; a table is wanted")
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
-            if not path and key in SECTIONS_OF:
-                hint = f"Recipes of {SECTIONS_OF[key]} have it: is this one of those?"
-            raise RecipeError(f"unknown key {join(path, key)!r} in the recipe. {hint}")
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        key = next((key for key in unknown if not path and key in SECTIONS_OF), unknown[0])
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+        if not path and key in SECTIONS_OF:
+            hint = f"Recipes of {SECTIONS_OF[key]} have it: is this one of those?"
+        raise RecipeError(f"unknown key {join(path, key)!r} in the recipe. {hint}")
     values = {}
     for f in dataclasses.fields(kind):
         if f.name in table:

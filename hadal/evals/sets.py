@@ -64,11 +64,11 @@ def read_set(path: str | Path, *, instruction: str | None = None, limit: int = 0
     except RecipeError as error:
         raise SetError(str(error)) from None
     found = []
-    for number, record in enumerate(records):
+    for number, (line, record) in enumerate(records):
         try:
             found.append(_problem(number, record, instruction, path.name.partition(".")[0]))
         except (RecipeError, KeyError, TypeError, AttributeError) as error:
-            raise SetError(f"{path}, record {number}: {error}") from None
+            raise SetError(f"{path}, line {line}: {error}") from None
     return found
 
 

@@ -32,6 +32,7 @@ from hadal.post.lora import Adapters
 from hadal.post.policy import GrpoStats, Policy, Rollout
 from hadal.post.reference import PREFIX, Reference
 from hadal.post.rollout import Sampler
+from hadal.post.samples import harmless
 from hadal.post.sft import Base, export_format, side_files
 from hadal.post.tasks import Prompts
 from hadal.train import state
@@ -184,6 +185,7 @@ class GrpoRun:
             while policy.steps < recipe.train.steps and not self.stop.asked():
                 rollout, self.last = policy.step()
                 flops = step_flops(self.model.config, self.last.fed_tokens, self.last.fed_pairs)
+                self.metrics.failures(rollout)
                 self.metrics.grpo(self.last, flops / max(self.last.train_seconds, 1e-9) / self.peak.flops)
                 if recipe.log.samples and policy.steps % recipe.log.samples_every == 0:
                     self.metrics.samples(policy.steps, rollout, recipe.log.samples)
@@ -287,6 +289,7 @@ class GrpoMetrics(Metrics):
     def __init__(self, folder: Path, *, after_step: int = 0, **options: Any) -> None:
         super().__init__(folder, after_step=after_step, **options)
         self._samples = JsonLines(folder / "samples.jsonl", after_step=after_step)
+        self._told: set[tuple[str, str]] = set()
 
     def grpo(self, stats: GrpoStats, mfu: float) -> None:
         """Log a step."""
@@ -297,12 +300,22 @@ class GrpoMetrics(Metrics):
         right = "" if stats.accuracy is None else f" right {stats.accuracy:.1%}"
         gap = "" if stats.gap_max is None else f" gap {stats.gap_max:.1e}"
         entropy = "" if stats.entropy is None else f" entropy {stats.entropy:.3f}"
+        failed = f" failed {stats.failed}" if stats.failed else ""
         self._line(
             f"step {stats.step}/{self._total_steps} reward {stats.reward:.3f} ± {stats.reward_std:.3f}"
-            f"{right} | length {stats.length:.0f} cut {stats.truncated:.0%} silent {stats.zero_variance} |"
-            f"{entropy}{gap} clip {stats.clipped:.2%} | {stats.sample_tokens_per_second:,.0f} tok/s sampled, "
-            f"{stats.tokens_per_second:,.0f} trained"
+            f"{right}{failed} | length {stats.length:.0f} cut {stats.truncated:.0%} "
+            f"silent {stats.zero_variance} |{entropy}{gap} clip {stats.clipped:.2%} | "
+            f"{stats.sample_tokens_per_second:,.0f} tok/s sampled, {stats.tokens_per_second:,.0f} trained"
         )
+
+    def failures(self, rollout: Rollout) -> None:
+        """Say once of each kind of failure that a reward has failed: the run goes on all the same."""
+        for group in rollout.groups:
+            for name, score in (part for total in group.totals for part in total.parts.items()):
+                kind = (name, score.failed.partition(":")[0])
+                if score.failed and kind not in self._told:
+                    self._told.add(kind)
+                    self.say(f"reward {name} has failed, and counts 0 there: {harmless(score.failed)}")
 
     def samples(self, step: int, rollout: Rollout, count: int) -> None:
         """Keep the first groups of a step, one line each."""

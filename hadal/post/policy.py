@@ -75,6 +75,7 @@ class GrpoStats:
     length: float
     length_max: int
     truncated: float  # share of completions
+    failed: int  # rewards of completions, which count 0
     zero_variance: int  # groups
     replaced: int  # groups that a refill has left out
     too_long: int  # prompts passed over
@@ -263,6 +264,7 @@ class Policy:
             accuracy=sum(share >= 1.0 for share in right) / len(right) if right else None,
             length=sum(lengths) / len(lengths), length_max=max(lengths),
             truncated=sum(a.finish_reason == "length" for a in answers) / len(answers),
+            failed=sum(bool(s.failed) for g in rollout.groups for t in g.totals for s in t.parts.values()),
             zero_variance=rollout.informative.count(False), replaced=drawn.replaced, too_long=drawn.too_long,
             entropy=entropy / n if fed else None, kl=kl / updates if rollout.reference else None,
             clipped=clipped / n, ratio_max=float(sums.ratio_max),

@@ -120,6 +120,8 @@ class Base:
     def of(cls, model: BaseRecipe) -> Base:
         """A recipe's model. Raises NotFoundError, TemplateError, TokenizerError."""
         folder = Path(hub.resolve(model.start))
+        if not (folder / "config.json").is_file():
+            raise RecipeError(f"model.start is {model.start!r}, which is no model: it has no config.json")
         template = template_for(model.template or folder)
         if template.name == "plain":
             raise RecipeError(f"{model.start} has no chat template; name one in model.template (docs/sft.md)")

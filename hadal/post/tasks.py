@@ -128,11 +128,12 @@ def check(record: object, where: str) -> Record:
     return record
 
 
-def read_jsonl(path: str | Path) -> list[Record]:
-    """The objects of a JSONL file, packed by gzip or not. Raises RecipeError, naming file and line."""
+def read_jsonl(path: str | Path) -> list[tuple[int, Record]]:
+    """The objects of a JSONL file with the numbers of their lines, packed by gzip or not. Raises RecipeError,
+    naming file and line."""
     path = Path(path)
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    try:  # with the mark that some editors put first
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as file:
             lines = list(file)
     except (OSError, UnicodeDecodeError, EOFError) as error:
         raise RecipeError(f"{path} cannot be read as JSON lines: {error}") from None
@@ -140,11 +141,15 @@ def read_jsonl(path: str | Path) -> list[Record]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(json.loads(line))
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                why = f"{error.msg}, at character {error.pos + 1}"
+                raise RecipeError(f"{path}, line {number} is not JSON: {why}") from None
             except (ValueError, RecursionError) as error:
                 raise RecipeError(f"{path}, line {number} is not JSON: {error}") from None
-            if not isinstance(found[-1], dict):
+            if not isinstance(record, dict):
                 raise RecipeError(f"{path}, line {number} is no JSON object")
+            found.append((number, record))
     if not found:
         raise RecipeError(f"{path} holds no record")
     return found
@@ -180,8 +185,8 @@ class Listed:
         raw = read_jsonl(recipe.path)[: recipe.size or None]
         form = _FORMS.get(recipe.source, lambda record: record)
         self.records = []
-        for number, record in enumerate(raw):
-            where = f"{recipe.path}, record {number}"
+        for line, record in raw:
+            where = f"{recipe.path}, line {line}"
             try:
                 self.records.append(check(form(record), where))
             except RecipeError as error:

@@ -84,8 +84,8 @@ def test_records_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "complaint"),
     [
-        ({"answer": "4"}, "record 1: it asks nothing: one of prompt, problem, question or messages"),
-        ({"prompt": "2+2?"}, "record 1: answer is None; a text, a number"),
+        ({"answer": "4"}, "line 2: it asks nothing: one of prompt, problem, question or messages"),
+        ({"prompt": "2+2?"}, "line 2: answer is None; a text, a number"),
         ({"prompt": "2+2?", "answer": []}, "answer is"),
         ({"prompt": "2+2?", "answer": "4", "kind": "maths"}, "kind is 'maths'; kinds: math, text, code"),
         ({"messages": [{"role": "assistant", "content": "Hi"}], "answer": "4"}, "last message is not the"),

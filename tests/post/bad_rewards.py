@@ -91,6 +91,10 @@ def gives_text(completion: Completion) -> Any:
     return "one"
 
 
+def gives_words(completion: Completion) -> Any:
+    return 1.0, "because"
+
+
 def gives_a_flood(completion: Completion) -> tuple[float, dict[str, Any]]:
     return 1.0, {"text": "x" * (4 << 20)}
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from hadal.engine import Engine, SamplingParams
-from hadal.post.grpo import GrpoRun, open_run
+from hadal.post.grpo import GrpoRun, grpo, open_run
 from hadal.post.grpo_recipe import RecipeError, from_dict, load
 from hadal.train import state
 from hadal.weights import load as load_weights
@@ -111,7 +113,11 @@ def test_groups_of_equal_rewards_teach_nothing(tmp_path: Path) -> None:
 
 
 def test_a_reward_that_raises_is_0_and_the_run_goes_on(tmp_path: Path) -> None:
-    outcome = run(recipe(tmp_path / "r", base(tmp_path / "base"), "raises"), tmp_path / "run")
+    said = io.StringIO()
+    path = recipe(tmp_path / "r", base(tmp_path / "base"), "raises")
+    outcome = grpo(path, out=tmp_path / "run", device="cpu", console=Console(file=said, width=200))
+    assert said.getvalue().count("reward custom has failed, and counts 0 there: raised ValueError") == 1
+    assert [step["failed"] for step in records(tmp_path / "run")] == [16] * 3
     assert outcome.finished and [step["reward"] for step in records(tmp_path / "run")] == [0.0] * 3
     failures = records(tmp_path / "run", "stop")[0]["failures"]
     assert sum(failures.values()) == 3 * 16 and next(iter(failures)).startswith("custom: raised ValueError")

@@ -9,6 +9,7 @@ import pytest
 from hadal.data.recipe import DataRecipe
 from hadal.data.strict import SECTIONS_OF, RecipeError, build
 from hadal.post.grpo_recipe import GrpoRecipe
+from hadal.post.r1_recipe import R1Recipe
 from hadal.post.sft_recipe import SftRecipe
 from hadal.train.recipe import Recipe
 
@@ -16,6 +17,7 @@ KINDS = {
     "`hadal train`": Recipe,
     "`hadal sft`": SftRecipe,
     "`hadal grpo`": GrpoRecipe,
+    "`hadal r1`": R1Recipe,
     "`hadal data prepare`": DataRecipe,
 }
 
@@ -29,3 +31,5 @@ def test_the_table_of_sections_is_true(section: str) -> None:
 def test_the_message_names_the_other_verb() -> None:
     with pytest.raises(RecipeError, match=r"unknown key 'lora'.*Recipes of `hadal sft` and `hadal grpo`"):
         build(Recipe, {"lora": {}})
+    with pytest.raises(RecipeError, match=r"unknown key 'tasks'.*Recipes of `hadal grpo`"):
+        build(R1Recipe, {"run": {}, "model": {}, "tasks": []})

@@ -27,9 +27,9 @@ BAD = {  # function: what is told of it
     "crashes": "died (SIGSEGV)",
     "eats_memory": "ran out of memory",
     "forks": "left processes behind: 1",
-    "gives_nan": "gave nan, which is not in [0, 1]",
-    "gives_too_much": "gave 2.0, which is not in [0, 1]",
-    "gives_text": "gave 'one', which is not in [0, 1]",
+    "gives_nan": "gave what is not in [0, 1]: nan",
+    "gives_too_much": "gave what is not in [0, 1]: 2.0",
+    "gives_text": "gave what is not in [0, 1]: 'one'",
     "gives_a_flood": "was stopped",
 }
 FINE = ("length", "asks_a_program")

@@ -16,6 +16,8 @@ from hadal.data.puzzles import TASKS, sample
 from hadal.data.puzzles.expression import evaluate as evaluate_puzzle
 from hadal.post.rewards import Completion, RewardError, Rewards, read
 from hadal.post.rewards.arithmetic import ArithmeticRefused, evaluate
+from hadal.post.rewards.custom import Custom
+from hadal.post.rewards.protocol import Score, in_range
 from hadal.post.rewards.rules import as_record, from_record
 from hadal.post.rewards.text import extract, split
 from tests.post.helpers import one, said
@@ -309,6 +311,20 @@ def test_cosine_depends_on_being_right() -> None:
 def test_errors_of_tables_teach(table: dict[str, Any], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         read([table])
+
+
+def test_values_outside_of_the_range_are_failures() -> None:
+    for value in (math.nan, math.inf, -1e-9, 1.1, 10**400, 10**9999, "x" * 999):
+        failed = in_range(Score(value), 0.0, 1.0).failed  # type: ignore[arg-type]
+        assert failed.startswith("gave what is not in [0, 1]: ") and len(failed) < 120
+    assert in_range(Score(True), 0.0, 1.0) == Score(1.0)
+
+
+def test_a_function_of_ones_own_is_held_to_its_form() -> None:
+    with pytest.raises(RewardError, match="the verdict is 'because'; a dict is wanted"):
+        Custom("tests.post.bad_rewards:gives_words")(said("x"), {})
+    with pytest.raises(RewardError, match="No module named 'nowhere_at_all'; modules are looked for in"):
+        Custom("nowhere_at_all:f").prepare()
 
 
 def test_no_table_and_equal_names() -> None:

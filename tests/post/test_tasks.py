@@ -106,6 +106,11 @@ def test_files_are_checked(text: str, message: str, tmp_path: Path) -> None:
         read_jsonl(path)
 
 
+def test_a_file_may_begin_with_a_byte_order_mark_and_leave_lines_empty(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}')
+    assert read_jsonl(tmp_path / "p.jsonl") == [(1, {"a": 1}), (3, {"a": 2})]
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -138,9 +143,9 @@ def test_errors_of_sources_name_the_table(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"tasks\[0\]: .*nothing.jsonl cannot be read"):
         Prompts(read([{"source": "jsonl", "path": str(tmp_path / "nothing.jsonl")}]))
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, {"question": "a"}])
-    with pytest.raises(RecipeError, match=r"p\.jsonl, record 1 needs either"):
+    with pytest.raises(RecipeError, match=r"p\.jsonl, line 2 needs either"):
         Prompts(read([{"source": "jsonl", "path": path}]))
-    with pytest.raises(RecipeError, match=r"record 0: a record of GSM8K has `question`"):
+    with pytest.raises(RecipeError, match=r"line 1: a record of GSM8K has `question`"):
         Prompts(read([{"source": "gsm8k", "path": path}]))
 
 

@@ -13,8 +13,8 @@ from hadal.post.rewards.protocol import Completion, RewardError, Score
 
 @dataclass(frozen=True)
 class Custom:
-    """function: "package.module:name", called as name(completion, **arguments) -> value, or (value, verdict).
-    It must be importable from where the trainer runs. fields: what it needs of a record."""
+    """function: "package.module:name", called as name(completion, **arguments) -> value, or (value, verdict),
+    the verdict a mapping. It must be importable from where the trainer runs. fields: needed of a record."""
 
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -56,8 +56,13 @@ class Custom:
         module, _, name = self.function.partition(":")
         try:
             function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
+        except AttributeError as error:
             raise RewardError(f"function {self.function!r} cannot be had: {error}") from None
+        except ImportError as error:
+            raise RewardError(
+                f"function {self.function!r} cannot be had: {error}; modules are looked for in the folder "
+                "that the trainer was started in, and in those of PYTHONPATH"
+            ) from None
         if not callable(function):
             raise RewardError(f"{self.function!r} is no function")
         return function
@@ -66,5 +71,7 @@ class Custom:
         got = self.found()(completion, **self.arguments)
         if isinstance(got, Score):
             return got
-        value, verdict = got if isinstance(got, tuple) else (got, {})
+        value, verdict = got if isinstance(got, tuple) and len(got) == 2 else (got, {})
+        if not isinstance(verdict, Mapping):
+            raise RewardError(f"the verdict is {verdict!r}; a dict is wanted")
         return Score(value, dict(verdict))

@@ -7,7 +7,7 @@ recipe's rewards that apply to its prompt, as R1 adds its own up (DeepSeek-R1, Â
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -114,6 +114,12 @@ def failure(cause: str) -> Score:
 def in_range(score: Score, low: float, high: float) -> Score:
     """`score`, or a failure if its value is not a number in [low, high]."""
     value = score.value
-    if isinstance(value, int | float) and math.isfinite(value) and low <= value <= high:
+    if isinstance(value, int | float) and abs(value) <= sys.float_info.max and low <= value <= high:
         return Score(float(value), score.verdict)
-    return failure(f"gave {value!r}, which is not in [{low:g}, {high:g}]")
+    return failure(f"gave what is not in [{low:g}, {high:g}]: {_short(value)}")
+
+
+def _short(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:  # Python refuses to write very long ones
+        return f"a number of {value.bit_length()} bits"
+    return repr(value)[:80]
