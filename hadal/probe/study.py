@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from hadal.probe.backends import Backend, Estimate, Item, Local, Simulation
 from hadal.probe.checks import words as words_of
-from hadal.probe.extract import ProbeError
 from hadal.probe.hypotheses import Concepts, Isotopies, Molecules, Occurrences, Plan, Squares, Study
 from hadal.probe.identity import Embeddings, Identity
 from hadal.probe.material import Gathered, Material, Target, gather, token_rows
@@ -432,7 +431,7 @@ class Families:
 
 def run(recipe: StudyRecipe, *, gathered: Gathered | None = None, found: Sequence[Maker] | None = None,
         tell: Tell = lambda text: None) -> StudyOutcome:  # fmt: skip
-    """The study. `found`: makers that are there already. Raises ProbeError, and what backends raise; a test
+    """The study. `found`: makers that are there already. Raises what data and backends raise; a test
     that cannot be made is told in `refused`."""
     gathered = gathered or gather(recipe.data, recipe.tests.hypotheses)
     outcome = StudyOutcome(recipe, gathered)
@@ -535,7 +534,11 @@ def _compare(outcome: StudyOutcome, families: Families) -> None:
                 partners[f"with {name}"] = made.at_primary, other.at_primary
         for other in studied[number + 1 :]:
             if other.maker is made.maker and other.material.language in material.halves:
-                partners[f"with {other.material.language}, other contents"] = _halves(made, other)
+                name = f"with {other.material.language}, other contents"
+                try:
+                    partners[name] = _halves(made, other)
+                except StatsError as error:
+                    outcome.refused.append((title, language, f"geometry {name}", str(error)))
         for i, (name, (x, y)) in enumerate(partners.items()):
             plan = _plan(outcome, made)
             rng = np.random.default_rng([plan.seed, 3000, number, i])
@@ -558,7 +561,10 @@ def _halves(one: Made, other: Made) -> tuple[Vectors, Vectors]:
         names = [made.material.targets[i].concept for i in rows]
         mean = dict(zip(dict.fromkeys(names), _means(made.rows[rows][:, made.primary], names), strict=True))
         if missing := [c for c in shared if c not in mean]:
-            raise ProbeError(f"{missing[0]!r} has no sentences of its own in {made.material.language!r}")
+            raise StatsError(
+                f"{missing[0]!r} has no sentence in {made.material.language!r} whose content the other "
+                "language lacks: take more sentences (data.carriers)"
+            )
         found.append(np.stack([mean[c] for c in shared]))
     return found[0], found[1]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import pytest
 from hadal.data.strict import RecipeError, build
 from hadal.probe import recipe as recipes
 from hadal.probe import report
+from hadal.probe.backends import Estimate
+from hadal.probe.identity import Embeddings, issue
 from hadal.probe.material import gather
 from hadal.probe.recipe import Data, Model, Questions, StudyRecipe, Vectors
 from hadal.probe.rows import DatasetError
 from hadal.probe.stats.result import Interval, Result
-from hadal.probe.study import Entry, StudyOutcome, run
+from hadal.probe.study import Entry, Maker, StudyOutcome, estimate, run
 from hadal.probe.verdicts import HYPOTHESES, summary, verdicts
 from hadal.weights import save
 from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
@@ -263,3 +266,33 @@ def test_spans_that_cannot_be_used(row: dict[str, Any], match: str, tmp_path: Pa
     path.write_text("\n".join([json.dumps(json.loads(first) | row), *rest]), "utf-8")
     with pytest.raises(DatasetError, match=match):
         gather(Data(set="", spans=(str(path),)))
+
+
+class Service:
+    """As endpoint.py: one vector a text, layer −1, of an unknown revision."""
+
+    def embed(
+        self, items: Any, layers: Any = None, pooling: Any = None, *, progress: Any = None
+    ) -> Embeddings:
+        assert layers is None and pooling is None  # fields that others would ignore are not sent
+        seeds = [zlib.crc32(item.text.encode()) for item in items]
+        vectors = np.stack([np.random.default_rng(s).normal(size=(1, 24)) for s in seeds]).astype(np.float32)
+        identity = issue(
+            "endpoint", model="m", revision="unknown", dtype="unknown", layers=(-1,), pooling="own"
+        )
+        return Embeddings(vectors, (-1,), [item.id for item in items], identity)
+
+    def estimate(self, items: Any) -> Estimate:
+        return Estimate(len(items), 100, 2, None)
+
+
+def test_a_service_has_one_layer_one_pooling_and_no_random_weights(tmp_path: Path) -> None:
+    model = Model("m", url="http://x/v1")
+    recipe = small(tmp_path, model, hypotheses=("H1", "H3", "geometry"))
+    gathered = gather(recipe.data)
+    maker = Maker(model.title, "studied", Service(), model)
+    assert estimate(recipe, gathered, [maker])[0][1].texts == 36
+    outcome = run(recipe, gathered=gathered, found=[maker])
+    assert outcome.made[0].layers == (-1,) and list(outcome.made[0].concepts) == ["span"]
+    page = report.write(outcome, tmp_path / "out", pictures=False).read_text("utf-8")
+    assert "There is none: random weights" in page and "This backend has one pooling" in page
