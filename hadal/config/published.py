@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from hadal.config.model import ConfigError, Dsa, Fp8, Gqa, IntGroups, Json, Mla, ModelConfig, Moe, Rope
@@ -32,6 +32,16 @@ _MOE_KEYS = (
     "moe_layer_freq scoring_func topk_method n_group topk_group norm_topk_prob routed_scaling_factor"
 ).split()
 _DSA_KEYS = "index_n_heads index_head_dim index_topk".split()
+_INTEGERS = frozenset(
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings bos_token_id num_nextn_predict_layers n_routed_experts "
+    "n_shared_experts num_experts_per_tok moe_intermediate_size first_k_dense_replace moe_layer_freq n_group "
+    "topk_group".split()
+    + _MLA_KEYS
+    + _DSA_KEYS
+)
+_NUMBERS = frozenset("rms_norm_eps rope_theta initializer_range routed_scaling_factor".split())
+_TABLES = frozenset("rope_scaling rope_parameters quantization_config hadal".split())
 _TYPES: dict[str, list[str]] = {
     "deepseek_v3": _MLA_KEYS + _MOE_KEYS,
     "deepseek_v32": _MLA_KEYS + _MOE_KEYS + _DSA_KEYS,
@@ -57,8 +67,9 @@ def suggest(key: str, known: Iterable[str]) -> str:
 
 
 def from_hf(hf: Json) -> ModelConfig:
+    """A `config.json` as settings. Keys that are null are as if they were absent. Raises ConfigError."""
     kind = hf.get("model_type")
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ConfigError(
             f"model_type is {kind!r}; supported: {', '.join(_TYPES)}.{suggest(str(kind), _TYPES)}"
         )
@@ -69,10 +80,13 @@ def from_hf(hf: Json) -> ModelConfig:
     for key, allowed in _FIXED.items():
         if key in hf and hf[key] not in allowed:
             raise ConfigError(f"{key} is {hf[key]!r}; this implementation supports {allowed[0]!r} only")
+    hf = {key: value for key, value in hf.items() if value is not None or key == "pad_token_id"}
+    for key, value in hf.items():
+        _check_kind(key, value)
     eos = hf.get("eos_token_id")
     heads = _need(hf, "num_attention_heads", int)
     return ModelConfig(
-        model_type=kind,
+        model_type=cast(Any, kind),
         vocab_size=_need(hf, "vocab_size", int),
         hidden_size=_need(hf, "hidden_size", int),
         intermediate_size=_need(hf, "intermediate_size", int),
@@ -94,6 +108,24 @@ def from_hf(hf: Json) -> ModelConfig:
         eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         extra={k: hf[k] for k in ("pad_token_id",) if k in hf},
     )
+
+
+def _check_kind(key: str, value: Any) -> None:
+    """Raise ConfigError where a value cannot be what its key says."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if key == "eos_token_id":
+        several = isinstance(value, list | tuple) and all(type(one) is int for one in value)
+        fits, wanted = whole or several, "an integer or a list of them"
+    elif key in _INTEGERS:
+        fits, wanted = whole and value >= 0, "an integer, 0 or above"
+    elif key in _NUMBERS:
+        fits, wanted = whole or isinstance(value, float), "a number"
+    elif key in _TABLES:
+        fits, wanted = isinstance(value, Mapping), "a table"
+    else:
+        return
+    if not fits:
+        raise ConfigError(f"{key} is {value!r} in config.json; {wanted} is expected")
 
 
 def _need(hf: Json, key: str, kind: type) -> Any:
@@ -174,8 +206,10 @@ def _fp8_from_hf(q: Json | None) -> Fp8 | None:
             f"quantization_config is {q.get('quant_method')!r}/{q.get('fmt')!r}; supported: fp8 in e4m3, and "
             "compressed-tensors in pack-quantized"
         )
-    rows, cols = q.get("weight_block_size") or (128, 128)
-    return Fp8("e4m3", q.get("activation_scheme", "dynamic"), (int(rows), int(cols)), q.get("scale_fmt"))
+    block = q.get("weight_block_size") or (128, 128)
+    if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int for n in block):
+        raise ConfigError(f"weight_block_size is {block!r}; two integers are expected, such as [128, 128]")
+    return Fp8("e4m3", q.get("activation_scheme", "dynamic"), (block[0], block[1]), q.get("scale_fmt"))
 
 
 def _ints_from_hf(q: Json | None) -> IntGroups | None:

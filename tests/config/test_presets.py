@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from hadal.config import PRESETS, ConfigError, ModelConfig, preset
@@ -104,3 +106,28 @@ def test_unknown_and_unsupported_settings_are_refused():
         ModelConfig.from_hf({k: v for k, v in good.items() if k != "kv_lora_rank"})
     with pytest.raises(ConfigError, match="deepseek-v3"):
         preset("deepsek-v3")
+
+
+WRONG = ("x", [1], None, -1, 0.5, {}, True, 0, {"type": [1]}, {"quant_method": []}, float("nan"), 10**30)
+
+
+@pytest.mark.parametrize("name", ["DeepSeek-V3", "DeepSeek-V2-Lite", "DeepSeek-R1-Distill-Qwen-1.5B"])
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_values_of_the_wrong_kind_are_refused_or_read(name: str, wrong: object) -> None:
+    """A config.json comes from anywhere: whatever a key holds, the answer is settings or a ConfigError."""
+    base = preset(name).config.to_hf()
+    for key in base:
+        with contextlib.suppress(ConfigError):
+            ModelConfig.from_hf({**base, key: wrong})
+    for table in ("quantization_config", "rope_scaling"):
+        for key in base.get(table) or {}:
+            with contextlib.suppress(ConfigError):
+                ModelConfig.from_hf({**base, table: {**base[table], key: wrong}})
+
+
+def test_a_value_of_the_wrong_kind_is_named() -> None:
+    base = preset("deepseek-v3").config.to_hf()
+    with pytest.raises(ConfigError, match=r"rms_norm_eps is 'small'.*a number is expected"):
+        ModelConfig.from_hf({**base, "rms_norm_eps": "small"})
+    with pytest.raises(ConfigError, match=r"n_group is 0\.5.*an integer, 0 or above is expected"):
+        ModelConfig.from_hf({**base, "n_group": 0.5})
