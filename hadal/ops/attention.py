@@ -22,7 +22,7 @@ from hadal.ops.heads import mla_heads, rotate_queries
 from hadal.ops.kept import kept
 from hadal.ops.recompute import recomputed
 
-BATCHED = 256  # tokens: on a CPU, sequences up to this length share a call with others about as long
+BATCHED = 64  # tokens: on a CPU, sequences up to this length share a call with others about as long
 
 
 class Spans(NamedTuple):
@@ -92,7 +92,7 @@ def attention(
         starts = _starts(tuple(q_len), q_THC.device), _starts(tuple(k_len), q_THC.device)
         return _varlen(q_THC, k_NGC, v_NGV, starts, (max(q_len), max(k_len)), scale)
     q_len, k_len = list(q_len), list(k_len)
-    if q_len == k_len and q_THC.device.type == "cpu":
+    if q_len == k_len and q_THC.device.type == "cpu" and 4 * len(_batches(tuple(q_len))[1]) <= len(q_len):
         return _batched(q_THC, k_NGC, v_NGV, tuple(q_len), scale)
     pieces = zip(q_THC.split(q_len), k_NGC.split(k_len), v_NGV.split(k_len), strict=True)
     # split, since the gradient of every slice is as large as the stream
@@ -164,7 +164,7 @@ def _uniform(q_THC: Tensor, k_NGC: Tensor, v_NGV: Tensor, sequences: int, scale:
 def _batched(q_THC: Tensor, k_TGC: Tensor, v_TGV: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     """Sequences that see themselves alone, similar lengths as one batch with zeros at their ends: no query
     sees a key behind it, so that they change nothing. Many short ones are bound by the calls, not by the
-    work."""
+    work; from about four a batch on, that outweighs the copies."""
     slot_T, batches = _batches(lengths)
     sizes = [sequences * longest for sequences, longest in batches]
     padded = [x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, slot_T, x).split(sizes)
