@@ -156,9 +156,8 @@ def _rope_from_hf(hf: Json) -> Rope:
     if kind == "default":
         return Rope(rope_theta=theta)
     if kind not in ("yarn", "llama3"):
-        raise ConfigError(
-            f"rope type is {kind!r}; supported: default, yarn, llama3.{suggest(kind, ('yarn', 'llama3'))}"
-        )
+        near = suggest(str(kind), ("yarn", "llama3"))
+        raise ConfigError(f"rope type is {kind!r}; supported: default, yarn, llama3.{near}")
     for harmless in ("attention_factor", "truncate", "partial_rotary_factor"):
         if params.get(harmless) not in (None, True, 1.0):
             raise ConfigError(f"rope setting {harmless}={params[harmless]!r} is not implemented")
@@ -169,6 +168,9 @@ def _rope_from_hf(hf: Json) -> Rope:
             raise ConfigError(f"unknown rope key {key!r}.{suggest(key, fields)}")
     params.setdefault("original_max_position_embeddings", int(hf.get("max_position_embeddings", 0)))
     settings = {k: v for k, v in params.items() if v is not None}
+    for key, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"rope setting {key} is {value!r}; a number is expected")
     return Rope(rope_theta=theta, type="yarn" if kind == "yarn" else "llama3", **settings)
 
 
