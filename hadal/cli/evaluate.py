@@ -43,7 +43,9 @@ class Asked:
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=o.MODEL_HELP + " Default: hadal-mini.")
+    ] = None,
     suite: Annotated[
         Literal["puzzles"],
         typer.Option(help="puzzles: the seeded tasks that hadal-mini was trained on, unseen ones."),

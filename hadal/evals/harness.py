@@ -24,6 +24,10 @@ from hadal.evals.samples import EvaluationError
 MIN_VERSION = "0.4.13"
 BOOTSTRAP = 1000  # resamples, for the errors of metrics that are no means
 _GREEDY_SEED = 1234  # lm-eval's own
+_UNSAFE = (
+    "{} runs what the model wrote in this process; `hadal eval --set` runs HumanEval, and other sets with "
+    "`tests`, in a sandbox"
+)
 
 
 def require() -> None:
@@ -56,16 +60,15 @@ def load_tasks(names: Sequence[str], include: Path | None = None) -> dict[str, A
     try:
         found: dict[str, Any] = manager.load(list(names))
     except Exception as error:
+        if "code_eval" in str(error):  # their metric, which they fetch before they say what they do
+            raise EvaluationError(_UNSAFE.format(", ".join(names))) from error
         raise EvaluationError(
             f"{', '.join(names)} cannot be loaded ({type(error).__name__}: {_first_line(error)}); a data set "
             "of the hub needs a network, or its copy in HF_HOME; a local one a path from where you are"
         ) from error
     for name, task in found["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise EvaluationError(
-                f"{name} runs what the model wrote in this process; `hadal eval --set` runs HumanEval, and "
-                "other sets with `tests`, in a sandbox"
-            )
+            raise EvaluationError(_UNSAFE.format(name))
         if getattr(task, "MULTIMODAL", False):
             raise EvaluationError(f"{name} shows pictures; this model reads text alone")
     return found

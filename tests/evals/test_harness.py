@@ -255,3 +255,12 @@ def test_a_task_that_is_not_there_or_has_no_data(folder: Path, tmp_path: Path) -
     (tmp_path / "choices.yaml").write_text(text)
     with pytest.raises(EvaluationError, match=r"cannot be loaded .*needs a network"):
         harness.load_tasks([CHOICES], tmp_path)
+
+
+def test_a_task_that_runs_code_is_refused_before_its_metric_is_fetched(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "choices.yaml").write_text(
+        (folder / "choices.yaml").read_text() + "process_docs: !function u.f\n"
+    )
+    (tmp_path / "u.py").write_text('raise FileNotFoundError("Couldn\'t find code_eval/code_eval.py")\n')
+    with pytest.raises(EvaluationError, match="runs what the model wrote in this process"):
+        harness.load_tasks([CHOICES], tmp_path)
