@@ -149,7 +149,7 @@ def _nothing(hypothesis: Hypothesis, found: dict[str, Result]) -> tuple[Status, 
              for n in claim if n in found and not found[n].significant]  # fmt: skip
     missing = ", ".join(dict.fromkeys(plain(n) for n in open_))
     text = f"No evidence: {told(alone[0])}, which alone shows nothing; what must hold with it does not"
-    return "no evidence", f"{text}: {missing}.", name
+    return "no evidence", f"{text}: {missing}.", open_[0]
 
 
 def _not_own(outcome: StudyOutcome, hypothesis: Hypothesis, model: str, language: str, claim: tuple[str, ...]
@@ -162,7 +162,7 @@ def _not_own(outcome: StudyOutcome, hypothesis: Hypothesis, model: str, language
         alone = outcome.found(model, language, APART)
         if alone is not None and not alone.significant:
             which = f"the {alone.note} that share no word with another of their category"
-            return f"it is gone among {which} ({told(alone)})"
+            return f"it is not significant among {which} ({told(alone)})"
         for other in (RANDOM, AROUND, LETTERS):
             gap = outcome.found(model, language, LOW + other)
             if gap is not None and gap.interval is not None and gap.interval.low <= gap.null_mean:

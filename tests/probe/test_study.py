@@ -186,7 +186,7 @@ def result(name: str, p: float, *, statistic: float = 0.3, effect: float = 2.0, 
         ({"silhouette": (0.01, {}), "silhouette minus the words around": (0.01, {"low": -0.2})}, {},
          "not the model's own", "not surely more than the words around"),
         ({"silhouette": (0.01, {}), "silhouette, no shared words": (0.3, {})}, {}, "not the model's own",
-         "it is gone"),
+         "not significant among"),
         ({"silhouette": (0.01, {})}, {"silhouette": (0.01, {})}, "not the model's own", "show it too"),
         ({"silhouette": (0.01, {})}, {"silhouette": (0.3, {"effect": 3.0})},
          "not the model's own", "as much"),
@@ -212,6 +212,7 @@ def test_half_of_a_claim_is_no_evidence(real: tuple[StudyOutcome, Path]) -> None
     for name, p in (("balanced accuracy", 0.01), ("accuracy minus bag of words", 0.4)):
         outcome.entries.append(Entry(title, "studied", "en", f"H3: {name}", result(f"H3: {name}", p)))
     [_, found] = verdicts(outcome)
+    assert found.lead == "H3: accuracy minus bag of words"
     assert found.status == "no evidence" and "does not: accuracy minus bag of words" in found.text
 
 
@@ -296,3 +297,19 @@ def test_a_service_has_one_layer_one_pooling_and_no_random_weights(tmp_path: Pat
     assert outcome.made[0].layers == (-1,) and list(outcome.made[0].concepts) == ["span"]
     page = report.write(outcome, tmp_path / "out", pictures=False).read_text("utf-8")
     assert "There is none: random weights" in page and "This backend has one pooling" in page
+
+
+@pytest.mark.parametrize("name", ["hadal-mini", "simulated-0.2"])
+def test_the_tables_of_the_page_are_those_of_the_results(name: str) -> None:
+    page = (ROOT / "docs" / "probe.md").read_text("utf-8")
+    found = json.loads((ROOT / "docs" / "results" / f"probe-nsm-{name}.json").read_text("utf-8"))
+    lead = {"H1": "silhouette", "H2": "deixis", "H3": "balanced accuracy", "H4": "retrieval rank"}
+    for v in found["verdicts"]:
+        of = v["model"], v["language"], f"{v['hypothesis']}: {lead[v['hypothesis']]}"
+        r = next(r for r in found["results"] if (r["model"], r["language"], r["name"]) == of)
+        null = f"{r['null_mean']:.3f} [{r['null_low']:.3f}, {r['null_high']:.3f}]"
+        head = f"| {v['hypothesis']} | {v['language']} | {v['status']} | {lead[v['hypothesis']]} "
+        row = f"{head}| {r['statistic']:.3f} | {null}"
+        assert row in page, row
+    nothing = json.loads((ROOT / "docs" / "results" / "probe-nsm-simulated-0.json").read_text("utf-8"))
+    assert {v["status"] for v in nothing["verdicts"]} == {"no evidence"}
