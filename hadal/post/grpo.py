@@ -38,7 +38,7 @@ from hadal.post.tasks import Prompts
 from hadal.train import state
 from hadal.train.export import CARD, Facts
 from hadal.train.flops import peak, step_flops
-from hadal.train.main import DTYPES, Outcome, device_of, open_folder
+from hadal.train.main import DTYPES, Outcome, device_of, held, open_folder
 from hadal.train.metrics import JsonLines, Metrics
 from hadal.train.optimizer import AdamW
 from hadal.train.recipe import differences
@@ -94,7 +94,8 @@ def open_run(
         return [*found, *(["the files of model.start"] if digest != started["digest"] else [])]
 
     prompts = Prompts(recipe.tasks, recipe.run.seed)
-    with rewards.Rewards(rewards.read(recipe.reward), judge=judge, model=model) as judged:
+    judging = rewards.Rewards(rewards.read(recipe.reward), judge=judge, model=model)
+    with judging as judged, held(folder):
         checkpoint = open_folder(folder, recipe.to_dict() | {"started": started}, resume, changed)
         run = GrpoRun(recipe, base, folder, device_of(device), prompts, judged, console)
         try:

@@ -37,7 +37,7 @@ from hadal.text.templates import Template, template_for
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.accuracy import Examine
 from hadal.train.export import CARD, Facts
-from hadal.train.main import DTYPES, Outcome, Run, check_examine, device_of, open_folder, say
+from hadal.train.main import DTYPES, Outcome, Run, check_examine, device_of, held, open_folder, say
 from hadal.train.metrics import Metrics
 from hadal.train.occasions import Occasions
 from hadal.train.optimizer import AdamW
@@ -92,18 +92,19 @@ def open_run(
         return [*found, *(["the files of model.start"] if model != started.digest else [])]
 
     resolved = recipe.to_dict() | {"started": dataclasses.asdict(started)}
-    checkpoint = open_folder(folder, resolved, resume, changed)
-    console = console or Console(stderr=True)
-    begun = time.perf_counter()
-    rows = prepare(recipe, base, folder / "data", Path(recipe_path).parent, partial(say, console))
-    whole = recipe.to_train(rows.train.rows_per_epoch, base.folder, folder / "data" / "train")
-    run = SftRun(recipe, base, rows, whole, folder, device_of(device), console, begun, examine)
-    try:
-        if checkpoint is not None:
-            run.restore(checkpoint)
-        yield run
-    finally:
-        run.close()
+    with held(folder):
+        checkpoint = open_folder(folder, resolved, resume, changed)
+        console = console or Console(stderr=True)
+        begun = time.perf_counter()
+        rows = prepare(recipe, base, folder / "data", Path(recipe_path).parent, partial(say, console))
+        whole = recipe.to_train(rows.train.rows_per_epoch, base.folder, folder / "data" / "train")
+        run = SftRun(recipe, base, rows, whole, folder, device_of(device), console, begun, examine)
+        try:
+            if checkpoint is not None:
+                run.restore(checkpoint)
+            yield run
+        finally:
+            run.close()
 
 
 # --- the model that it starts from ---

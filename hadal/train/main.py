@@ -105,18 +105,19 @@ def open_run(
     def changed(before: Mapping[str, Any], step: int) -> list[str]:
         return _changed(recipes.from_dict(before), recipe, step)  # keys added since: defaults
 
-    checkpoint = open_folder(folder, recipe.to_dict(), resume, changed)
-    console = console or Console(stderr=True)
-    started = time.perf_counter()
-    chosen = device_of(device)
-    sources = open_stages(recipe, folder / "data", partial(say, console))
-    run = Run(recipe, folder, sources, chosen, console, started, examine)
-    try:
-        if checkpoint is not None:
-            run.restore(checkpoint)
-        yield run
-    finally:
-        run.close()
+    with held(folder):
+        checkpoint = open_folder(folder, recipe.to_dict(), resume, changed)
+        console = console or Console(stderr=True)
+        started = time.perf_counter()
+        chosen = device_of(device)
+        sources = open_stages(recipe, folder / "data", partial(say, console))
+        run = Run(recipe, folder, sources, chosen, console, started, examine)
+        try:
+            if checkpoint is not None:
+                run.restore(checkpoint)
+            yield run
+        finally:
+            run.close()
 
 
 def check_examine(log: LogRecipe, examine: Examine | None) -> None:
@@ -133,14 +134,37 @@ def say(console: Console, text: str) -> None:
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """A run's folder, made and kept from other processes. Raises RecipeError if one of them works in it."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is a file; --out takes the folder of the run")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(
+                f"another process works in {folder}; wait for its end, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def open_folder(
     folder: Path,
     resolved: Mapping[str, Any],
     resume: bool,
     changed: Callable[[Mapping[str, Any], int], list[str]],
 ) -> state.Checkpoint | None:
-    """Create or check a run's folder; the checkpoint to go on from, if any. `resolved`: the recipe, to be
-    saved; `changed(saved, step)`: keys that a run at `step` depends on and that differ from the saved ones.
+    """Check a run's folder, which is held; the checkpoint to go on from, if any. `resolved`: the recipe, to
+    be saved; `changed(saved, step)`: keys that a run at `step` depends on and that differ from the saved.
     """
     saved = folder / "recipe.json"
     checkpoint = state.latest(folder / "checkpoints")
@@ -155,9 +179,6 @@ def open_folder(
                 f"the recipe differs from that of the run in {folder} in {', '.join(differ)}; resume "
                 "with the same recipe and --set, or start anew with another --out"
             )
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{folder} is a file; --out takes the folder of the run")
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".recipe.json.tmp"
     temporary.write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, saved)

@@ -375,6 +375,19 @@ def test_a_folder_with_a_run_is_not_overwritten(short, tmp_path):
         short(tmp_path / "run")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_folder_that_another_process_works_in_is_refused(short, tmp_path):
+    code = ("import sys; from pathlib import Path; from hadal.train.main import held\n"
+            "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")  # fmt: skip
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(RecipeError, match=r"another process works in .*run; wait for its end"):
+        short(tmp_path / "run")
+    other.communicate("")
+    assert short(tmp_path / "run", "train.max_minutes=0.0001").step >= 0  # the lock goes with its process
+
+
 def test_resuming_with_another_recipe_is_refused(short, tmp_path):
     short(tmp_path / "run", "train.max_minutes=1e-6")
     with pytest.raises(RecipeError, match=r"learning_rate\.peak"):
