@@ -82,7 +82,7 @@ def test_each_kind_keeps_less_and_all_of_v3s_about_half():
     plain = kept_bytes(network, micro, ())
     for kind in KINDS:
         assert kept_bytes(network, micro, (kind,)) < 0.97 * plain, kind
-    # short documents share calls on a CPU, and what pads them is kept too: 0.54 here, less where rows are long
+    # short documents share calls on a CPU, and what pads them is kept too: 0.54 here, less for long rows
     assert kept_bytes(network, micro, V3) < 0.56 * plain
 
 
