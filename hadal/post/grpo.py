@@ -38,7 +38,7 @@ from hadal.post.tasks import Prompts
 from hadal.train import state
 from hadal.train.export import CARD, Facts
 from hadal.train.flops import peak, step_flops
-from hadal.train.main import DTYPES, Outcome, device_of, held, open_folder
+from hadal.train.main import DTYPES, Outcome, device_of, held, open_folder, say
 from hadal.train.metrics import JsonLines, Metrics
 from hadal.train.optimizer import AdamW
 from hadal.train.recipe import differences
@@ -97,6 +97,9 @@ def open_run(
     judging = rewards.Rewards(rewards.read(recipe.reward), judge=judge, model=model)
     with judging as judged, held(folder):
         checkpoint = open_folder(folder, recipe.to_dict() | {"started": started}, resume, changed)
+        console = console or Console(stderr=True)
+        if resume and checkpoint is None:
+            say(console, f"{folder} holds no checkpoint: the run begins anew")
         run = GrpoRun(recipe, base, folder, device_of(device), prompts, judged, console)
         try:
             if checkpoint is not None:

@@ -187,6 +187,8 @@ class Run:
     def go(self, steps: Sequence[Step]) -> Outcome:
         """Carry out a plan, told first."""
         self._tell_plan(steps)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RecipeError(f"{self.folder} is a file; --out takes the folder of the run")
         self.folder.mkdir(parents=True, exist_ok=True)
         ran: list[str] = []
         for step in steps:

@@ -95,6 +95,8 @@ def open_run(
     with held(folder):
         checkpoint = open_folder(folder, resolved, resume, changed)
         console = console or Console(stderr=True)
+        if resume and checkpoint is None:
+            say(console, f"{folder} holds no checkpoint: the run begins anew")
         begun = time.perf_counter()
         rows = prepare(recipe, base, folder / "data", Path(recipe_path).parent, partial(say, console))
         whole = recipe.to_train(rows.train.rows_per_epoch, base.folder, folder / "data" / "train")

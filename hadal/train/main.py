@@ -108,6 +108,8 @@ def open_run(
     with held(folder):
         checkpoint = open_folder(folder, recipe.to_dict(), resume, changed)
         console = console or Console(stderr=True)
+        if resume and checkpoint is None:
+            say(console, f"{folder} holds no checkpoint: the run begins anew")
         started = time.perf_counter()
         chosen = device_of(device)
         sources = open_stages(recipe, folder / "data", partial(say, console))

@@ -1,5 +1,6 @@
 """Whole runs: the smoke recipe falls and loads in the engine; stopping, resuming and refusing."""
 
+import io
 import json
 import os
 import shutil
@@ -395,8 +396,10 @@ def test_resuming_with_another_recipe_is_refused(short, tmp_path):
     assert short(tmp_path / "run", "log.every_steps=2", resume=True).finished
 
 
-def test_resuming_without_a_checkpoint_starts(short, tmp_path):
-    assert short(tmp_path / "run", resume=True).finished
+def test_resuming_without_a_checkpoint_starts_and_says_so(short, tmp_path):
+    said = io.StringIO()
+    assert short(tmp_path / "run", resume=True, console=Console(file=said, width=200)).finished
+    assert "run holds no checkpoint: the run begins anew" in said.getvalue().replace("\n", "")
 
 
 def test_a_damaged_checkpoint_is_refused(short, tmp_path):
