@@ -245,10 +245,7 @@ class Run:
     def _measure(self, stage: Stage) -> None:
         if not r1_stages.is_measured(stage):
             return
-        found = r1_stages.measured(
-            self.made(stage), self.recipe.measure, self.device,
-            lambda done, of: self.say(f"{stage.name}: measured {done} of {of} tasks"),
-        )  # fmt: skip
+        found = r1_stages.measured(self.made(stage), self.recipe.measure, self.device)
         path = self.place(stage.name) / "measured.json"
         write_json(path, found)
         entry = self.manifest[stage.name]

@@ -12,7 +12,7 @@ Problems depend on the recipe's `[measure]` alone, so that all stages answer the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,44 +84,49 @@ def problems(recipe: MeasureRecipe, task: WorkedTask) -> list[Worked]:
     return list(found.values())
 
 
-def measure(engine: Any, recipe: MeasureRecipe, tell: Callable[[int, int], None]) -> dict[str, Any]:
+def measure(engine: Any, recipe: MeasureRecipe) -> dict[str, Any]:
     """Ask an engine. Returns the figures over all problems, by task and by language, and the settings."""
-    from hadal.engine import SamplingParams
-
-    begun, tasks, everything = time.perf_counter(), {}, []
+    begun = time.perf_counter()
+    asked = [(task.label, n, one) for task in recipe.tasks for n, one in enumerate(problems(recipe, task))]
+    groups = answered(engine, recipe, [(n, one) for _, n, one in asked])
+    tasks: dict[str, list[list[Judged]]] = {}
     languages: dict[str, list[list[Judged]]] = {}
-    for at, task in enumerate(recipe.tasks):
-        asked = problems(recipe, task)
-        params = [
-            SamplingParams(
-                max_tokens=recipe.max_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
-                seed=recipe.seed + 1000 * n + i,
-            )
-            for n in range(len(asked)) for i in range(recipe.samples)
-        ]  # fmt: skip
-        chats = [[{"role": "user", "content": one.sample.prompt}] for one in asked]
-        ids = [engine.encode_chat(chat) for chat in chats]
-        answers = engine.generate([one for one in ids for _ in range(recipe.samples)], params)
-        groups: list[list[Judged]] = [[] for _ in asked]
-        for number, answer in enumerate(answers):
-            n = number // recipe.samples
-            opened = engine.template.starts_in_reasoning(None, chats[n])
-            said = Completion(
-                prompt_record(asked[n]), answer.text, len(answer.token_ids), answer.finish_reason, opened
-            )
-            groups[n].append(judged(asked[n], said))
-        tasks[task.label] = summary(groups)
-        for worked, group in zip(asked, groups, strict=True):
-            languages.setdefault(worked.sample.language, []).append(group)
-        everything += groups
-        tell(at + 1, len(recipe.tasks))
+    for (label, _, worked), group in zip(asked, groups, strict=True):
+        tasks.setdefault(label, []).append(group)
+        languages.setdefault(worked.sample.language, []).append(group)
     return {
-        "all": summary(everything), "tasks": tasks,
+        "all": summary(groups), "tasks": {name: summary(some) for name, some in tasks.items()},
         "languages": {name: summary(groups) for name, groups in sorted(languages.items())},
         "settings": {"samples": recipe.samples, "temperature": recipe.temperature, "top_p": recipe.top_p,
                      "max_tokens": recipe.max_tokens, "seed": recipe.seed, "split": "held-out"},
         "seconds": time.perf_counter() - begun,
     }  # fmt: skip
+
+
+def answered(engine: Any, recipe: MeasureRecipe, asked: Sequence[tuple[int, Worked]]) -> list[list[Judged]]:
+    """The samples of (number in its task, problem), all tasks in one batch: its end, where few are left, is
+    what a GPU loses time on."""
+    from hadal.engine import SamplingParams
+
+    chats = [[{"role": "user", "content": one.sample.prompt}] for _, one in asked]
+    ids = [engine.encode_chat(chat) for chat in chats]
+    params = [
+        SamplingParams(
+            max_tokens=recipe.max_tokens, temperature=recipe.temperature, top_p=recipe.top_p,
+            seed=recipe.seed + 1000 * n + i,
+        )
+        for n, _ in asked for i in range(recipe.samples)
+    ]  # fmt: skip
+    answers = engine.generate([one for one in ids for _ in range(recipe.samples)], params)
+    groups: list[list[Judged]] = [[] for _ in asked]
+    for number, answer in enumerate(answers):
+        at = number // recipe.samples
+        opened, worked = engine.template.starts_in_reasoning(None, chats[at]), asked[at][1]
+        said = Completion(
+            prompt_record(worked), answer.text, len(answer.token_ids), answer.finish_reason, opened
+        )
+        groups[at].append(judged(worked, said))
+    return groups
 
 
 def shown(key: str, value: float | None) -> str:

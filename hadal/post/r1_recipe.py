@@ -54,11 +54,13 @@ class WorkedRecipe:
     tasks: tuple[WorkedTask, ...]
     count: int
     seed: int = 0
+    examined: int = 0  # no question of `hadal eval --limit N` is among them; 0: not compared
     faults: Faults = field(default_factory=Faults)
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "at least one problem, such as {name = 'steps/3'}")
         require(self.count >= 1, "count", self.count, "at least 1")
+        require(self.examined >= 0, "examined", self.examined, "0 (not compared) or more")
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,12 @@ class PromptsRecipe:
     tasks: tuple[WorkedTask, ...]
     count: int
     seed: int = 0
+    examined: int = 0  # as of `worked`
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "at least one problem, such as {name = 'steps/3'}")
         require(self.count >= 1, "count", self.count, "at least 1")
+        require(self.examined >= 0, "examined", self.examined, "0 (not compared) or more")
 
 
 @dataclass(frozen=True)

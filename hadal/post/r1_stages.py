@@ -124,13 +124,13 @@ def _init(job: Job) -> Made:
 
 def _worked(job: Job) -> Made:
     r = job.stage.recipe
-    rows = write_conversations(job.made, r.tasks, r.count, r.seed, r.faults)
+    rows = write_conversations(job.made, r.tasks, r.count, r.seed, r.faults, r.examined)
     return Made(True, {"rows": sum(rows.values()), "tasks": rows})
 
 
 def _prompts(job: Job) -> Made:
     r = job.stage.recipe
-    rows = write_prompts(job.made, r.tasks, r.count, r.seed)
+    rows = write_prompts(job.made, r.tasks, r.count, r.seed, examined=r.examined)
     return Made(True, {"rows": sum(rows.values()), "tasks": rows})
 
 
@@ -246,12 +246,10 @@ def opened(folder: Path, device: str, longest: int, seats: int) -> Iterator[Any]
         release()
 
 
-def measured(
-    export: Path, recipe: MeasureRecipe, device: str, tell: Callable[[int, int], None]
-) -> dict[str, Any]:
+def measured(export: Path, recipe: MeasureRecipe, device: str) -> dict[str, Any]:
     """The figures of a stage's model."""
     with opened(export, device, recipe.max_tokens + 256, recipe.max_seqs) as engine:
-        return measure(engine, recipe, tell)
+        return measure(engine, recipe)
 
 
 def _rejection(job: Job) -> Made:

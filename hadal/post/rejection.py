@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from hadal.post.rewards.text import split
 from hadal.post.tasks import Prompts, Record, TaskRecipe, chat
 
 REASONS = ("cut", "form", "wrong", "language", "short", "long", "duplicate", "surplus")
-BLOCK = 64  # prompts that are asked at once
+ROUNDS = 4  # times that the engine's seats are filled, at least, by what is asked at once
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,12 @@ class RejectionRecipe:
     max_tokens: int = 1024
     max_seqs: int = 128
     seed: int = 0
+    max_minutes: float = 0.0  # then no further prompts are asked; 0: no limit
     filter: FilterRecipe = field(default_factory=FilterRecipe)
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "at least one [[tasks]] table (docs/rewards.md)")
+        require(self.max_minutes >= 0, "max_minutes", self.max_minutes, "0 (no limit) or more")
         for key in ("prompts", "samples", "max_tokens", "max_seqs"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(self.temperature > 0, "temperature", self.temperature, "above 0: samples must differ")
@@ -175,8 +178,11 @@ def draw(
     """All samples, prompt by prompt. `tell(n)`: n prompts are done. Raises RecipeError."""
     from hadal.engine import SamplingParams
 
-    for first in range(0, recipe.prompts, BLOCK):
-        numbers = range(first, min(first + BLOCK, recipe.prompts))
+    begun, block = time.monotonic(), -(-ROUNDS * recipe.max_seqs // recipe.samples)
+    for first in range(0, recipe.prompts, block):
+        if recipe.max_minutes and time.monotonic() - begun > 60 * recipe.max_minutes:
+            break
+        numbers = range(first, min(first + block, recipe.prompts))
         records = [prompts.record(number) for number in numbers]
         judge.check(records)
         ids = [engine.encode_chat(chat(record)) for record in records]

@@ -19,10 +19,12 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from hadal.data.puzzles import LANGUAGES, TASKS, Problem, Sample, is_held_out, sample
+from hadal.data.puzzles.examination import asked, problems
 from hadal.data.puzzles.mixture import check_name
 from hadal.data.strict import RecipeError, require
 from hadal.post.rewards.rules import as_record
@@ -159,23 +161,32 @@ def conversation(worked: Worked, faults: Faults, rng: random.Random) -> dict[str
     return {"messages": messages, **record, "reasoning_language": told_in}
 
 
+@lru_cache(maxsize=1)
+def examination(samples: int) -> frozenset[str]:
+    """The questions of `hadal eval --limit SAMPLES`, as they are compared. Another problem may be asked in
+    the same words: "Paris?" is one question in three languages."""
+    return frozenset(asked(one.prompt) for one in problems(samples)) if samples else frozenset()
+
+
 def rows(
-    tasks: Sequence[WorkedTask], count: int, seed: int, split: str = "train"
+    tasks: Sequence[WorkedTask], count: int, seed: int, split: str = "train", examined: int = 0
 ) -> Iterator[tuple[int, Worked]]:
-    """(number, problem) of `count` rows, tasks drawn by weight."""
-    rng = random.Random(f"tasks/{seed}/{split}")
+    """(number, problem) of `count` rows, tasks drawn by weight; fewer if the examination asks some."""
+    rng, left_out = random.Random(f"tasks/{seed}/{split}"), examination(examined)
     names = rng.choices(range(len(tasks)), [task.weight for task in tasks], k=count)
     for number, place in enumerate(names):
-        yield number, draw(tasks[place], number, seed, split)
+        worked = draw(tasks[place], number, seed, split)
+        if asked(worked.sample.prompt) not in left_out:
+            yield number, worked
 
 
 def write_conversations(
-    path: Path, tasks: Sequence[WorkedTask], count: int, seed: int, faults: Faults
+    path: Path, tasks: Sequence[WorkedTask], count: int, seed: int, faults: Faults, examined: int = 0
 ) -> dict[str, int]:
     """Write an SFT set. Returns how many rows each task has."""
     found: dict[str, int] = {}
     with path.open("w", encoding="utf-8") as file:
-        for number, worked in rows(tasks, count, seed):
+        for number, worked in rows(tasks, count, seed, examined=examined):
             row = conversation(worked, faults, random.Random(f"faults/{seed}/{number}"))
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             found[worked.task] = found.get(worked.task, 0) + 1
@@ -183,13 +194,13 @@ def write_conversations(
 
 
 def write_prompts(
-    path: Path, tasks: Sequence[WorkedTask], count: int, seed: int, split: str = "train"
+    path: Path, tasks: Sequence[WorkedTask], count: int, seed: int, split: str = "train", examined: int = 0
 ) -> dict[str, int]:
     """Write prompts, each once: what has been drawn before is passed over. Returns rows a task."""
     found: dict[str, int] = {}
     seen: set[str] = set()
     with path.open("w", encoding="utf-8") as file:
-        for _, worked in rows(tasks, count, seed, split):
+        for _, worked in rows(tasks, count, seed, split, examined):
             record = prompt_record(worked)
             if record["prompt"] not in seen:
                 seen.add(record["prompt"])
