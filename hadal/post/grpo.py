@@ -13,19 +13,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from hadal.model.transformer import Transformer
 from hadal.post import rewards
+from hadal.post.base import Base, changed_since, write_export
 from hadal.post.card import grpo_card
 from hadal.post.grpo_recipe import GrpoRecipe, from_dict, load
 from hadal.post.lora import Adapters
@@ -33,20 +32,16 @@ from hadal.post.policy import GrpoStats, Policy, Rollout
 from hadal.post.reference import PREFIX, Reference
 from hadal.post.rollout import Sampler
 from hadal.post.samples import harmless
-from hadal.post.sft import Base, export_format, side_files
 from hadal.post.tasks import Prompts
 from hadal.train import state
-from hadal.train.export import CARD, Facts
+from hadal.train.export import Facts
 from hadal.train.flops import peak, step_flops
-from hadal.train.main import DTYPES, Outcome, device_of, held, open_folder, say
+from hadal.train.main import Outcome, adamw, device_of
 from hadal.train.metrics import JsonLines, Metrics
-from hadal.train.optimizer import AdamW
-from hadal.train.recipe import differences
+from hadal.train.opening import folder_of, opened
 from hadal.train.schedules import LearningRate, Schedule
 from hadal.train.stopping import Stop
 from hadal.train.trainer import Progress, Trainer
-from hadal.weights import load as load_weights
-from hadal.weights import save as save_weights
 
 
 def grpo(
@@ -83,30 +78,16 @@ def open_run(
 ) -> Iterator[GrpoRun]:
     """A run where it is to begin, or to go on; see `grpo`."""
     recipe = _with_paths(load(Path(recipe_path), overrides), Path(recipe_path).parent)
-    folder = Path(out) if out is not None else Path("runs") / recipe.run.name
+    folder, console = folder_of(out, recipe.run.name), console or Console(stderr=True)
     base = Base.of(recipe.model)
-    started = dataclasses.asdict(base.started())
-
-    def changed(before: Mapping[str, Any], step: int) -> list[str]:
-        saved = dict(before)
-        digest = saved.pop("started", {}).get("digest")
-        found = differences(from_dict(saved).to_dict(), recipe.to_dict())
-        return [*found, *(["the files of model.start"] if digest != started["digest"] else [])]
-
+    started = base.started()
     prompts = Prompts(recipe.tasks, recipe.run.seed)
-    judging = rewards.Rewards(rewards.read(recipe.reward), judge=judge, model=model)
-    with judging as judged, held(folder):
-        checkpoint = open_folder(folder, recipe.to_dict() | {"started": started}, resume, changed)
-        console = console or Console(stderr=True)
-        if resume and checkpoint is None:
-            say(console, f"{folder} holds no checkpoint: the run begins anew")
-        run = GrpoRun(recipe, base, folder, device_of(device), prompts, judged, console)
-        try:
-            if checkpoint is not None:
-                run.restore(checkpoint)
+    resolved = recipe.to_dict() | {"started": dataclasses.asdict(started)}
+    changed = changed_since(recipe, started, from_dict)
+    with rewards.Rewards(rewards.read(recipe.reward), judge=judge, model=model) as judged:
+        make = partial(GrpoRun, recipe, base, folder, device_of(device), prompts, judged, console)
+        with opened(folder, resolved, resume, changed, make, console) as run:
             yield run
-        finally:
-            run.close()
 
 
 def _with_paths(recipe: GrpoRecipe, beside: Path) -> GrpoRecipe:
@@ -137,7 +118,7 @@ class GrpoRun:
         self.begun, self.seconds_before = time.perf_counter(), 0.0
         self.stop = Stop(recipe.train.max_minutes, self.begun)
         self.console = console or Console(stderr=True)
-        self.model = self._load(device)
+        self.model = base.load(recipe.train.dtype, device, recipe.run.seed)
         self.adapters: Adapters | None = None
         self.trainer = self._trainer()
         seed, exact = recipe.run.seed, recipe.train.exact
@@ -152,24 +133,13 @@ class GrpoRun:
         self.last: GrpoStats | None = None
         self.metrics: GrpoMetrics | None = None
 
-    def _load(self, device: torch.device) -> Transformer:
-        wanted = self.recipe.train.dtype
-        auto = "bfloat16" if device.type == "cuda" else "float32"
-        dtype = DTYPES[auto if wanted == "auto" else wanted]
-        torch.manual_seed(self.recipe.run.seed)
-        return load_weights(self.base.folder, dtype=dtype, device=device, quantize="off")
-
     def _trainer(self) -> Trainer:
         """Its progress counts updates, sampled tokens, prompts; its schedule goes by updates."""
-        adamw, rate = self.recipe.optimizer, self.recipe.learning_rate
-        named = self.model.named_parameters()
+        rate, named = self.recipe.learning_rate, self.model.named_parameters()
         if self.recipe.lora.rank:
             self.adapters = Adapters(self.model, self.recipe.lora, seed=self.recipe.run.seed)
             named = self.adapters.named_parameters()
-        optimizer = AdamW(
-            named, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, clip=adamw.clip,
-            moment_dtype=DTYPES[adamw.moments],
-        )  # fmt: skip
+        optimizer = adamw(named, self.recipe.optimizer)
         if self.adapters is not None:
             self.adapters.attach(optimizer)
         shape = LearningRate(rate.peak, rate.peak, rate.warmup, math.inf, math.inf)
@@ -223,10 +193,7 @@ class GrpoRun:
             f"{sample.group}" + (f"; resumed at step {self.policy.steps}" if self.policy.steps else "")
         )
         if self.adapters is not None:
-            count, trained = len(self.adapters.items), self.adapters.parameters_trained
-            metrics.say(
-                f"LoRA of rank {self.recipe.lora.rank} on {count} matrices: {trained:,} parameters trained"
-            )
+            metrics.say(str(self.adapters))
 
     # --- state ---
     def save(self) -> None:
@@ -255,8 +222,7 @@ class GrpoRun:
 
     def export(self) -> Path:
         """Write the model as a published folder with the base's tokenizer and settings, and a card."""
-        target, wanted, device = self.folder / "export", self.recipe.export, self.model.device
-        fp8, dtype = export_format(wanted.format, self.base.folder)
+        target, device = self.folder / "export", self.model.device
         name = f"CPU, {torch.get_num_threads()} threads"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
@@ -264,20 +230,12 @@ class GrpoRun:
             self.policy.steps, self.recipe.train.steps, self.trainer.progress.tokens, self.seconds(), name,
             torch.__version__,
         )  # fmt: skip
-        metadata = {"name": self.recipe.run.name, "trained_by": "hadal grpo", "base": self.base.name}
-        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.folder))
-        try:
-            side_files(self.base, self.recipe.model.template, temporary)
-            save_weights(
-                self.model, target, fp8=fp8, dtype=dtype, max_shard_bytes=wanted.max_shard_mib * 2**20,
-                metadata=metadata | dataclasses.asdict(facts), files_from=temporary, overwrite=True,
-            )  # fmt: skip
-        finally:
-            shutil.rmtree(temporary)
-        card = grpo_card(self.recipe, self.base.started(), self.model.config, facts)
-        (target / CARD).write_text(card, encoding="utf-8")
-        if self.adapters is not None and wanted.adapters:
-            self.adapters.save(self.folder / "export-adapters", self.base.name)
+        write_export(
+            self.model, target, self.base, self.recipe.export, template=self.recipe.model.template,
+            adapters=self.adapters, facts=facts,
+            metadata={"name": self.recipe.run.name, "trained_by": "hadal grpo"},
+            card=grpo_card(self.recipe, self.base.started(), self.model.config, facts),
+        )  # fmt: skip
         if self.metrics is not None:
             self.metrics.event("export", self.policy.steps, path=str(target))
         return target

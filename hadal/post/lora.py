@@ -161,6 +161,10 @@ class Adapters:
         """Numbers in all A and B."""
         return sum(item.a.numel() + item.b.numel() for item in self.items)
 
+    def __str__(self) -> str:
+        trained, count = self.parameters_trained, len(self.items)
+        return f"LoRA of rank {self.recipe.rank} on {count} matrices: {trained:,} parameters trained"
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is trained, as NAME.lora_A and NAME.lora_B after the model's parameters."""
         for item in self.items:

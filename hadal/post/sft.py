@@ -14,11 +14,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,26 +27,24 @@ import torch
 from rich.console import Console
 
 from hadal.model.transformer import Transformer
-from hadal.post.card import Started, sft_card
+from hadal.post.base import Base as Base
+from hadal.post.base import changed_since, write_export
+from hadal.post.card import sft_card
 from hadal.post.chat_rows import ChatRows, Report, Wanted, write_rows
 from hadal.post.conversations import Conversation
 from hadal.post.lora import Adapters
-from hadal.post.sft_recipe import BaseRecipe, RecipeError, SftRecipe, from_dict, load
-from hadal.text.templates import Template, template_for
+from hadal.post.sft_recipe import RecipeError, SftRecipe, from_dict, load
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.accuracy import Examine
-from hadal.train.export import CARD, Facts
-from hadal.train.main import DTYPES, Outcome, Run, check_examine, device_of, held, open_folder, say
+from hadal.train.export import Facts
+from hadal.train.main import Outcome, Run, check_examine, device_of
 from hadal.train.metrics import Metrics
 from hadal.train.occasions import Occasions
+from hadal.train.opening import folder_of, opened, say
 from hadal.train.optimizer import AdamW
-from hadal.train.recipe import Recipe, differences
+from hadal.train.recipe import Recipe
 from hadal.train.sources import Sources
-from hadal.weights import hub
-from hadal.weights import load as load_weights
-from hadal.weights import save as save_weights
-from hadal.weights.layout import read_config, read_config_json
-from hadal.weights.writer import SIDE_FILES
+from hadal.weights.layout import read_config
 
 
 def sft(
@@ -68,7 +65,6 @@ def sft(
         return run.go()
 
 
-@contextmanager
 def open_run(
     recipe_path: Path | str,
     resume: bool,
@@ -77,69 +73,23 @@ def open_run(
     device: str,
     console: Console | None,
     examine: Examine | None = None,
-) -> Iterator[SftRun]:
+) -> AbstractContextManager[SftRun]:
     """A run where it is to begin, or to go on; see `sft`."""
     recipe = load(Path(recipe_path), overrides)
     check_examine(recipe.log, examine)
-    folder = Path(out) if out is not None else Path("runs") / recipe.run.name
+    folder, console = folder_of(out, recipe.run.name), console or Console(stderr=True)
     base = Base.of(recipe.model)
     started = base.started()
 
-    def changed(before: Mapping[str, Any], step: int) -> list[str]:
-        saved = dict(before)
-        model = saved.pop("started", {}).get("digest")
-        found = differences(from_dict(saved).to_dict(), recipe.to_dict())
-        return [*found, *(["the files of model.start"] if model != started.digest else [])]
-
-    resolved = recipe.to_dict() | {"started": dataclasses.asdict(started)}
-    with held(folder):
-        checkpoint = open_folder(folder, resolved, resume, changed)
-        console = console or Console(stderr=True)
-        if resume and checkpoint is None:
-            say(console, f"{folder} holds no checkpoint: the run begins anew")
+    def make() -> SftRun:
         begun = time.perf_counter()
         rows = prepare(recipe, base, folder / "data", Path(recipe_path).parent, partial(say, console))
         whole = recipe.to_train(rows.train.rows_per_epoch, base.folder, folder / "data" / "train")
-        run = SftRun(recipe, base, rows, whole, folder, device_of(device), console, begun, examine)
-        try:
-            if checkpoint is not None:
-                run.restore(checkpoint)
-            yield run
-        finally:
-            run.close()
+        return SftRun(recipe, base, rows, whole, folder, device_of(device), console, begun, examine)
 
-
-# --- the model that it starts from ---
-@dataclass(frozen=True)
-class Base:
-    """A published folder on this machine, its tokenizer, and the template that conversations get."""
-
-    name: str
-    folder: Path
-    tokenizer: Tokenizer
-    template: Template
-
-    @classmethod
-    def of(cls, model: BaseRecipe) -> Base:
-        """A recipe's model. Raises NotFoundError, TemplateError, TokenizerError."""
-        folder = Path(hub.resolve(model.start))
-        if not (folder / "config.json").is_file():
-            raise RecipeError(f"model.start is {model.start!r}, which is no model: it has no config.json")
-        template = template_for(model.template or folder)
-        if template.name == "plain":
-            raise RecipeError(f"{model.start} has no chat template; name one in model.template (docs/sft.md)")
-        return cls(model.start, folder, Tokenizer.load(folder), template)
-
-    def started(self) -> Started:
-        """What identifies it, for the recipe that is saved and the card."""
-        return Started(self.name, str(self.folder), hub.digest(self.folder), self.template.name)
-
-    @property
-    def pad_id(self) -> int:
-        """What fills rows; it is never attended to nor counted, whatever it is."""
-        return self.tokenizer.special.get(
-            "<｜▁pad▁｜>", self.tokenizer.eos_ids[0] if self.tokenizer.eos_ids else 0
-        )
+    resolved = recipe.to_dict() | {"started": dataclasses.asdict(started)}
+    changed = changed_since(recipe, started, from_dict)
+    return opened(folder, resolved, resume, changed, make, console)
 
 
 # --- the data ---
@@ -247,10 +197,7 @@ class SftRun(Run):
                 f"the tokenizer of {self.base.folder} has {self.base.tokenizer.vocab_size} ids, its model "
                 f"{found.vocab_size}: the folder mixes two models"
             )
-        auto = "bfloat16" if self.device.type == "cuda" else "float32"
-        dtype = DTYPES[auto if train.dtype == "auto" else train.dtype]
-        torch.manual_seed(self.recipe.run.seed)
-        model = load_weights(self.base.folder, dtype=dtype, device=self.device, quantize="off")
+        model = self.base.load(train.dtype, self.device, self.recipe.run.seed)
         self.config = model.config
         return model
 
@@ -264,10 +211,7 @@ class SftRun(Run):
 
     def _occasions(self, metrics: Metrics) -> Occasions:
         if self.adapters is not None:
-            trained, count = self.adapters.parameters_trained, len(self.adapters.items)
-            metrics.say(
-                f"LoRA of rank {self.sft.lora.rank} on {count} matrices: {trained:,} parameters trained"
-            )
+            metrics.say(str(self.adapters))
         return SftOccasions(
             self.recipe, self.folder, self.sources, self.trainer, metrics, self.spikes, self._seconds,
             self.examine, run=self,
@@ -276,27 +220,12 @@ class SftRun(Run):
     def export(self, name: str, facts: Facts) -> Path:
         """Write the model as a published folder with the base's tokenizer and settings, and a card."""
         target = self.folder / name
-        fp8, dtype = export_format(self.sft.export.format, self.base.folder)
-        metadata = {"name": self.recipe.run.name, "trained_by": "hadal sft", "base": self.base.name}
-        temporary = Path(tempfile.mkdtemp(prefix=".export-", dir=self.folder))
-        try:
-            side_files(self.base, self.sft.model.template, temporary)
-            save_weights(
-                self.model,
-                target,
-                fp8=fp8,
-                dtype=dtype,
-                max_shard_bytes=self.sft.export.max_shard_mib * 2**20,
-                metadata=metadata | dataclasses.asdict(facts),
-                files_from=temporary,
-                overwrite=True,
-            )
-        finally:
-            shutil.rmtree(temporary)
-        card = sft_card(self.sft, self.base.started(), self.model.config, self.rows.report, facts)
-        (target / CARD).write_text(card, encoding="utf-8")
-        if self.adapters is not None and self.sft.export.adapters:
-            self.adapters.save(self.folder / f"{name}-adapters", self.base.name)
+        write_export(
+            self.model, target, self.base, self.sft.export, template=self.sft.model.template,
+            adapters=self.adapters, facts=facts,
+            metadata={"name": self.recipe.run.name, "trained_by": "hadal sft"},
+            card=sft_card(self.sft, self.base.started(), self.model.config, self.rows.report, facts),
+        )  # fmt: skip
         return target
 
 
@@ -317,28 +246,6 @@ class SftOccasions(Occasions):
         if self.run.adapters is not None:  # predicted for the training of all weights
             found.pop("predicted_peak_bytes", None)
         return found
-
-
-def side_files(base: Base, template: str, folder: Path) -> None:
-    """Tokenizer, template and sampling settings of the base; a template that the recipe names is noted
-    there."""
-    for name in SIDE_FILES:
-        if (base.folder / name).is_file():
-            shutil.copyfile(base.folder / name, folder / name)
-    if template:
-        path = folder / "tokenizer_config.json"
-        table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        table["hadal_template"] = template
-        path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def export_format(wanted: str, base: Path) -> tuple[bool, torch.dtype]:
-    """(in FP8 blocks?, dtype of the rest) of an export; "auto": as the folder `base` has them."""
-    table = read_config_json(base)
-    if wanted == "fp8" or (wanted == "auto" and read_config(base).fp8 is not None):
-        return True, torch.bfloat16
-    name = str(table.get("torch_dtype", table.get("dtype"))) if wanted == "auto" else wanted
-    return False, {**DTYPES, "float16": torch.float16}.get(name, torch.bfloat16)
 
 
 # --- looking at rows ---

@@ -11,11 +11,9 @@ and on Ctrl-C. `--resume` goes on bit for bit where the last checkpoint stands.
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -41,9 +39,10 @@ from hadal.train.initial import start_from, start_table
 from hadal.train.losses import Objective
 from hadal.train.metrics import Metrics
 from hadal.train.occasions import Occasions
+from hadal.train.opening import folder_of, opened, say
 from hadal.train.optimizer import AdamW
 from hadal.train.phases import Stage, begun, config_at, recipe_at, stage_at, stages
-from hadal.train.recipe import LogRecipe, Recipe, RecipeError
+from hadal.train.recipe import LogRecipe, OptimizerRecipe, Recipe, RecipeError
 from hadal.train.sources import Sources, open_stages
 from hadal.train.spikes import Spikes
 from hadal.train.stopping import Stop
@@ -87,7 +86,6 @@ def train(
         return run.go()
 
 
-@contextmanager
 def open_run(
     recipe_path: Path | str,
     resume: bool,
@@ -96,30 +94,22 @@ def open_run(
     device: str,
     console: Console | None,
     examine: Examine | None = None,
-) -> Iterator[Run]:
+) -> AbstractContextManager[Run]:
     """A run where it is to begin, or to go on; see `train`."""
     recipe = recipes.load(Path(recipe_path), overrides)
     check_examine(recipe.log, examine)
-    folder = Path(out) if out is not None else Path("runs") / recipe.run.name
+    folder, console = folder_of(out, recipe.run.name), console or Console(stderr=True)
 
     def changed(before: Mapping[str, Any], step: int) -> list[str]:
         return _changed(recipes.from_dict(before), recipe, step)  # keys added since: defaults
 
-    with held(folder):
-        checkpoint = open_folder(folder, recipe.to_dict(), resume, changed)
-        console = console or Console(stderr=True)
-        if resume and checkpoint is None:
-            say(console, f"{folder} holds no checkpoint: the run begins anew")
+    def make() -> Run:
         started = time.perf_counter()
         chosen = device_of(device)
         sources = open_stages(recipe, folder / "data", partial(say, console))
-        run = Run(recipe, folder, sources, chosen, console, started, examine)
-        try:
-            if checkpoint is not None:
-                run.restore(checkpoint)
-            yield run
-        finally:
-            run.close()
+        return Run(recipe, folder, sources, chosen, console, started, examine)
+
+    return opened(folder, recipe.to_dict(), resume, changed, make, console)
 
 
 def check_examine(log: LogRecipe, examine: Examine | None) -> None:
@@ -129,62 +119,6 @@ def check_examine(log: LogRecipe, examine: Examine | None) -> None:
             f"log.accuracy_every_steps is {log.accuracy_every_steps}, and nothing measures accuracy: "
             "call it with examine=hadal.evals.in_training.examine, or set it to 0"
         )
-
-
-def say(console: Console, text: str) -> None:
-    """A line, as it is."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """A run's folder, made and kept from other processes. Raises RecipeError if one of them works in it."""
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{folder} is a file; --out takes the folder of the run")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RecipeError(
-                f"another process works in {folder}; wait for its end, or choose another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
-
-
-def open_folder(
-    folder: Path,
-    resolved: Mapping[str, Any],
-    resume: bool,
-    changed: Callable[[Mapping[str, Any], int], list[str]],
-) -> state.Checkpoint | None:
-    """Check a run's folder, which is held; the checkpoint to go on from, if any. `resolved`: the recipe, to
-    be saved; `changed(saved, step)`: keys that a run at `step` depends on and that differ from the saved.
-    """
-    saved = folder / "recipe.json"
-    checkpoint = state.latest(folder / "checkpoints")
-    if checkpoint is not None and not resume:
-        raise RecipeError(
-            f"{folder} holds a run at step {checkpoint.step}; go on with --resume, or choose another --out"
-        )
-    if resume and checkpoint is not None:
-        differ = changed(json.loads(saved.read_text(encoding="utf-8")), checkpoint.step)
-        if differ:
-            raise RecipeError(
-                f"the recipe differs from that of the run in {folder} in {', '.join(differ)}; resume "
-                "with the same recipe and --set, or start anew with another --out"
-            )
-    temporary = folder / ".recipe.json.tmp"
-    temporary.write_text(json.dumps(resolved, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, saved)
-    return checkpoint
 
 
 def _changed(before: Recipe, now: Recipe, step: int) -> list[str]:
@@ -205,6 +139,21 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError("--device cuda, but torch finds no CUDA device here; use --device cpu or auto")
     return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Of weights that are trained; "auto": bfloat16 on a GPU, float32 on a CPU."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return DTYPES[name]
+
+
+def adamw(named: Iterable[tuple[str, torch.nn.Parameter]], recipe: OptimizerRecipe) -> AdamW:
+    """The optimizer of an `[optimizer]` table."""
+    return AdamW(
+        named, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, clip=recipe.clip,
+        moment_dtype=DTYPES[recipe.moments],
+    )  # fmt: skip
 
 
 def model_config(recipe: Recipe, sources: Sources) -> ModelConfig:
@@ -283,8 +232,7 @@ class Run:
         model = Transformer(config, dtype=torch.float32).init_weights(self.recipe.run.seed, train.init_std)
         if self.recipe.init.weights:
             start_from(model, Path(self.recipe.init.weights))
-        dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        model = model.to(self.device, DTYPES[dtype if train.dtype == "auto" else train.dtype])
+        model = model.to(self.device, dtype_of(train.dtype, self.device))
         if train.compile:
             _compile(model)
         return model
@@ -299,15 +247,7 @@ class Run:
         return Trainer(self.model, optimizer, iter(()), recipe.schedule(), objective, ema=ema, graphs=graphs)
 
     def _optimizer(self, named: Iterable[tuple[str, torch.nn.Parameter]]) -> AdamW:
-        adamw = self.recipe.optimizer
-        return AdamW(
-            named,
-            betas=adamw.betas,
-            eps=adamw.eps,
-            weight_decay=adamw.weight_decay,
-            clip=adamw.clip,
-            moment_dtype=DTYPES[adamw.moments],
-        )
+        return adamw(named, self.recipe.optimizer)
 
     def _graphs(self, optimizer: AdamW) -> PassGraphs | None:
         """Graphs of passes, where the recipe wants them and they can be."""

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from hadal.engine import Engine, SamplingParams
 from hadal.model.context import Context
-from hadal.post.sft import export_format, open_run, sft, show
+from hadal.post.base import export_format
+from hadal.post.sft import open_run, sft, show
 from hadal.post.sft_recipe import RecipeError, from_dict, load
 from hadal.text import Tokenizer
 from hadal.text.templates import template_for

@@ -378,7 +378,7 @@ def test_a_folder_with_a_run_is_not_overwritten(short, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")
 def test_a_folder_that_another_process_works_in_is_refused(short, tmp_path):
-    code = ("import sys; from pathlib import Path; from hadal.train.main import held\n"
+    code = ("import sys; from pathlib import Path; from hadal.train.opening import held\n"
             "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()")  # fmt: skip
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
