@@ -12,6 +12,7 @@ the tokens of a step, before its update. The first step warms up and is left out
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from hadal.post.policy import GrpoStats
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"exact": "true", "ordinary": "false"}
+LEAST = 3  # steps, whatever the time
 
 
 def runs(asked: argparse.Namespace) -> dict[str, list[GrpoStats]]:
@@ -51,7 +53,10 @@ def runs(asked: argparse.Namespace) -> dict[str, list[GrpoStats]]:
         with opened["exact"] as exactly, opened["ordinary"] as ordinarily:
             for run in (exactly, ordinarily):
                 run.policy.sampler.draw = Timed(run.policy.sampler.draw, now)  # type: ignore[method-assign]
-            for _ in range(asked.steps):
+            ends = now() + (asked.seconds or math.inf)
+            for step in range(asked.steps):
+                if step >= LEAST and now() > ends:
+                    break
                 for mode, run in (("exact", exactly), ("ordinary", ordinarily)):
                     begin = now()
                     _, stats = run.policy.step()
@@ -81,7 +86,7 @@ def rows(found: dict[str, list[GrpoStats]]) -> list[list[str]]:
         gaps = [s.gap_max for s in steps if s.gap_max is not None]
         means = [s.gap_mean for s in steps if s.gap_mean is not None]
         sampling = 1 / median(s.sample_tokens_per_second for s in steps[1:])
-        training = 1 / median(s.tokens_per_second for s in steps[1:] if s.fed_tokens)
+        training = 1 / median([s.tokens_per_second for s in steps[1:] if s.fed_tokens] or [math.nan])
         costs[mode] = sampling, training
         third = max(1, len(steps) // 3)
         first, last = (sum(s.reward for s in part) / third for part in (steps[:third], steps[-third:]))
@@ -122,6 +127,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "grpo-smoke.toml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--seconds", type=float, help="no step begins after so long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -141,7 +147,7 @@ def main() -> None:
         "columns": ["mode", "gap, largest", "gap, mean", "reward, first third → last", "tokens/s sampled",
                     "tokens/s trained"],
         "rows": rows(found),
-        "notes": f"{asked.steps} steps of each in turn, one seed; rates are medians without the first step. "
+        "notes": f"{len(found['exact'])} steps of each in turn, one seed; rates: medians without the first. "
         f"{'CPU seconds, not the wall clock. ' if asked.cpu_time else ''}{' '.join(asked.set)}".strip(),
         "curves": {
             mode: [{"step": s.step, "reward": s.reward, "gap_max": s.gap_max, "gap_mean": s.gap_mean,

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -170,7 +171,7 @@ def race(asked: argparse.Namespace, folder: Path, beside: Path) -> dict[str, lis
         trainer = their_trainer(asked, folder, beside, asked.rounds + 1)
         drawing = run.policy.sampler.draw = Timed(run.policy.sampler.draw, now)  # type: ignore[method-assign]
         making = trainer._generate_and_score_completions = Timed(trainer._generate_and_score_completions, now)
-        begun = 0.0
+        begun, ends = 0.0, now() + (asked.seconds or math.inf)
 
         class Turns(TrainerCallback):  # type: ignore[misc]
             """Ours before each step of theirs."""
@@ -185,10 +186,12 @@ def race(asked: argparse.Namespace, folder: Path, beside: Path) -> dict[str, lis
                 making.take()
                 begun = now()
 
-            def on_step_end(self, *args: Any, **rest: Any) -> None:
+            def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
                 whole, sampling = now() - begun, making.take()
                 found["trl"].append({"sampling": sampling, "training": whole - sampling})
                 print(f"  ours {found['hadal'][-1]}\n  TRL  {found['trl'][-1]}", flush=True)
+                if len(found["trl"]) > 1 and now() > ends:
+                    control.should_training_stop = True
 
         trainer.add_callback(Turns())
         trainer.train()
@@ -227,6 +230,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help=what)
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds: for one thread, busy machines")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="for each model: no round begins after so long")
     parser.add_argument("--out", help="folder of the JSON result (default: benchmarks/results)")
     parser.add_argument("--name", help="of the result; default race_trl_DEVICE")
     asked = parser.parse_args()
@@ -236,28 +240,34 @@ def main() -> None:
     import trl
 
     dtype = torch.float32 if asked.device == "cpu" else torch.bfloat16
-    races = []
+    races: list[dict[str, Any]] = []
     for name in asked.models:
         with tempfile.TemporaryDirectory() as place:
             beside = Path(place)
             folder = folder_of(configs()[name], dtype, asked.device, beside / "model")
-            rows = told(asked, race(asked, folder, beside))
+            found = race(asked, folder, beside)
+        rows = told(asked, found)
         for key, row in rows.items():
             mine, their = row["hadal"]["median"], row["trl"]["median"]
             print(f"{name} {key}: {mine:,.1f} against {their:,.1f} tok/s, ×{row['ratio']:.2f}", flush=True)
         races.append({"model": name, "dtype": str(dtype).removeprefix("torch."), "against": "trl",
-                      "rounds": asked.rounds, "rows": rows})  # fmt: skip
+                      "rounds": len(found["trl"]), "rows": rows})  # fmt: skip
+        written(asked, trl.__version__, races)  # what is raced stays, whatever comes after it
         gc.collect()
         if asked.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def written(asked: argparse.Namespace, version: str, races: list[dict[str, Any]]) -> None:
+    """The result so far."""
     settings = {
         key: getattr(asked, key) for key in ("prompts", "group", "prompt_tokens", "max_tokens", "micro")
     }
-    where = {**machine(asked.device), "trl": trl.__version__}
     title = (
-        f"GRPO step against TRL {trl.__version__}: {asked.prompts} prompts × {asked.group}, "
+        f"GRPO step against TRL {version}: {asked.prompts} prompts × {asked.group}, "
         f"{asked.prompt_tokens} + {asked.max_tokens} tokens" + (", CPU seconds" if asked.cpu_time else "")
     )
+    where = {**machine(asked.device), "trl": version}
     result = {"machine": where, "title": title, "settings": settings, "races": races}
     save(asked.name or f"race_trl_{asked.device}", result, asked.out)
 

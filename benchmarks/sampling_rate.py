@@ -13,6 +13,7 @@ tokens on both sides. The ratio is the median of the rounds' ratios; the first r
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +48,11 @@ def rounds(run: GrpoRun, asked: argparse.Namespace) -> list[dict[str, float]]:
     sampler._params = lambda most, seed: replace(usual(most, seed), ignore_eos=True)  # type: ignore[method-assign]
     now = clock(asked.device, asked.cpu_time)
     judge = sampler._judge = Timed(sampler._judge, now)  # type: ignore[method-assign]
-    found = []
+    found: list[dict[str, float]] = []
+    ends = now() + (asked.seconds or math.inf)
     for number in range(asked.rounds + 1):
+        if number > 1 and now() > ends:
+            break
         begin = now()
         drawn = sampler.draw(number * asked.prompts, 0.0, lambda group: True)
         inside = now() - begin
@@ -81,6 +85,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, help="no round begins after so long")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds: for one thread, busy machines")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", help="folder of the JSON result (default: benchmarks/results)")
