@@ -19,12 +19,7 @@ def prepare(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Of the shards; default: shards/NAME.")
     ] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be given again."
-        ),
-    ] = None,
+    override: o.Overrides = None,
     workers: Annotated[
         int, typer.Option(min=0, metavar="N", help="Processes; 0: one a core. The shards are the same.")
     ] = 0,

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from hadal.cli import options as o
-from hadal.cli.terminal import go_on, human_count, print_json, say
+from hadal.cli.outcome import command, tell
 
 
 def grpo(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/grpo-smoke.toml.")
-    ],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be given again."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of the run; default: runs/NAME.")
-    ] = None,
+    recipe: o.Recipe,
+    resume: o.Resume = False,
+    override: o.Overrides = None,
+    out: o.RunFolder = None,
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
@@ -42,20 +28,4 @@ def grpo(
     from hadal.post.grpo import grpo as run
 
     outcome = run(recipe, resume=resume, overrides=override or [], out=out, device=device)
-    if json:
-        print_json(
-            {
-                "finished": outcome.finished,
-                "reason": outcome.reason,
-                "step": outcome.step,
-                "tokens": outcome.tokens,
-                "loss": outcome.loss,
-                "folder": str(outcome.folder),
-                "export": str(outcome.export),
-            }
-        )
-        return
-    tokens = human_count(outcome.tokens)
-    say(f"{outcome.reason} at step {outcome.step}, {tokens} tokens sampled: {outcome.export}")
-    if not outcome.finished:
-        say(go_on("grpo", recipe, out, override))
+    tell(outcome, json, command("grpo", recipe, override, out, "--resume"), tokens="tokens sampled")

@@ -26,6 +26,15 @@ def picture(path: Path | None) -> Path | None:
 MODEL_HELP = "A name from `hadal list` or `hadal show`, ORG/REPO on the hub, or a folder."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as those in recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be given again."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
+RunFolder = Annotated[
+    Path | None, typer.Option("--out", metavar="FOLDER", help="Of the run; default: runs/NAME.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights while running: auto, float32, bfloat16.")]

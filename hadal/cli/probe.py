@@ -60,12 +60,7 @@ def probe(
     ] = None,
     permutations: Annotated[int | None, typer.Option(min=19, metavar="N", help="Draws of each null.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same results.json.")] = None,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be given again."
-        ),
-    ] = None,
+    override: o.Overrides = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Default: runs/probe-NAME.")
     ] = None,

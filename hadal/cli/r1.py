@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from hadal.cli import options as o
+from hadal.cli.outcome import command
 from hadal.cli.terminal import print_json, say, table
 
 
 def r1(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/r1/cpu.toml.")
-    ],
+    recipe: o.Recipe,
     stage: Annotated[
         list[str] | None,
         typer.Option("--stage", metavar="NAME", help="This stage alone; may be given again."),
@@ -25,15 +23,8 @@ def r1(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be done, with tokens and time; do nothing.")
     ] = False,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be given again."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of the run; default: runs/NAME.")
-    ] = None,
+    override: o.Overrides = None,
+    out: o.RunFolder = None,
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
@@ -63,11 +54,8 @@ def r1(
     if outcome.finished:
         say(f"{len(outcome.ran)} stages made; the table: {outcome.folder / 'README.md'}")
         return
-    words = ["hadal", "r1", str(recipe)]
-    words += [word for name in names for word in ("--stage", name)]
-    words += [word for value in changes for word in ("--set", value)]
-    words += ["--out", str(out)] if out is not None else []
-    say(f"stopped; `{shlex.join(words)}` goes on.")
+    again_with = (word for name in names for word in ("--stage", name))
+    say(f"stopped; `{command('r1', recipe, changes, out, *again_with)}` goes on.")
 
 
 def _tell(folder: Path, steps: list[Any], json: bool) -> None:

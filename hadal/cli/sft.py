@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hadal.cli import options as o
-from hadal.cli.terminal import go_on, human_count, print_json, say
+from hadal.cli.outcome import command, tell
+from hadal.cli.terminal import print_json
 
 
 def sft(
-    recipe: Annotated[
-        Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/sft-example.toml.")
-    ],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be given again."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of the run; default: runs/NAME.")
-    ] = None,
+    recipe: o.Recipe,
+    resume: o.Resume = False,
+    override: o.Overrides = None,
+    out: o.RunFolder = None,
     device: o.Device = "auto",
     show: Annotated[
         int,
@@ -54,19 +45,4 @@ def sft(
     from hadal.post.sft import sft as run
 
     outcome = run(recipe, resume=resume, overrides=override or [], out=out, device=device, examine=examine)
-    if json:
-        print_json(
-            {
-                "finished": outcome.finished,
-                "reason": outcome.reason,
-                "step": outcome.step,
-                "tokens": outcome.tokens,
-                "loss": outcome.loss,
-                "folder": str(outcome.folder),
-                "export": str(outcome.export),
-            }
-        )
-        return
-    say(f"{outcome.reason} at step {outcome.step}, {human_count(outcome.tokens)} tokens: {outcome.export}")
-    if not outcome.finished:
-        say(go_on("sft", recipe, out, override))
+    tell(outcome, json, command("sft", recipe, override, out, "--resume"))

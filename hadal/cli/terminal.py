@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,13 +56,6 @@ def say(text: str = "") -> None:
 def note(text: str = "") -> None:
     """One line beside the result (a rate, a hint), dim, to stderr."""
     print(paint(text, DIM, sys.stderr), file=sys.stderr, flush=True)
-
-
-def go_on(verb: str, recipe: Path, out: Path | None, overrides: Sequence[str] | None) -> str:
-    """The line that takes up a stopped run: the same recipe, values and folder."""
-    words = ["hadal", verb, str(recipe), *(word for value in overrides or () for word in ("--set", value))]
-    words += ["--out", str(out)] if out is not None else []
-    return f"`{shlex.join([*words, '--resume'])}` goes on."
 
 
 def error_line(message: str) -> None:

@@ -9,21 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from hadal.cli import options as o
-from hadal.cli.terminal import go_on, human_count, print_json, say
+from hadal.cli.outcome import command, tell
+from hadal.cli.terminal import print_json, say
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file, such as recipes/mini.toml.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one value of the recipe; may be given again."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Of the run; default: runs/NAME.")
-    ] = None,
+    recipe: o.Recipe,
+    resume: o.Resume = False,
+    override: o.Overrides = None,
+    out: o.RunFolder = None,
     device: o.Device = "auto",
     fp8_report: Annotated[
         bool,
@@ -54,22 +48,7 @@ def train(
     from hadal.train.main import train as run
 
     outcome = run(recipe, resume=resume, overrides=override or [], out=out, device=device, examine=examine)
-    if json:
-        print_json(
-            {
-                "finished": outcome.finished,
-                "reason": outcome.reason,
-                "step": outcome.step,
-                "tokens": outcome.tokens,
-                "loss": outcome.loss,
-                "folder": str(outcome.folder),
-                "export": str(outcome.export),
-            }
-        )
-        return
-    say(f"{outcome.reason} at step {outcome.step}, {human_count(outcome.tokens)} tokens: {outcome.export}")
-    if not outcome.finished:
-        say(go_on("train", recipe, out, override))
+    tell(outcome, json, command("train", recipe, override, out, "--resume"))
 
 
 def _report(recipe: Path, steps: int, json: bool, **options: Any) -> None:

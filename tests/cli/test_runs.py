@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hadal.cli.outcome import command, tell
 from hadal.cli.runs import chart, shade
-from hadal.cli.terminal import go_on
+from hadal.train.main import Outcome
 from tests.cli.helpers import hadal
 
 Capture = pytest.CaptureFixture[str]
@@ -211,9 +212,20 @@ def test_pictures_that_cannot_be_drawn_are_refused(tmp_path: Path, capsys: Captu
 
 
 def test_the_line_that_takes_up_a_run_names_its_folder_and_values():
-    line = go_on("train", Path("a b.toml"), Path("/tmp/try"), ["train.tokens=5"])
-    assert line == "`hadal train 'a b.toml' --set train.tokens=5 --out /tmp/try --resume` goes on."
-    assert go_on("sft", Path("a.toml"), None, None) == "`hadal sft a.toml --resume` goes on."
+    line = command("train", Path("a b.toml"), ["train.tokens=5"], Path("/tmp/try"), "--resume")
+    assert line == "hadal train 'a b.toml' --set train.tokens=5 --out /tmp/try --resume"
+    assert command("sft", Path("a.toml"), None, None, "--resume") == "hadal sft a.toml --resume"
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(capsys: Capture):
+    ended = Outcome("time", 3, 1500, Path("runs/a"), Path("runs/a/export"), 2.5)
+    tell(ended, False, "hadal grpo a.toml --resume", tokens="tokens sampled")
+    said = "time at step 3, 1.5K tokens sampled: runs/a/export\n`hadal grpo a.toml --resume` goes on.\n"
+    assert capsys.readouterr().out == said
+    tell(ended, True, "")
+    assert json.loads(capsys.readouterr().out) == {
+        "finished": False, "reason": "time", "step": 3, "tokens": 1500, "loss": 2.5, "folder": "runs/a",
+        "export": "runs/a/export"}  # fmt: skip
 
 
 def write_grpo_run(folder: Path) -> Path:
