@@ -18,6 +18,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hadal.data.puzzles import conversation, sample
+from hadal.text.processor import to_text, with_bos
 
 VOCABULARY = 1024  # 2048 would save 3% of the tokens and cost as many parameters again
 TRAINING_SAMPLES = 60_000
@@ -136,10 +137,17 @@ def tokenizer_config() -> dict[str, object]:
 
 def build_mini_tokenizer(folder: Path | str, seed: int = 0, vocabulary: int = VOCABULARY) -> Tokenizer:
     """Train hadal-mini's tokenizer and write `tokenizer.json` and `tokenizer_config.json` into `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train(training_text(seed), vocabulary)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    text = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    save_tokenizer(tokenizer, Path(folder))
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """A trained tokenizer with these control tokens, as a published folder has it: `tokenizer.json`, which
+    lets other programs put BOS, and `tokenizer_config.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tokenizer_config()
+    data = with_bos(json.loads(tokenizer.to_str()), config)
+    (folder / "tokenizer.json").write_text(to_text(data), encoding="utf-8")
+    text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -13,7 +13,6 @@ encoded (hadal/data/encoding.py). All 256 bytes are in the vocabulary: any text 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from hadal.data.bpe import SPECIAL_TOKENS, added_token, tokenizer_config
+from hadal.data.bpe import SPECIAL_TOKENS, added_token, save_tokenizer
 from hadal.data.cleaning import normalise
 from hadal.data.encoding import draws, joined_tokens
 from hadal.data.reading import input_files, pieces_of, records
@@ -88,10 +87,7 @@ def train_tokenizer(
         )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tokenizer.save(str(partial / "tokenizer.json"))
-    config = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-    (partial / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    save_tokenizer(tokenizer, partial)
     reader = Reader.load(partial)  # checks that text round-trips
     os.replace(partial, out)
     return {"vocabulary": found, **counts, "sign_and_line_break_tokens": len(joined_tokens(reader))}

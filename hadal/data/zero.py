@@ -41,7 +41,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers, trainers
 
-from hadal.data.bpe import SPECIAL_TOKENS, added_token, tokenizer_config
+from hadal.data.bpe import SPECIAL_TOKENS, added_token, save_tokenizer
 from hadal.data.puzzles import SPLITS, Problem
 from hadal.data.puzzles.task import is_held_out
 from hadal.data.shards import Manifest, ShardError, ShardFile, read_manifest, write_manifest, write_shard
@@ -326,10 +326,7 @@ def write_tokenizer(folder: Path, seed: int = 0) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(iter(texts), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = json.dumps(tokenizer_config(), ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    save_tokenizer(tokenizer, folder)
     return folder
 
 

@@ -25,6 +25,7 @@ from hadal.config import Fp8, IntGroups, ModelConfig
 from hadal.model.transformer import Transformer
 from hadal.ops.fp8 import quantise_blocks
 from hadal.ops.packed import GROUP, Kind, quantise, to_words
+from hadal.text.processor import completed
 from hadal.weights.errors import WeightsError
 from hadal.weights.folder import place
 from hadal.weights.header import DTYPE_BYTES
@@ -35,8 +36,9 @@ from hadal.weights.names import GROUPS_SUFFIX, SCALE_SUFFIX, Expected, Slot, exp
 from hadal.weights.quantise import packed_weights
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+TOKENIZER = "tokenizer.json"
 SIDE_FILES = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "chat_template.jinja",
     "generation_config.json",
@@ -85,7 +87,8 @@ def save(
 
     fp8: quantise in blocks (True: 128×128 with FP32 scales; `Fp8(scale_fmt="ue8m0")`: power-of-two scales).
     dtype: of what is not quantised (default: BF16 with fp8, else the model's). metadata: kept in
-    `config.json` under "hadal". files_from: a folder whose tokenizer and generation files are copied.
+    `config.json` under "hadal". files_from: a folder whose tokenizer and generation files are copied; a
+    tokenizer that wants BOS and has no post-processor gets one (hadal/text/processor.py).
     Raises WeightsError: the folder exists (and not `overwrite`), a packed model, a NaN or infinity by name,
     no space.
     """
@@ -237,8 +240,11 @@ def _write_files(
         hashes[INDEX] = _write_json(building / INDEX, index)
     hashes[CONFIG] = _write_json(building / CONFIG, _config_json(target))
     for source in files:
-        shutil.copyfile(source, building / source.name)
-        hashes[source.name] = FileHash(source.stat().st_size, hash_file(building / source.name))
+        made = building / source.name
+        shutil.copyfile(source, made)
+        if source.name == TOKENIZER and (text := completed(source.parent)) is not None:
+            made.write_text(text, encoding="utf-8")
+        hashes[source.name] = FileHash(made.stat().st_size, hash_file(made))
     write_manifest(building, hashes)
 
 

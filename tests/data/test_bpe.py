@@ -76,7 +76,8 @@ def test_text_never_becomes_a_control_token(tokenizer: Tokenizer) -> None:
 def test_documents_are_short(backend: Backend) -> None:
     from hadal.data.documents import render
 
-    lengths = sorted(len(backend.encode(render(conversation(i, 9))).ids) for i in range(2500))
+    rendered = (backend.encode(render(conversation(i, 9)), add_special_tokens=False) for i in range(2500))
+    lengths = sorted(len(encoded.ids) for encoded in rendered)
     single = [conversation(i, 9).last for i in range(2500)]
     longest = max(len(backend.encode(turn.prompt + turn.completion).ids) for turn in single)
     assert longest <= 512
@@ -91,7 +92,10 @@ def test_training_is_deterministic(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         bpe.build_mini_tokenizer(tmp_path / name, seed=5, vocabulary=512)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert Tokenizer.load(tmp_path / "a").vocab_size == 512
+    made = Tokenizer.load(tmp_path / "a")
+    assert made.vocab_size == 512
+    written = Backend.from_file(str(tmp_path / "a" / "tokenizer.json"))
+    assert written.encode("1 + 1").ids == [made.bos_id, *made.encode("1 + 1")], "other programs put BOS"
     with pytest.raises(ValueError, match="give more text"):
         bpe.train(iter(["ab ab"]), 512)
 

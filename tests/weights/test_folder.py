@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 
 from hadal.config import Fp8, ModelConfig
 from hadal.ops.fp8 import dequantise_blocks, quantise_blocks
+from hadal.text import Tokenizer
 from hadal.weights import WeightsError, convert, load, save
 from hadal.weights.layout import open_folder
 from hadal.weights.names import expected_tensors, slots
+from tests.helpers.tiny_tokenizer import make_tiny_tokenizer
 from tests.weights import tiny
 from tests.weights.helpers import random_model, same
 
@@ -213,6 +215,21 @@ def test_harmless_extras_are_left_alone(tmp_path: Path) -> None:
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     edit(tmp_path / "m/model.safetensors", lambda t: t.update(extra))
     same(model, load(tmp_path / "m"))
+
+
+def test_an_exported_tokenizer_puts_bos_in_other_programs(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = make_tiny_tokenizer(tmp_path / "source")
+    model = random_model(replace(tiny.QWEN2, vocab_size=512))
+    save(model, tmp_path / "m", files_from=source)
+    same(model, load(tmp_path / "m", verify="full"))
+    for text in ("", "12 + 30", "<｜User｜>é"):
+        ours = Tokenizer.load(tmp_path / "m").encode_with_controls(text)
+        assert ours == Tokenizer.load(source).encode_with_controls(text), "ours adds nothing"
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
+        assert theirs(text)["input_ids"] == [0, *ours]
+    convert(tmp_path / "m", tmp_path / "c")
+    assert (tmp_path / "c/tokenizer.json").read_bytes() == (tmp_path / "m/tokenizer.json").read_bytes()
 
 
 def test_metadata_and_side_files(tmp_path: Path) -> None:
