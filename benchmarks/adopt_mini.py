@@ -28,6 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import adopt_r1
+
 ROOT = Path(__file__).resolve().parents[1]
 ON_BOARD = ROOT / "hadal" / "assets" / "hadal-mini"
 RESULTS = ROOT / "docs" / "results"
@@ -68,36 +70,44 @@ def chosen(run: Path) -> Path:
     return best
 
 
+def candidates(run: Path) -> dict[str, Path]:
+    """What a run has for the package, hadal-mini first."""
+    return adopt_r1.exports(run) if adopt_r1.is_r1(run) else {"train": chosen(run)}
+
+
+def kept(export: Path) -> Path:
+    """Where an export's accuracy lies."""
+    return export.parent / "accuracy.json"
+
+
 def digest(export: Path) -> str:
     return hashlib.sha256((export / WEIGHTS).read_bytes()).hexdigest()
 
 
 # --- accuracy ---
-def measure(run: Path, device: str) -> dict[str, Any]:
-    """Accuracy of the chosen export; kept in accuracy.json with the digest of its weights."""
+def measure(export: Path, kept: Path, device: str) -> dict[str, Any]:
+    """Accuracy of an export; kept in the file `kept` with the digest of its weights."""
     from hadal.engine import Engine
     from hadal.evals.puzzles import evaluate
 
-    export = chosen(run)
     engine = Engine.load(str(export), device=device, max_num_seqs=256 if device == "cuda" else 64)
-    tell = lambda done, of: print(f"{done} of {of}", flush=True)  # noqa: E731
+    tell = lambda done, of: print(f"{export.parent.name}: {done} of {of}", flush=True)  # noqa: E731
     report = dict(evaluate(engine, samples=SAMPLES, progress=tell))
     text = json.dumps({"weights": digest(export), "report": report}, ensure_ascii=False, indent=1)
-    (run / "accuracy.json").write_text(text + "\n", "utf-8")
-    print(f"mean over tasks: {report['accuracy']:.2%}")
+    kept.write_text(text + "\n", "utf-8")
+    print(f"{export.parent.name}: mean over tasks {report['accuracy']:.2%}")
     return report
 
 
-def measured(run: Path, device: str) -> dict[str, Any]:
-    """The accuracy of the chosen export: found, or measured."""
-    path = run / "accuracy.json"
-    if path.is_file():
-        found = json.loads(path.read_text("utf-8"))
-        if found["weights"] == digest(chosen(run)):
+def measured(export: Path, kept: Path, device: str) -> dict[str, Any]:
+    """The accuracy of an export: found in `kept`, or measured."""
+    if kept.is_file():
+        found = json.loads(kept.read_text("utf-8"))
+        if found["weights"] == digest(export):
             report: dict[str, Any] = found["report"]
             return report
-        print(f"{path} is of other weights: measured again")
-    return measure(run, device)
+        print(f"{kept} is of other weights: measured again")
+    return measure(export, kept, device)
 
 
 def compare(report: dict[str, Any]) -> bool:
@@ -137,6 +147,7 @@ def assets(export: Path, section: str) -> None:
     """The model into the package, its card with the accuracy."""
     from hadal.train.export import set_accuracy
 
+    complete(export)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (export / name).read_bytes() != (ON_BOARD / name).read_bytes():
             raise SystemExit(f"{export / name} is not the one on board: the prompts of others would change")
@@ -148,6 +159,18 @@ def assets(export: Path, section: str) -> None:
         if export.resolve() != ON_BOARD.resolve():
             shutil.copyfile(path, ON_BOARD / path.name)
     set_accuracy(ON_BOARD / "README.md", section)
+
+
+def complete(export: Path) -> None:
+    """Give the tokenizer of an export by an earlier trainer its post-processor, and the manifest its hash."""
+    from hadal.text.processor import completed
+    from hadal.weights.manifest import FileHash, hash_file, read_manifest, write_manifest
+
+    text, path = completed(export), export / "tokenizer.json"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+        hashes = read_manifest(export) or {}
+        write_manifest(export, hashes | {path.name: FileHash(path.stat().st_size, hash_file(path))})
 
 
 def results(run: Path, report: dict[str, Any]) -> None:
@@ -237,7 +260,8 @@ def adopt(run: Path, device: str, *, force: bool, samples: int) -> None:
     """Everything, in an order that can be broken off and begun again."""
     from hadal.evals.puzzles import accuracy_section
 
-    report, export = measured(run, device), chosen(run)
+    export = chosen(run)
+    report = measured(export, kept(export), device)
     if not compare(report) and not force:
         raise SystemExit("the model on board stays: it is better (--force takes the new one all the same)")
     section = accuracy_section(report)  # type: ignore[arg-type]
@@ -269,15 +293,19 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("measure", "compare", "adopt"))
     parser.add_argument("run", type=Path)
+    parser.add_argument("--only", default="", help="of a run of `hadal r1`: r1 or dense-distilled alone")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--force", action="store_true", help="take a model with a lower mean, too")
     parser.add_argument("--samples", type=int, default=100, help="problems a task, of the quantisation table")
     args = parser.parse_args()
     run = args.run.resolve()
     if args.what == "measure":
-        measure(run, args.device)
+        for stage, export in candidates(run).items():
+            if args.only in ("", stage):
+                measure(export, kept(export), args.device)
     elif args.what == "compare":
-        sys.exit(0 if compare(measured(run, args.device)) else 1)
+        export = next(iter(candidates(run).values()))
+        sys.exit(0 if compare(measured(export, kept(export), args.device)) else 1)
     else:
         adopt(run, args.device, force=args.force, samples=args.samples)
 

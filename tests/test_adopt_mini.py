@@ -67,6 +67,21 @@ def test_the_pages_tell_of_the_run_that_is_kept(script: ModuleType) -> None:
     assert not kept.is_file() or script.data_table(kept) in script.PAGE.read_text("utf-8")
 
 
+def test_an_export_of_an_earlier_trainer_gets_the_tokenizer_on_board(
+    script: ModuleType, tmp_path: Path
+) -> None:
+    names = ("tokenizer.json", "tokenizer_config.json")
+    for name in (*names, "manifest.json"):
+        shutil.copyfile(script.ON_BOARD / name, tmp_path / name)
+    whole = {name: (tmp_path / name).read_bytes() for name in (*names, "manifest.json")}
+    script.complete(tmp_path)
+    assert all((tmp_path / name).read_bytes() == data for name, data in whole.items())
+    earlier = json.loads(whole["tokenizer.json"]) | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(earlier), encoding="utf-8")
+    script.complete(tmp_path)
+    assert all((tmp_path / name).read_bytes() == data for name, data in whole.items())
+
+
 def test_marks_and_sentences_are_there_once_or_it_stops(script: ModuleType, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nIt solves 98.6% of them.\n")
