@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,12 +15,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("adopt_mini", ROOT / "benchmarks" / "adopt_mini.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(str(ROOT / "benchmarks"))
+        spec.loader.exec_module(module)
+        yield module
 
 
 def export(folder: Path, loss: float, average: float | None = None) -> Path:
@@ -36,7 +39,8 @@ def test_the_lower_held_out_loss_decides_not_the_examination(script: ModuleType,
     report = {"accuracy": 0.5}
     kept = json.dumps({"weights": script.digest(average), "report": report})
     (tmp_path / "accuracy.json").write_text(kept)
-    assert script.measured(tmp_path, "cpu") == report
+    assert script.candidates(tmp_path) == {"train": average} and script.kept(average).parent == tmp_path
+    assert script.measured(average, script.kept(average), "cpu") == report
     shutil.rmtree(average)
     assert script.chosen(tmp_path) == last
     shutil.rmtree(last)
