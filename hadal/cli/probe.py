@@ -16,62 +16,74 @@ from hadal.cli.terminal import CliError, human_seconds, is_terminal, note, print
 if TYPE_CHECKING:
     from hadal.probe.backends import Estimate
     from hadal.probe.material import Gathered
+    from hadal.probe.outcome import Maker, StudyOutcome
     from hadal.probe.recipe import Model, StudyRecipe
-    from hadal.probe.study import Maker, StudyOutcome
 
 LARGE_REQUESTS, LARGE_COST, LARGE_SECONDS = 500, 1.0, 600.0  # of a service: beyond any of them, it is asked
 
+What = Annotated[
+    str,
+    typer.Argument(metavar="nsm|RECIPE", help="nsm: the study of semantic primes; or a TOML file."),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", metavar="MODEL", help=f"{o.MODEL_HELP} May be given again."),
+]
+Services = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODEL@URL", help="A model of a service, its address …/v1; may be given again."),
+]
+Simulate = Annotated[
+    float | None,
+    typer.Option(metavar="EFFECT", help="No model: made-up vectors with an effect of this size."),
+]
+Languages = Annotated[
+    str | None, typer.Option(metavar="CODE[,CODE]", help="Of the data; default: all that there are.")
+]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FOLDER", help="More files of the same kinds: a language of your own."),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="N[,N]", help="0: the embedding, i: the output of block i; default: all."),
+]
+Primary = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="Where along the depth the hypotheses are tested, fixed beforehand."),
+]
+Pool = Annotated[
+    str | None,
+    typer.Option(metavar="NAME[,NAME]", help="Poolings; the first is tested, the others told beside."),
+]
+Permutations = Annotated[int | None, typer.Option(min=19, metavar="N", help="Draws of each null.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Default: runs/probe-NAME.")]
+EstimateOnly = Annotated[bool, typer.Option("--estimate", help="Say what it would take, and stop.")]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Ask a service for much, or download a model, without asking.")
+]
+
 
 def probe(
-    what: Annotated[
-        str,
-        typer.Argument(metavar="nsm|RECIPE", help="nsm: the study of semantic primes; or a TOML file."),
-    ],
-    model: Annotated[
-        list[str] | None,
-        typer.Option("--model", "-m", metavar="MODEL", help=f"{o.MODEL_HELP} May be given again."),
-    ] = None,
-    backend: Annotated[
-        list[str] | None,
-        typer.Option(metavar="MODEL@URL", help="A model of a service, its address …/v1; may be given again."),
-    ] = None,
-    simulate: Annotated[
-        float | None,
-        typer.Option(metavar="EFFECT", help="No model: made-up vectors with an effect of this size."),
-    ] = None,
-    language: Annotated[
-        str | None, typer.Option(metavar="CODE[,CODE]", help="Of the data; default: all that there are.")
-    ] = None,
-    data: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FOLDER", help="More files of the same kinds: a language of your own."),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(metavar="N[,N]", help="0: the embedding, i: the output of block i; default: all."),
-    ] = None,
-    primary: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Where along the depth the hypotheses are tested, fixed beforehand."),
-    ] = None,
-    pool: Annotated[
-        str | None,
-        typer.Option(metavar="NAME[,NAME]", help="Poolings; the first is tested, the others told beside."),
-    ] = None,
-    permutations: Annotated[int | None, typer.Option(min=19, metavar="N", help="Draws of each null.")] = None,
+    what: What,
+    model: Models = None,
+    backend: Services = None,
+    simulate: Simulate = None,
+    language: Languages = None,
+    data: Data = None,
+    layers: Layers = None,
+    primary: Primary = None,
+    pool: Pool = None,
+    permutations: Permutations = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same results.json.")] = None,
     override: o.Overrides = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Default: runs/probe-NAME.")
-    ] = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would take, and stop.")] = False,
+    out: Out = None,
+    estimate: EstimateOnly = False,
     api_key: o.ApiKey = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Ask a service for much, or download a model, without asking.")
-    ] = False,
+    yes: Yes = False,
     force: o.Force = False,
     json: o.Json = False,
 ) -> None:

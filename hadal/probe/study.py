@@ -13,420 +13,28 @@ Legend: n concepts, l layers, d width.
 
 from __future__ import annotations
 
-import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hadal.probe.backends import Backend, Estimate, Item, Local, Simulation
-from hadal.probe.checks import words as words_of
-from hadal.probe.hypotheses import Concepts, Isotopies, Molecules, Occurrences, Plan, Squares, Study
-from hadal.probe.identity import Embeddings, Identity
-from hadal.probe.material import Gathered, Material, Target, gather, token_rows
-from hadal.probe.pooling import TargetPooling
-from hadal.probe.recipe import Model, StudyRecipe
-from hadal.probe.stats import Draft, Sentences, StatsError, geometry
-from hadal.probe.stats.clusters import clustering, one_hot_rows
-from hadal.probe.stats.permute import Curve
-from hadal.probe.stats.predict import lexeme_groups
-from hadal.probe.stats.result import Family, Kind, Result
+from hadal.probe.backends import Local
+from hadal.probe.hypotheses import Concepts, Plan
+from hadal.probe.makers import estimate, makers
+from hadal.probe.material import Gathered, Material, gather, token_rows
+from hadal.probe.outcome import APART, RANDOM, Entry, LayerCurve, Made, Maker, Role, StudyOutcome, Vectors
+from hadal.probe.parts import study_of
+from hadal.probe.recipe import StudyRecipe
+from hadal.probe.stats import Draft, StatsError, geometry
+from hadal.probe.stats.clusters import clustering
+from hadal.probe.stats.result import Family, Kind
 from hadal.probe.stats.similarity import table
-from hadal.probe.whiten import Normaliser, fit, iso_score
+from hadal.probe.vectors import make, means
 
-Role = Literal["studied", "baseline"]
-Vectors = NDArray[np.float64]
+__all__ = ["Entry", "Families", "LayerCurve", "Made", "Maker", "StudyOutcome", "estimate", "makers", "run"]
+
 Tell = Callable[[str], None]
-RANDOM = "random weights"
-AROUND = "the words around"
-LETTERS = "the targets' letters"
-APART = "H1: silhouette, no shared words"
-KIND_NAMES = {"synonym": "synonyms", "cohyponym": "co-hyponyms"}
-
-
-@dataclass(frozen=True)
-class Maker:
-    """A backend with its place in the study. `of`: for a baseline, the title of the model that it is for."""
-
-    title: str
-    role: Role
-    backend: Backend
-    model: Model
-    of: str = ""
-
-
-@dataclass(frozen=True)
-class Made:
-    """What one maker gave for one language, normalised. `concepts`: by pooling, [n, l, d]; `rows`: of every
-    target, at the first pooling. `others`: means of control words, by name. `terms`: of bare words."""
-
-    maker: Maker
-    material: Material
-    identity: Identity
-    layers: tuple[int, ...]
-    primary: int  # index into `layers`
-    concepts: dict[str, Vectors]
-    rows: Vectors
-    others: dict[str, Vectors]
-    sentences: Vectors | None
-    controls: Vectors | None
-    terms: dict[str, Vectors]
-    isotropy: tuple[float, float]
-    fitted: str
-    fitted_steps: tuple[str, ...]
-
-    @property
-    def at_primary(self) -> Vectors:
-        return self.concepts[next(iter(self.concepts))][:, self.primary]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A result with what it is of. `test`: its name without model and language."""
-
-    model: str
-    role: Role
-    language: str
-    test: str
-    result: Result
-
-    def row(self) -> dict[str, Any]:
-        own = {"model": self.model, "role": self.role, "language": self.language}
-        return own | self.result.row() | {"name": self.test}
-
-
-@dataclass(frozen=True)
-class LayerCurve:
-    """A curve with what it is of."""
-
-    model: str
-    role: Role
-    language: str
-    curve: Curve
-
-
-@dataclass
-class StudyOutcome:
-    """All that may be told. `grids`: by title, a table of debiased CKA (names, values)."""
-
-    recipe: StudyRecipe
-    gathered: Gathered
-    made: list[Made] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
-    curves: list[LayerCurve] = field(default_factory=list)
-    refused: list[tuple[str, str, str, str]] = field(default_factory=list)  # model, language, test, reason
-    grids: dict[str, tuple[list[str], Vectors]] = field(default_factory=dict)
-    tokens: list[dict[str, Any]] = field(default_factory=list)
-    clipped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def is_simulation(self) -> bool:
-        return any(made.identity.is_simulation for made in self.made)
-
-    def found(self, model: str, language: str, test: str) -> Result | None:
-        """The result of a test by its name."""
-        hits = (e.result for e in self.entries if (e.model, e.language, e.test) == (model, language, test))
-        return next(hits, None)
-
-    def baseline_of(self, model: str) -> str | None:
-        return next((m.maker.title for m in self.made if m.maker.of == model), None)
-
-
-# --- who makes the vectors ---
-
-
-def makers(recipe: StudyRecipe, gathered: Gathered, api_key: str | None = None) -> list[Maker]:
-    """Every backend of the recipe, and the random networks beside models here. Raises what backends raise."""
-    found = []
-    for model in recipe.model:
-        if model.simulate is not None:
-            found.append(Maker(model.title, "studied", _simulation(recipe, gathered, model.simulate), model))
-        elif model.url:
-            found.append(Maker(model.title, "studied", _endpoint(model, api_key), model))
-        else:
-            found.append(Maker(model.title, "studied", _local(model), model))
-            if model.baseline:
-                blank = _local(model, recipe.seed)
-                found.append(Maker(f"{model.title}, {RANDOM}", "baseline", blank, model, model.title))
-    return found
-
-
-def _local(model: Model, random_weights: int | None = None) -> Local:
-    quantize = model.quantize or None
-    if random_weights is not None:
-        quantize = None
-    return Local(
-        model.name, device=model.device, dtype=model.dtype, quantize=quantize, random_weights=random_weights
-    )
-
-
-def _endpoint(model: Model, api_key: str | None) -> Backend:
-    from hadal.probe.endpoint import Endpoint
-
-    return Endpoint(
-        model.url, model.name, api_key=api_key or os.environ.get("HADAL_API_KEY"), cache=model.cache or None,
-        requests_per_minute=model.requests_per_minute, tokens_per_minute=model.tokens_per_minute,
-        price=model.price,
-    )  # fmt: skip
-
-
-def _simulation(recipe: StudyRecipe, gathered: Gathered, effect: float) -> Simulation:
-    """The effect lies where the hypotheses look: categories, isotopies, squares, molecules."""
-    groups: dict[str, str] = {}
-    squares: list[tuple[str, str, str, str]] = []
-    mixtures: dict[str, Mapping[str, float]] = {}
-    for material in gathered.materials:
-        for target in (*material.targets, *material.sentences, *material.controls):
-            if target.category != "neutral":
-                groups[target.item.id] = target.category
-        for _, _, corners in material.squares:
-            for items in zip(*(material.terms[word].items for word in corners), strict=True):
-                squares.append(cast(tuple[str, str, str, str], tuple(item.id for item in items)))
-        for name, primes in material.molecules.items():
-            for item in material.terms[name].items:
-                mixtures[item.id] = {k: float(v) for k, v in primes.items()}
-    return Simulation(seed=recipe.seed, effect=effect, groups=groups, squares=squares, mixtures=mixtures)
-
-
-def estimate(recipe: StudyRecipe, gathered: Gathered, found: Sequence[Maker]) -> list[tuple[str, Estimate]]:
-    """What each maker will take, by its title."""
-    items = [item for material in gathered.materials for item in material.items()]
-    told = []
-    for maker in found:
-        items_of = items
-        if not isinstance(maker.backend, Local):
-            items_of = list({item.text: item for item in items}.values())
-        told.append((maker.title, maker.backend.estimate(items_of)))
-    return told
-
-
-# --- vectors ---
-
-
-def _embed(maker: Maker, recipe: StudyRecipe, items: Sequence[Item], ways: Sequence[TargetPooling]
-           ) -> dict[str, Embeddings]:  # fmt: skip
-    """By pooling; of a service or a simulation there is one alone, under the first name asked for."""
-    backend, layers = maker.backend, recipe.vectors.layers or None
-    if isinstance(backend, Local):
-        return {str(way): found for way, found in backend.embed_ways(items, layers, ways).items()}
-    if isinstance(backend, Simulation):
-        return {ways[0]: backend.embed(items, layers)}
-    pooling = cast(TargetPooling | None, maker.model.pooling or None)
-    return {ways[0]: backend.embed(items, layers, pooling)}
-
-
-def _items(targets: Sequence[Target]) -> list[Item]:
-    return [target.item for target in targets]
-
-
-def make(maker: Maker, recipe: StudyRecipe, material: Material) -> Made:
-    """All vectors of one language. Normalisers are fitted on control words made in the same way; where there
-    are none, on the studied ones themselves, whose labels they do not know."""
-    ways, steps = recipe.vectors.poolings, recipe.vectors.steps
-    own_sentences = bool(material.sentences) and not material.sentences_are_targets
-    extra: tuple[TargetPooling, ...] = ("mean",) if own_sentences and "mean" not in ways else ()
-    found = _embed(maker, recipe, _items(material.targets), (*ways, *extra))
-    rest = _embed(maker, recipe, _items(material.others), (*ways, *extra)) if material.others else {}
-    fitted = "control words" if len(material.others) >= 10 else "the studied targets themselves"
-    clean: dict[str, Embeddings] = {}
-    concepts: dict[str, Vectors] = {}
-    others: Embeddings | None = None
-    for way in (way for way in ways if way in found):
-        vectors = found[way]
-        normaliser = fit(rest[way] if len(material.others) >= 10 else vectors, steps)
-        clean[way] = normaliser.apply(vectors)
-        concepts[way] = _means(clean[way].vectors, [t.concept for t in material.targets])
-        if way == ways[0]:
-            others = normaliser.apply(rest[way]) if rest else None
-    first = clean[ways[0]]
-    primary = _primary(maker, recipe, first.layers)
-    sentences, controls = None, None
-    if own_sentences:
-        like = fit(found.get("mean", found[ways[0]]), steps)
-        sentences = _plain(maker, recipe, material.sentences, like)
-        controls = _plain(maker, recipe, material.controls, like)
-    elif material.sentences:
-        sentences = first.vectors.astype(np.float64)
-    layer = first.layers[primary]
-    return Made(
-        maker, material, first.identity, first.layers, primary, concepts, first.vectors.astype(np.float64),
-        _named_means(others, material.others), sentences, controls, _terms(maker, recipe, material),
-        (iso_score(found[ways[0]].at(layer)), iso_score(first.at(layer))), fitted, steps,
-    )  # fmt: skip
-
-
-def _primary(maker: Maker, recipe: StudyRecipe, layers: tuple[int, ...]) -> int:
-    depth = maker.backend.num_layers if isinstance(maker.backend, Local | Simulation) else max(layers)
-    wanted = recipe.vectors.primary * max(0, depth)
-    return min(range(len(layers)), key=lambda i: (abs(layers[i] - wanted), i))
-
-
-def _means(vectors: NDArray[Any], names: Sequence[str]) -> Vectors:
-    """Of the rows of each name, in the order in which the names first come."""
-    place: dict[str, list[int]] = defaultdict(list)
-    for row, name in enumerate(names):
-        place[name].append(row)
-    return np.stack([vectors[rows].astype(np.float64).mean(0) for rows in place.values()])
-
-
-def _named_means(found: Embeddings | None, targets: Sequence[Target]) -> dict[str, Vectors]:
-    if found is None:
-        return {}
-    names = [t.concept for t in targets]
-    return dict(zip(dict.fromkeys(names), _means(found.vectors, names), strict=True))
-
-
-def _plain(maker: Maker, recipe: StudyRecipe, targets: Sequence[Target], like: Normaliser) -> Vectors:
-    [found] = _embed(maker, recipe, _items(targets), ("mean",)).values()
-    return like.apply(found).vectors.astype(np.float64)
-
-
-def _terms(maker: Maker, recipe: StudyRecipe, material: Material) -> dict[str, Vectors]:
-    """Means over frames [l, d] by word, normalised by control words in the same frames."""
-    if not material.terms:
-        return {}
-    ways: tuple[TargetPooling, ...] = (recipe.vectors.poolings[0],)
-    names = [word for word, term in material.terms.items() for _ in term.items]
-    items = [item for term in material.terms.values() for item in term.items]
-    [found] = _embed(maker, recipe, items, ways).values()
-    fitting = found
-    if len(material.other_terms) >= 10:
-        [fitting] = _embed(maker, recipe, [i for t in material.other_terms for i in t.items], ways).values()
-    clean = fit(fitting, recipe.vectors.steps).apply(found)
-    return dict(zip(dict.fromkeys(names), _means(clean.vectors, names), strict=True))
-
-
-# --- tests ---
-
-
-def bag(texts: Sequence[Sequence[str]]) -> Vectors:
-    """[n, words] of 0 and 1."""
-    place = {word: i for i, word in enumerate(sorted({w for text in texts for w in text}))}
-    found = np.zeros((len(texts), max(1, len(place))))
-    for row, text in enumerate(texts):
-        found[row, [place[w] for w in text]] = 1
-    return found
-
-
-def _counts(rows: Sequence[Mapping[str, int]]) -> Vectors:
-    """Logarithms of counts [n, names]."""
-    place = {name: i for i, name in enumerate(sorted({name for row in rows for name in row}))}
-    found = np.zeros((len(rows), max(1, len(place))))
-    for row, counts in enumerate(rows):
-        for name, n in counts.items():
-            found[row, place[name]] = np.log1p(n)
-    return found
-
-
-def study_of(made: Made, recipe: StudyRecipe, blank: Made | None) -> Study:
-    """The parts that this language has data for and that the recipe asks for. `blank`: the same of random
-    weights."""
-    asked, material = recipe.tests.hypotheses, made.material
-    baseline = made.maker.role == "baseline"
-    return Study(
-        made.layers,
-        _concepts(made, blank) if "H1" in asked else None,
-        _squares(made) if "H2" in asked and material.squares else None,
-        _isotopies(made) if "H3" in asked and made.sentences is not None else None,
-        _molecules(made) if "H4" in asked and material.molecules else None,
-        _occurrences(made, recipe.tests.occurrences) if "probes" in asked and not baseline else None,
-    )
-
-
-def _concepts(made: Made, blank: Made | None) -> Concepts:
-    material, x = made.material, made.concepts[next(iter(made.concepts))]
-    names = tuple(material.concepts)
-    strata = tuple(material.strata[c] for c in names) if material.strata else None
-    baselines: dict[str, Vectors] = {}
-    if blank is not None:
-        baselines[RANDOM] = blank.at_primary
-    if made.maker.role == "studied":
-        baselines[AROUND] = _counts(list(material.contexts.values()))
-        baselines[LETTERS] = _counts(list(material.letters.values()))
-        if strata is not None:
-            baselines["part of speech"] = one_hot_rows(strata)
-        if isinstance(made.maker.backend, Local) and 0 in made.layers and made.layers[made.primary] != 0:
-            baselines["layer 0"] = x[:, made.layers.index(0)]
-    pool = [w for w in made.others if w in material.features] if baselines else []
-    return Concepts(
-        names, x, tuple(material.concepts.values()), strata, baselines,
-        np.array([material.features[c] for c in names]) if pool else None,
-        np.stack([made.others[w] for w in pool]) if pool else None,
-        np.array([material.features[w] for w in pool]) if pool else None,
-    )  # fmt: skip
-
-
-def _squares(made: Made) -> Squares:
-    """Of pairs of another kind the shorter word goes first: it is as a rule the more frequent one."""
-    vector, material = made.terms, made.material
-    corners = np.stack([np.stack([vector[w] for w in c]) for _, _, c in material.squares])
-    kinds = {}
-    for kind, pairs in material.pairs.items():
-        ordered = [sorted(pair, key=lambda w: (len(w), w)) for pair in pairs]
-        kinds[KIND_NAMES.get(kind, kind)] = np.stack([np.stack([vector[w] for w in p]) for p in ordered])
-    return Squares(corners, corners[:, :2], kinds)
-
-
-def _isotopies(made: Made) -> Isotopies:
-    material = made.material
-    rows = material.sentences
-    templates = [t.template for t in rows] if all(t.template for t in rows) else None
-    lexemes: Any = lexeme_groups(material.lemmas) if material.lemmas else [t.lexeme for t in rows]
-    sentences = Sentences.of([t.category for t in rows], lexemes, templates, material.lemmas)
-    texts = [_outside(t.item) if material.sentences_are_targets else t.item.text for t in rows]
-    assert made.sentences is not None
-    return Isotopies(made.sentences, sentences, bag([words_of(t) for t in texts]), made.controls)
-
-
-def _outside(item: Item) -> str:
-    (begin, end), *_ = item.spans
-    return item.text[:begin] + " " + item.text[end:]
-
-
-def _molecules(made: Made) -> Molecules:
-    molecules = made.material.molecules
-    primes = sorted({p for counts in molecules.values() for p in counts})
-    counts = np.array([[float(row.get(p, 0)) for p in primes] for row in molecules.values()])
-    return Molecules(np.stack([made.terms[name] for name in molecules]), counts)
-
-
-def _occurrences(made: Made, most: int) -> Occurrences:
-    seen: Counter[str] = Counter()
-    kept = []
-    for row, target in enumerate(made.material.targets):
-        seen[target.concept] += 1
-        if seen[target.concept] <= most:
-            kept.append(row)
-    targets = [made.material.targets[row] for row in kept]
-    return Occurrences(made.rows[kept], tuple(t.concept for t in targets), tuple(t.category for t in targets))
-
-
-# --- the whole ---
-
-
-class Families:
-    """Drafts of all models and languages, kept until all are there."""
-
-    def __init__(self, alpha: float) -> None:
-        self.alpha = alpha
-        self._kept: dict[tuple[Role, str], tuple[Kind, list[tuple[str, str, Draft]]]] = {}
-
-    def add(self, role: Role, family: str, kind: Kind, model: str, language: str, drafts: Sequence[Draft]
-            ) -> None:  # fmt: skip
-        if not drafts:
-            return
-        _, rows = self._kept.setdefault((role, family), (kind, []))
-        rows += [(model, language, draft) for draft in drafts]
-
-    def entries(self) -> Iterator[Entry]:
-        for (role, name), (kind, rows) in self._kept.items():
-            family = Family(name if role == "studied" else f"{name} (baseline)", kind, self.alpha)
-            family.add(*(d.named(f"{model} · {language} · {d.name}") for model, language, d in rows))
-            for (model, language, draft), result in zip(rows, family.results(), strict=True):
-                yield Entry(model, role, language, draft.name, result)
 
 
 def run(recipe: StudyRecipe, *, gathered: Gathered | None = None, found: Sequence[Maker] | None = None,
@@ -451,6 +59,30 @@ def run(recipe: StudyRecipe, *, gathered: Gathered | None = None, found: Sequenc
         _compare(outcome, families)
     outcome.entries = list(families.entries())
     return outcome
+
+
+class Families:
+    """Drafts of all models and languages, kept until all are there."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self._kept: dict[tuple[Role, str], tuple[Kind, list[tuple[str, str, Draft]]]] = {}
+
+    def add(self, role: Role, family: str, kind: Kind, model: str, language: str, drafts: Sequence[Draft]
+            ) -> None:  # fmt: skip
+        """Keep the drafts of one model and language under the family that they are corrected in."""
+        if not drafts:
+            return
+        _, rows = self._kept.setdefault((role, family), (kind, []))
+        rows += [(model, language, draft) for draft in drafts]
+
+    def entries(self) -> Iterator[Entry]:
+        """Every result, corrected within its family; baselines have families of their own."""
+        for (role, name), (kind, rows) in self._kept.items():
+            family = Family(name if role == "studied" else f"{name} (baseline)", kind, self.alpha)
+            family.add(*(d.named(f"{model} · {language} · {d.name}") for model, language, d in rows))
+            for (model, language, draft), result in zip(rows, family.results(), strict=True):
+                yield Entry(model, role, language, draft.name, result)
 
 
 def _confounds(outcome: StudyOutcome, maker: Maker) -> None:
@@ -559,7 +191,7 @@ def _halves(one: Made, other: Made) -> tuple[Vectors, Vectors]:
         kept = made.material.halves[partner.material.language]
         rows = [i for i, t in enumerate(made.material.targets) if t.item.id in kept and t.concept in shared]
         names = [made.material.targets[i].concept for i in rows]
-        mean = dict(zip(dict.fromkeys(names), _means(made.rows[rows][:, made.primary], names), strict=True))
+        mean = dict(zip(dict.fromkeys(names), means(made.rows[rows][:, made.primary], names), strict=True))
         if missing := [c for c in shared if c not in mean]:
             raise StatsError(
                 f"{missing[0]!r} has no sentence in {made.material.language!r} whose content the other "

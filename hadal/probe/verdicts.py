@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from hadal.probe.outcome import APART, AROUND, LETTERS, RANDOM, StudyOutcome
 from hadal.probe.stats.result import Result
-from hadal.probe.study import APART, AROUND, LETTERS, RANDOM, StudyOutcome
 
 Status = Literal["evidence", "not the model's own", "no evidence", "not tested"]
 LOW: Final = "H1: silhouette minus "
