@@ -72,6 +72,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer that a kernel is given to write begins as NaN, so that a forgotten element shows."""
+    import torch
+
+    torch.manual_seed(0)
+    empty = torch.empty
+
+    def nan(*shape, **options):
+        tensor = empty(*shape, **options)
+        if tensor.dtype == torch.float8_e4m3fn:
+            tensor.view(torch.uint8).fill_(0x7F)
+        elif tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+@pytest.fixture
 def cache_home() -> Path:
     """The XDG cache folder that this test session uses instead of ~/.cache."""
     return Path(os.environ["XDG_CACHE_HOME"])

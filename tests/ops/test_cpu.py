@@ -10,7 +10,7 @@ from hadal.ops import cpu, mla, paged, rope
 from hadal.ops.experts import experts_reference
 from hadal.ops.gate import gate_reference
 from hadal.ops.rms_norm import rms_norm_reference
-from tests.ops.test_triton import GATES, pages_for, poison_unused
+from tests.helpers.kernels import GATES, pages_for, poison_unused
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.status()[1]}")
 DTYPES = [torch.float32, torch.bfloat16]

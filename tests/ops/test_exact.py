@@ -19,7 +19,7 @@ from hadal.ops.gate import gate_reference
 from hadal.ops.invariant import Stream
 from hadal.ops.packed import pack
 from hadal.ops.rms_norm import rms_norm_reference
-from tests.ops.test_triton import GATES
+from tests.helpers.kernels import GATES
 
 pytestmark = pytest.mark.skipif(exact_cpu.status()[0] is None, reason=f"exact: {exact_cpu.status()[1]}")
 DTYPES = [torch.float32, torch.bfloat16]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from hadal.config import Moe
 from hadal.ops import gate as gate_op
 from hadal.ops import paged, rope
 from hadal.ops.experts import experts_reference, ffn
@@ -17,34 +12,20 @@ from hadal.ops.rms_norm import rms_norm_reference
 
 pytest.importorskip("triton")
 from hadal.ops.triton import arrivals, gemv
+from tests.helpers.kernels import (
+    CUDA,
+    DEVICE,
+    DTYPES,
+    GATES,
+    close,
+    draw,
+    in_the_interpreter,
+    needs_triton,
+    pages_for,
+    poison_unused,
+)
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
-needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
-
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
-def test_kernels_in_the_interpreter():
-    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
-
-
-def close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
-    """Relative error in norm against a reference computed from upcast inputs; NaN never passes."""
-    out, reference = out.double().cpu(), reference.double().cpu()
-    error = (out - reference).norm() / reference.norm().clamp_min(1e-9)
-    assert error < TOLERANCE[dtype], float(error)
-
-
-def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+test_kernels_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @needs_triton
@@ -107,18 +88,6 @@ def test_latent_entries_and_rotation_into_a_slice(dtype):
         dtype,
     )
     assert (out[..., :16] == 0).all()
-
-
-GATES = [
-    Moe(16, 1, 4, 8, n_group=4, topk_group=2, routed_scaling_factor=2.5),
-    Moe(256, 1, 8, 8, n_group=8, topk_group=4, routed_scaling_factor=2.5),
-    Moe(24, 1, 3, 8, n_group=3, topk_group=2, norm_topk_prob=False),
-    Moe(160, 2, 6, 8, scoring_func="softmax", topk_method="group_limited_greedy", n_group=8, topk_group=3,
-        norm_topk_prob=False, routed_scaling_factor=16.0),
-    Moe(64, 2, 6, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=False),
-    Moe(12, 2, 5, 8, scoring_func="softmax", topk_method="greedy", norm_topk_prob=True,
-        routed_scaling_factor=3.0),
-]  # fmt: skip
 
 
 @needs_triton
@@ -203,19 +172,6 @@ def test_combine(dtype):
     close(combine(row, order, weight, shared, residual), want + shared.double() + residual.double(), dtype)
 
 
-def pages_for(lengths: list[int], page: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block table of shuffled pages, wider than needed, padded with page 0; the rest is poison."""
-    columns = max(-(-n // page) for n in lengths) + width
-    table = torch.zeros(len(lengths), columns, dtype=torch.int32)
-    free = torch.randperm(sum(-(-n // page) for n in lengths)) + 1
-    at = 0
-    for s, n in enumerate(lengths):
-        used = -(-n // page)
-        table[s, :used] = free[at : at + used].int()
-        at += used
-    return table, torch.tensor(lengths, dtype=torch.int32)
-
-
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads,rank,rope_dim", [(4, 24, 8), (20, 64, 16)])
@@ -249,15 +205,6 @@ def test_gqa_decode(heads, groups, width, dtype):
     want = paged.gqa_decode_reference(q.double().cpu(), clean, table, context, 0.2)
     for ahead in (False, True):
         close(gqa_decode(q, cache, table.to(DEVICE), context.to(DEVICE), 0.2, ahead, 2 + ahead), want, dtype)
-
-
-def poison_unused(cache: torch.Tensor, table: torch.Tensor, lengths: list[int], page: int) -> None:
-    """NaN in every cached row that no sequence may see."""
-    visible = torch.zeros(cache.shape[:2], dtype=torch.bool)
-    for s, n in enumerate(lengths):
-        for t in range(n):
-            visible[table[s, t // page], t % page] = True
-    cache[~visible] = float("nan")
 
 
 @needs_triton

@@ -3,9 +3,6 @@ and FP32, else in the interpreter (FP32). Whole models on CUDA: tests/gpu/test_e
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -23,22 +20,18 @@ from tests.weights import tiny
 from tests.weights.helpers import random_model
 
 pytest.importorskip("triton")
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
-needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+from tests.helpers.kernels import (
+    CUDA,
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    close,
+    draw,
+    in_the_interpreter,
+    needs_triton,
+)
 
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
-def test_kernels_in_the_interpreter():
-    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
+test_kernels_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -52,16 +45,6 @@ def small_shares(monkeypatch):
         monkeypatch.setattr(kernels, "SHARE_BYTES", 1 << 18)
         if not CUDA:
             monkeypatch.setattr(invariant, "_kernels", lambda x: kernels)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
-
-
-def close(out: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
-    out, reference = out.double().cpu(), reference.double().cpu()
-    error = (out - reference).norm() / reference.norm().clamp_min(1e-9)
-    assert error < TOLERANCE[dtype], float(error)
 
 
 def stream_of(lengths: list[int], table: Tensor | None = None, page: int = 0, first: int = 0) -> Stream:

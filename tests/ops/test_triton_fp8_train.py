@@ -2,78 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from hadal.ops import fp8_tiles as plain
 
 pytest.importorskip("triton")
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.bfloat16 if CUDA else torch.float32  # the interpreter's BF16 arithmetic is not faithful
-needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
-needs_hopper = pytest.mark.skipif(
-    not (INTERPRETED or (CUDA and torch.cuda.get_device_capability() >= (9, 0))), reason="needs Hopper"
-)
+from tests.helpers.kernels import CUDA, DEVICE, DTYPE, error, in_the_interpreter, needs_hopper, needs_triton
+
 SHAPES = [(1, 16), (70, 136), (128, 256), (300, 200)]
 POWERS = [True, False]
 
 
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
-def test_kernels_in_the_interpreter():
-    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Every buffer that a kernel is given to write begins as NaN, so that a forgotten element shows."""
-    torch.manual_seed(0)
-    empty = torch.empty
-
-    def nan(*shape, **options):
-        tensor = empty(*shape, **options)
-        if tensor.dtype == torch.float8_e4m3fn:
-            tensor.view(torch.uint8).fill_(0x7F)
-        elif tensor.is_floating_point():
-            tensor.fill_(float("nan"))
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", nan)
-
-
-@pytest.fixture(autouse=True)
-def rounded(monkeypatch):
-    """The interpreter's cast to E4M3 loses the carry where it rounds to a power of two; torch's does not."""
-    if not INTERPRETED:
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    cast = interpreter._convert_float
-
-    def convert(values, source, target, rounding):
-        if target != tl.float8e4nv or source != tl.float32:
-            return cast(values, source, target, rounding)
-        floats = torch.from_numpy(values.view("float32").copy())
-        return floats.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
-
-
-def error(out: torch.Tensor, want: torch.Tensor) -> float:
-    """Relative error in norm; NaN stays NaN and passes no comparison."""
-    out, want = out.double().cpu(), want.double().cpu()
-    return float((out - want).norm() / want.norm().clamp_min(1e-30))
+pytestmark = pytest.mark.usefixtures("poisoned", "rounded")
+test_kernels_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:

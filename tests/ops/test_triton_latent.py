@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,29 +10,22 @@ import torch
 from hadal.ops import latent_fp8, paged, rope
 
 pytest.importorskip("triton")
-from tests.ops.test_triton import pages_for, poison_unused
-from tests.ops.test_triton_packed import error, poisoned, rounded  # noqa: F401  (fixtures)
+from tests.helpers import kernels
+from tests.helpers.kernels import (
+    CUDA,
+    DEVICE,
+    DTYPE,
+    TOLERANCE,
+    error,
+    in_the_interpreter,
+    needs_triton,
+    pages_for,
+    poison_unused,
+)
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPE = torch.bfloat16 if CUDA else torch.float32
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
-needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
-
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
-def test_kernels_in_the_interpreter():
-    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape).to(DTYPE).to(DEVICE)
+pytestmark = pytest.mark.usefixtures("poisoned", "rounded")
+draw = partial(kernels.draw, dtype=DTYPE)
+test_kernels_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def rows_of(lengths: list[int], queries: int, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

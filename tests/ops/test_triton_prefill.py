@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
-needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+from tests.helpers.kernels import CUDA, DEVICE, DTYPES, close, draw, in_the_interpreter, needs_triton
 
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
-def test_kernels_in_the_interpreter():
-    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
-
-
-def close(out: torch.Tensor, reference: torch.Tensor, dtype: torch.dtype) -> None:
-    """Relative error in norm; NaN never passes."""
-    out, reference = out.double().cpu(), reference.double().cpu()
-    error = (out - reference).norm() / reference.norm().clamp_min(1e-9)
-    assert error < TOLERANCE[dtype], float(error)
-
-
-def draw(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(*shape) * scale).to(dtype).to(DEVICE)
+test_kernels_in_the_interpreter = in_the_interpreter(__file__)
 
 
 @needs_triton

@@ -4,9 +4,6 @@ interpreter (FP32)."""
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -20,32 +17,18 @@ from hadal.ops import rope as rope_op
 from hadal.train import balance
 
 pytest.importorskip("triton")
+from tests.helpers.kernels import (
+    CUDA,
+    DEVICE,
+    DTYPES,
+    TOLERANCE,
+    draw,
+    error,
+    in_the_interpreter,
+    needs_triton,
+)
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2}
-needs_triton = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
-
-
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
-def test_training_kernels_in_the_interpreter():
-    """TRITON_INTERPRET must be set before triton is imported, so the tests below run in their own process."""
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape) * scale).to(dtype).to(DEVICE)
-
-
-def error(got: Tensor, want: Tensor) -> float:
-    got, want = got.detach().double().cpu(), want.detach().double().cpu()
-    return float((got - want).norm() / want.norm().clamp_min(1e-9))
+test_training_kernels_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def agree(

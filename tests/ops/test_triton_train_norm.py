@@ -3,9 +3,6 @@ interpreter), its bits under recomputation, and that it compiles for an H100."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,25 +10,19 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-
 from hadal.ops.recompute import recompute, recomputed
 from hadal.ops.rms_norm import rms_norm_reference
 from hadal.ops.rope import rotate_interleaved
+from tests.helpers.kernels import CUDA, DTYPES, INTERPRETED, draw, in_the_interpreter, needs_triton
 from tests.ops.test_triton_compiles import BF16, SHARED
 from tests.ops.test_triton_compiles import compiled as compiled
-from tests.ops.test_triton_train import CUDA, DTYPES, INTERPRETED, agree, draw, needs_triton, rotation_of
+from tests.ops.test_triton_train import agree, rotation_of
 
 EPS = 1e-6
 SHAPES = [(1, 8), (37, 24), (300, 256), (3, 5000), (0, 64)]
 
 
-@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests below run directly here")
-def test_norms_of_training_in_the_interpreter():
-    env = dict(os.environ, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "passed" in done.stdout and "failed" not in done.stdout
+test_norms_of_training_in_the_interpreter = in_the_interpreter(__file__)
 
 
 def weight_of(width: int, dtype: torch.dtype) -> Tensor:
