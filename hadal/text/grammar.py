@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hadal.text.messages import ToolDefinition
-from hadal.text.templates import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, END_THINK, SEPARATOR
+from hadal.text.prompt import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, END_THINK, SEPARATOR
 from hadal.text.tokenizer import Control, Tokenizer
 
 Mask = npt.NDArray[np.int32]

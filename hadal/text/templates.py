@@ -30,294 +30,46 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from hadal.text.messages import (
-    Call,
-    Message,
-    TemplateError,
-    ToolDefinition,
-    check_fields,
-    read_messages,
-    read_tools,
+from hadal.text.messages import Message, TemplateError, check_fields
+from hadal.text.prompt import (
+    ASSISTANT,
+    BOS,
+    END_THINK,
+    EOS,
+    OUTPUT_BEGIN,
+    OUTPUT_END,
+    OUTPUTS_BEGIN,
+    OUTPUTS_END,
+    THINK,
+    USER,
+    Part,
+    Parts,
+    ends_in_reasoning,
+    text_of,
 )
-from hadal.text.tokenizer import Control
+from hadal.text.template_base import Base, Options, Template
+from hadal.text.tool_text import V3_EXAMPLE, V31_EXAMPLE, tool_text, v3_calls, v31_calls
 
-Part = Control | str
-Parts = list[Part]
-
-BOS: Final = Control("<｜begin▁of▁sentence｜>")
-EOS: Final = Control("<｜end▁of▁sentence｜>")
-USER: Final = Control("<｜User｜>")
-ASSISTANT: Final = Control("<｜Assistant｜>")
-THINK: Final = Control("<think>")
-END_THINK: Final = Control("</think>")
-CALLS_BEGIN: Final = Control("<｜tool▁calls▁begin｜>")
-CALLS_END: Final = Control("<｜tool▁calls▁end｜>")
-CALL_BEGIN: Final = Control("<｜tool▁call▁begin｜>")
-CALL_END: Final = Control("<｜tool▁call▁end｜>")
-SEPARATOR: Final = Control("<｜tool▁sep｜>")
-OUTPUTS_BEGIN: Final = Control("<｜tool▁outputs▁begin｜>")
-OUTPUTS_END: Final = Control("<｜tool▁outputs▁end｜>")
-OUTPUT_BEGIN: Final = Control("<｜tool▁output▁begin｜>")
-OUTPUT_END: Final = Control("<｜tool▁output▁end｜>")
-
-
-class Template(Protocol):
-    """What a template offers. `thinking` None means the model's own default."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def supports_thinking(self) -> bool:
-        """Whether the model reasons before it answers, always or when asked to."""
-
-    @property
-    def always_thinks(self) -> bool:
-        """Whether it reasons before every answer and cannot be told not to: `thinking=False` is refused."""
-
-    @property
-    def supports_tools(self) -> bool: ...
-    @property
-    def tool_format(self) -> str | None:
-        """Which form of tool calls the model writes ("v3" or "v3.1", for `ToolParser`), or None."""
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-        add_generation_prompt: bool = True,
-    ) -> Parts:
-        """The prompt. A last assistant message with `prefix` is left open, to be continued.
-
-        Raises TemplateError on messages, tools or options that the model has no form for.
-        """
-
-    def split(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-    ) -> tuple[Parts, Parts]:
-        """A conversation that the assistant ends, as (prompt, what the model writes after it, its end
-        included): what it is trained on. Reasoning of the last message is written; a model that always
-        reasons writes an empty one where there is none. `thinking` None, of a model that has the choice: as
-        the message has it.
-
-        Raises TemplateError as `render`, and where there is nothing to be written.
-        """
-
-    def starts_in_reasoning(self, thinking: bool | None, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the prompt ends inside the reasoning, so that the output begins there."""
-
-    def may_open_reasoning(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the prompt leaves it to the model to open its reasoning (R1 after a tool's result)."""
-
-
-def ends_in_reasoning(parts: Sequence[Part]) -> bool:
-    """Whether the last control token of a prompt is the one that opens reasoning."""
-    return next((part for part in reversed(parts) if isinstance(part, Control)), None) == THINK
-
-
-def text_of(parts: Sequence[Part]) -> str:
-    """The prompt as the published Jinja would render it. For eyes and tests: encode the parts, not this."""
-    return "".join(part if isinstance(part, str) else part.content for part in parts)
-
-
-def template_options(options: Mapping[str, Any] | None) -> dict[str, bool]:
-    """The checked `chat_template_kwargs` of a request: {"thinking": bool} or {}.
-
-    `enable_thinking` is another name of `thinking`. Everything else is refused, `chat_template` first of all.
-    """
-    if not options:
-        return {}
-    check_fields(options, {"thinking", "enable_thinking"}, "chat_template_kwargs")
-    values = set()
-    for name, value in options.items():
-        if not isinstance(value, bool):
-            message = f"{name} must be true or false, not {value!r}"
-            raise TemplateError(message, f"chat_template_kwargs.{name}")
-        values.add(value)
-    if len(values) > 1:
-        raise TemplateError("thinking and enable_thinking contradict each other", "chat_template_kwargs")
-    return {"thinking": values.pop()}
-
-
-# --- the pieces of a prompt ---
+__all__ = [
+    "TEMPLATES",
+    "Part",
+    "Parts",
+    "Template",
+    "ends_in_reasoning",
+    "template_for",
+    "template_options",
+    "text_of",
+]
 
 
 @dataclass(frozen=True)
-class _Options:
-    """A checked call of `render`."""
-
-    messages: list[Message]
-    tools: list[ToolDefinition]
-    thinking: bool
-    generate: bool
-
-    @property
-    def system(self) -> str:
-        return "\n\n".join(message.content or "" for message in self.messages if message.role == "system")
-
-    @property
-    def turns(self) -> list[Message]:
-        return [message for message in self.messages if message.role != "system"]
-
-
-def _reasoned(message: Message) -> Message:
-    """With the reasoning that stands in its content, `<think>…</think>…`, moved out of it."""
-    content = message.content or ""
-    head, end, answer = content.partition("</think>")
-    if message.reasoning is not None or not end or not head.startswith("<think>"):
-        return message
-    reasoning = head.removeprefix("<think>").strip("\n")
-    return replace(message, reasoning=reasoning, content=answer.lstrip("\n"))
-
-
-def _v3_calls(calls: Sequence[Call]) -> Parts:
-    parts: Parts = [CALLS_BEGIN]
-    for place, call in enumerate(calls):
-        parts += ["\n"] if place else []
-        parts += [CALL_BEGIN, "function", SEPARATOR, f"{call.name}\n```json\n{call.arguments}\n```", CALL_END]
-    return [*parts, CALLS_END]
-
-
-def _v31_calls(calls: Sequence[Call]) -> Parts:
-    parts: Parts = [CALLS_BEGIN]
-    for call in calls:
-        parts += [CALL_BEGIN, call.name, SEPARATOR, call.arguments, CALL_END]
-    return [*parts, CALLS_END]
-
-
-_V3_EXAMPLE: Final[Parts] = [
-    CALLS_BEGIN, CALL_BEGIN, "function", SEPARATOR, "tool_call_name\n```json\ntool_call_arguments\n```",
-    CALL_END,
-    "{additional_tool_calls}", CALLS_END,
-]  # fmt: skip
-_V31_EXAMPLE: Final[Parts] = [
-    CALLS_BEGIN, CALL_BEGIN, "tool_call_name", SEPARATOR, "tool_call_arguments", CALL_END,
-    "{additional_tool_calls}", CALLS_END,
-]  # fmt: skip
-
-
-def _tool_text(tools: Sequence[ToolDefinition], example: Parts, chaining: str) -> Parts:
-    """The tools as V3.1's model card lists them, after the system text."""
-    if not tools:
-        return []
-    listed = "".join(
-        f"\n### {tool.name}\nDescription: {tool.description}\n\nParameters: {tool.parameters}\n"
-        for tool in tools
-    )
-    return [
-        f"\n\n## Tools\nYou have access to the following tools:\n{listed}\n"
-        "IMPORTANT: ALWAYS adhere to this exact format for tool use:\n",
-        *example,
-        "\n\nWhere:\n\n- `tool_call_name` must be an exact match to one of the available tools\n"
-        "- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema\n"
-        f"- For multiple tool calls, {chaining}",
-    ]
-
-
-# --- the templates ---
-
-
-@dataclass(frozen=True)
-class _Base:
-    """Checks that all templates share; `_parts` is the template proper."""
-
-    name: str
-    supports_thinking: bool = False
-    default_thinking: bool = False
-    always_thinks: bool = False
-    tool_format: str | None = None
-
-    @property
-    def supports_tools(self) -> bool:
-        return self.tool_format is not None
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-        add_generation_prompt: bool = True,
-    ) -> Parts:
-        if thinking and not self.supports_thinking:
-            raise TemplateError(f"{self.name} has no thinking mode: leave thinking out", "thinking")
-        if thinking is False and self.always_thinks:
-            raise TemplateError(
-                f"{self.name} always reasons before it answers: leave thinking out", "thinking"
-            )
-        options = _Options(
-            messages=read_messages(messages),
-            tools=read_tools(tools),
-            thinking=self.default_thinking if thinking is None else thinking,
-            generate=add_generation_prompt,
-        )
-        self._check(options)
-        return [part for part in self._parts(options) if part != ""]
-
-    def split(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-    ) -> tuple[Parts, Parts]:
-        last = _reasoned(read_messages(messages)[-1])
-        where = f"messages[{len(messages) - 1}]"
-        if last.role != "assistant" or last.prefix or len(messages) < 2:
-            raise TemplateError("the last of several messages must be the assistant's, and finished", where)
-        if last.reasoning and not self.supports_thinking:
-            raise TemplateError(
-                f"{self.name} has no thinking mode: leave reasoning out", f"{where}.reasoning_content"
-            )
-        if thinking is None and self.supports_thinking and not self.default_thinking:
-            thinking = bool(last.reasoning)
-        prompt = self.render(messages[:-1], tools=tools, thinking=thinking)
-        if last.calls and not self.supports_tools:
-            raise TemplateError(f"{self.name} has no form for tool calls or results", where)
-        return prompt, [part for part in self._written(last, ends_in_reasoning(prompt)) if part != ""]
-
-    def _written(self, message: Message, in_reasoning: bool) -> Parts:
-        """What the model writes of a message after its prompt, which has opened the reasoning or not."""
-        raise TemplateError(f"{self.name} has no form for an answer: name a chat template", "messages")
-
-    def starts_in_reasoning(self, thinking: bool | None, messages: Sequence[Mapping[str, Any]]) -> bool:
-        return ends_in_reasoning(self.render(messages, thinking=thinking))
-
-    def may_open_reasoning(self, messages: Sequence[Mapping[str, Any]]) -> bool:
-        return self.default_thinking and read_messages(messages)[-1].role == "tool"
-
-    def _check(self, options: _Options) -> None:
-        if options.tools and not self.supports_tools:
-            raise TemplateError(f"{self.name} was not trained to call tools: leave tools out", "tools")
-        for place, message in enumerate(options.messages):
-            if (message.role == "tool" or message.calls) and not self.supports_tools:
-                raise TemplateError(
-                    f"{self.name} has no form for tool calls or results", f"messages[{place}]"
-                )
-        last = options.messages[-1]
-        if last.prefix and last.reasoning and not options.thinking:
-            raise TemplateError(
-                "a prefix with reasoning_content needs a model that reasons, with thinking on",
-                f"messages[{len(options.messages) - 1}].reasoning_content",
-            )
-
-    def _parts(self, options: _Options) -> Parts:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _V2(_Base):
-    def _parts(self, options: _Options) -> Parts:
+class _V2(Base):
+    def _parts(self, options: Options) -> Parts:
         parts: Parts = [BOS]
         for message in options.messages:
             if message.role == "system":
@@ -336,7 +88,7 @@ class _V2(_Base):
 
 
 @dataclass(frozen=True)
-class _V3(_Base):
+class _V3(Base):
     """V3 and R1. `eager`: the assistant's marker follows each user message at once (V3-0324, R1-0528),
     instead of beginning the assistant's. `between`: what stands between two results."""
 
@@ -344,9 +96,9 @@ class _V3(_Base):
     eager: bool = False
     between: str = ""
 
-    def _parts(self, options: _Options) -> Parts:
+    def _parts(self, options: Options) -> Parts:
         parts: Parts = [BOS, options.system]
-        parts += _tool_text(options.tools, _V3_EXAMPLE, "chain them with a newline between two calls")
+        parts += tool_text(options.tools, V3_EXAMPLE, "chain them with a newline between two calls")
         previous = "system"
         for message in options.turns:
             if previous == "tool" and message.role != "tool":
@@ -369,7 +121,7 @@ class _V3(_Base):
 
     def _assistant(self, message: Message, thinking: bool) -> Parts:
         if message.calls:
-            return [self._answer(message), *_v3_calls(message.calls), EOS]
+            return [self._answer(message), *v3_calls(message.calls), EOS]
         if not message.prefix:
             return [self._answer(message), EOS]
         if message.reasoning is None:
@@ -379,7 +131,7 @@ class _V3(_Base):
         return [THINK, f"\n{message.reasoning}\n", END_THINK, f"\n\n{self._answer(message)}"]
 
     def _written(self, message: Message, in_reasoning: bool) -> Parts:
-        answer, end = message.content or "", [*(_v3_calls(message.calls) if message.calls else []), EOS]
+        answer, end = message.content or "", [*(v3_calls(message.calls) if message.calls else []), EOS]
         if in_reasoning:
             return [f"{message.reasoning or ''}\n", END_THINK, f"\n\n{answer}", *end]
         if message.reasoning:  # after a tool's result, where the prompt leaves it to the model
@@ -399,7 +151,7 @@ class _V3(_Base):
 
 
 @dataclass(frozen=True)
-class _V31(_Base):
+class _V31(Base):
     """V3.1: the marker of the assistant is followed by <think> or </think>. `revised`: Terminus, which also
     prompts after a system message alone, and after an assistant message."""
 
@@ -407,7 +159,7 @@ class _V31(_Base):
     supports_thinking: bool = True
     revised: bool = False
 
-    def _check(self, options: _Options) -> None:
+    def _check(self, options: Options) -> None:
         super()._check(options)
         if options.tools and options.thinking:
             raise TemplateError(
@@ -420,9 +172,9 @@ class _V31(_Base):
                 "messages[-1].reasoning_content",
             )
 
-    def _parts(self, options: _Options) -> Parts:
+    def _parts(self, options: Options) -> Parts:
         parts: Parts = [BOS, options.system]
-        parts += _tool_text(options.tools, _V31_EXAMPLE, "chain them directly without separators or spaces")
+        parts += tool_text(options.tools, V31_EXAMPLE, "chain them directly without separators or spaces")
         previous = "system"
         for message in options.turns:
             if message.role == "user":
@@ -432,7 +184,7 @@ class _V31(_Base):
             elif message.calls:
                 if previous == "user" or (self.revised and previous == "system"):
                     parts += [ASSISTANT, END_THINK]
-                parts += [self._answer(message), *_v31_calls(message.calls), EOS]
+                parts += [self._answer(message), *v31_calls(message.calls), EOS]
             else:
                 opens = message.prefix and options.thinking
                 parts += [ASSISTANT, THINK if opens else END_THINK] if previous == "user" else []
@@ -445,7 +197,7 @@ class _V31(_Base):
 
     def _written(self, message: Message, in_reasoning: bool) -> Parts:
         reasoning: Parts = [message.reasoning or "", END_THINK] if in_reasoning else []
-        calls = _v31_calls(message.calls) if message.calls else []
+        calls = v31_calls(message.calls) if message.calls else []
         return [*reasoning, message.content or "", *calls, EOS]
 
     def _answer_parts(self, message: Message) -> Parts:
@@ -463,8 +215,8 @@ class _V31(_Base):
 
 
 @dataclass(frozen=True)
-class _Plain(_Base):
-    def _parts(self, options: _Options) -> Parts:
+class _Plain(Base):
+    def _parts(self, options: Options) -> Parts:
         if len(options.messages) != 1 or options.messages[0].role != "user":
             message = "a base model has no chat template: send one user message, or use completions"
             raise TemplateError(message, "messages")
@@ -564,3 +316,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TemplateError(f"{path} is not valid JSON: {error}") from None
     return data if isinstance(data, dict) else {}
+
+
+# --- what a request may ask of one ---
+
+
+def template_options(options: Mapping[str, Any] | None) -> dict[str, bool]:
+    """The checked `chat_template_kwargs` of a request: {"thinking": bool} or {}.
+
+    `enable_thinking` is another name of `thinking`. Everything else is refused, `chat_template` first of all.
+    """
+    if not options:
+        return {}
+    check_fields(options, {"thinking", "enable_thinking"}, "chat_template_kwargs")
+    values = set()
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            message = f"{name} must be true or false, not {value!r}"
+            raise TemplateError(message, f"chat_template_kwargs.{name}")
+        values.add(value)
+    if len(values) > 1:
+        raise TemplateError("thinking and enable_thinking contradict each other", "chat_template_kwargs")
+    return {"thinking": values.pop()}
