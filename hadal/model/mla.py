@@ -57,7 +57,7 @@ class MlaAttention(nn.Module):
         assert ctx.rotation_T2r is not None
         if is_exact():
             return self._exact(x_TD, ctx)
-        if ctx.cache is None and needs_grad(x_TD):
+        if ctx.cache is None and needs_grad(x_TD, *self.parameters()):  # with adapters x alone may need none
             return self._trained(x_TD, ctx)
         q_THC, kv_TC = self._project(x_TD, norm)
         inner = self.kv_a_layernorm

@@ -216,6 +216,19 @@ def outer(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
     return torch.stack([a_NR[:, span] @ b_KR[:, span].t() for span in _spans(rows)]).to(dtype)
 
 
+def outer_into(a: Codes, b: Codes, rows: Rows, into_ENK: Tensor, more: bool) -> None:
+    """`outer` of each expert's rows, written to `into`, or with `more` added to it."""
+    put(outer(a, b, into_ENK.dtype, rows), into_ENK, more)
+
+
+def put(made: Tensor, into: Tensor, more: bool) -> None:
+    """Write to `into`, or with `more` add to it."""
+    if more:
+        into.add_(made)
+    else:
+        into.copy_(made)
+
+
 def _wide(a: Codes, b: Codes | Weight, dtype: torch.dtype) -> torch.dtype:
     """In what dequantised values are multiplied: BF16 where it is exact and a GPU has its tensor cores."""
     exact = a.power and b.power and dtype == torch.bfloat16

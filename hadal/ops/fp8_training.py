@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -55,6 +55,17 @@ _CONSTANT: ContextVar[dict[tuple[Any, ...], _Quantised] | None] = ContextVar(
 )
 
 
+class Sums(Protocol):
+    """Where gradients of weights are summed."""
+
+    def place(self, weight: Tensor) -> tuple[Tensor, bool] | None:
+        """The sum for this weight, FP32 and contiguous, and whether anything is in it yet: the caller brings
+        the gradient there, and autograd gets none. None where autograd is to have it."""
+
+
+_SUMS: ContextVar[Sums | None] = ContextVar("hadal_fp8_sums", default=None)
+
+
 def is_fp8_training() -> bool:
     """Whether linear layers called here and now multiply in FP8."""
     return _RECIPE.get() is not None
@@ -70,6 +81,17 @@ def fp8_training(on: bool = True, scales: Scales = "power_of_two") -> Iterator[N
         yield
     finally:
         _RECIPE.reset(token)
+
+
+@contextmanager
+def summing(sums: Sums) -> Iterator[None]:
+    """Gradients of experts' weights of forward passes inside the block are summed where `sums` says: in FP32,
+    by the kernel that makes them."""
+    token = _SUMS.set(sums)
+    try:
+        yield
+    finally:
+        _SUMS.reset(token)
 
 
 def _power() -> bool:
@@ -206,6 +228,7 @@ class _Network(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ops, dtype = _kernels(x_TD, gate_up, down), x_TD.dtype
         ctx.ops, ctx.power, ctx.weights = ops, _power(), tuple(_quantised(w, ops) for w in (gate_up, down))
+        ctx.sums = None if rows is None else _SUMS.get()
         x: Codes = ops.quantise(x_TD, True)
         inputs = x if rows is None else ops.gather(x, rows)
         gate_up_R2I = ops.matmul(inputs, ctx.weights[0].fprop, dtype, rows)
@@ -231,16 +254,25 @@ class _Network(torch.autograd.Function):
         kept = Codes(kept_q, kept_scale, True)
         d, d_columns, hidden_columns, dweight_R = ops.swiglu_backward(kept, dh_RI, weight_R, ctx.power, rows)
         del dy, dh_RI
-        ddown = ops.outer(dy_columns, hidden_columns, ctx.dtypes[2], rows)
+        ddown = _summed(ctx, 1, dy_columns, hidden_columns, rows)
         del dy_columns, hidden_columns
         dx = ops.matmul(d, gate_up.dgrad, dtype, rows)
         del d
-        dgate_up = ops.outer(d_columns, ops.columns(Codes(q, scale, True), rows), ctx.dtypes[1], rows)
+        dgate_up = _summed(ctx, 0, d_columns, ops.columns(Codes(q, scale, True), rows), rows)
         if rows is None:
             return dx, None, dgate_up, ddown, None, None, None
         dweight_TK = dweight_R[rows.place_TK].to(ctx.dtypes[3])
         added = (grads[0] if needed else None for needed in ctx.needs_input_grad[4:6])
         return ops.sum_rows(dx, rows), dweight_TK, dgate_up, ddown, *added, None
+
+
+def _summed(ctx: Any, which: int, dy_columns: Codes, x_columns: Codes, rows: Rows | None) -> Tensor | None:
+    """The gradient of a weight of a network; None where it has been brought to its sum."""
+    place = None if ctx.sums is None else ctx.sums.place(ctx.weights[which].source)
+    if place is None:
+        return cast(Tensor, ctx.ops.outer(dy_columns, x_columns, ctx.dtypes[1 + which], rows))
+    ctx.ops.outer_into(dy_columns, x_columns, rows, *place)
+    return None
 
 
 def _by_row(weight_TK: Tensor, rows: Rows) -> Tensor:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from hadal.ops.dispatch import forced_reference, has_triton
+from hadal.ops.fp8_training import summing
 
 SLAB = 2**26
 """Elements updated at a time without the kernel: bounds the FP32 temporaries of a step (256 MiB each)."""
@@ -86,6 +87,7 @@ class AdamW:
         self.on_write: Callable[[], None] | None = None  # for whoever makes weights out of the parameters
         self._has_grad = False
         self._taken: set[int] = set()  # parameters whose gradient of this backward pass is summed already
+        self._number: dict[int, int] = {}  # of the parameter that lies at an address, during a pass
         self._masters, self._grads = self._views(self.master_N), self._views(self.grad_N)
         self._parameter_N = self._lay_flat()
         self.from_model()
@@ -130,23 +132,36 @@ class AdamW:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """For a backward pass: large gradients go into the FP32 buffer one by one as they are made, and are
-        freed, so that they never exist all at once. `accumulate` must follow."""
+        """For a forward and backward pass, or the latter alone: large gradients go into the FP32 buffer one
+        by one as they are made, and are freed, so that they never exist all at once. Those of experts in FP8
+        are added there by the products that make them. `accumulate` must follow."""
         hooks = [
             p.register_post_accumulate_grad_hook(partial(self._take, number))
             for number, p in enumerate(self.parameters)
             if p.numel() >= LARGE
         ]
+        self._number = {p.data_ptr(): number for number, p in enumerate(self.parameters)}
         try:
-            yield
+            with summing(self):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def place(self, weight: Tensor) -> tuple[Tensor, bool] | None:
+        """Where this pass's gradient of a weight is to be brought, and whether it is added to one that is
+        there (`hadal.ops.fp8_training.Sums`); None where it is no parameter of this optimizer."""
+        number = self._number.get(weight.data_ptr())
+        if number is None or self._grads[number].shape != weight.shape:
+            return None
+        more = self._has_grad or number in self._taken
+        self._taken.add(number)
+        return self._grads[number], more
+
     @torch.no_grad()
     def _take(self, number: int, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        if self._has_grad:
+        if self._has_grad or number in self._taken:
             self._grads[number].add_(parameter.grad)
         else:
             self._grads[number].copy_(parameter.grad)
@@ -156,17 +171,17 @@ class AdamW:
     @torch.no_grad()
     def accumulate(self) -> None:
         """Take the parameters' `.grad` into the FP32 buffer (adding from the second call of a step on)."""
-        pairs = [(g, p.grad) for g, p in zip(self._grads, self.parameters, strict=True) if p.grad is not None]
-        targets, grads = [g for g, _ in pairs], [grad for _, grad in pairs]
-        if self._has_grad:
+        fresh: list[tuple[Tensor, Tensor]] = []
+        more: list[tuple[Tensor, Tensor]] = []
+        for number, (g, p) in enumerate(zip(self._grads, self.parameters, strict=True)):
+            begun = self._has_grad or number in self._taken
+            if p.grad is not None:
+                (more if begun else fresh).append((g, p.grad))
+            elif not begun:
+                g.zero_()
+        for function, pairs in ((torch._foreach_copy_, fresh), (torch._foreach_add_, more)):
             if pairs:
-                torch._foreach_add_(targets, grads)
-        else:
-            for number, (g, p) in enumerate(zip(self._grads, self.parameters, strict=True)):
-                if p.grad is None and number not in self._taken:
-                    g.zero_()
-            if pairs:
-                torch._foreach_copy_(targets, grads)
+                function([g for g, _ in pairs], [grad for _, grad in pairs])
         self._has_grad = True
         self._taken.clear()
         for parameter in self.parameters:

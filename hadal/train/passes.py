@@ -23,8 +23,8 @@ def one_pass(
     mtp_weight: float | Tensor, objective: Objective,
 ) -> Measured:  # fmt: skip
     """Forward, backward, and the gradient into the optimizer."""
-    out = losses(model, micro, weight_K, step_rows, objective)
     with optimizer.collecting():
+        out = losses(model, micro, weight_K, step_rows, objective)
         out.total(mtp_weight, objective.sequence_alpha).backward()
     optimizer.accumulate()
     return out.parts(), out.count_GE

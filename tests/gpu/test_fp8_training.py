@@ -130,6 +130,10 @@ def test_grouped_products_of_experts(name):
     out = products.outer(a, b, torch.bfloat16, rows)
     assert error(out, want) < 4e-3 and not out[-1].any()
     assert products.outer_path(a, b, rows) == ("gluon" if path == "gluon" else "emulated")
+    sums = torch.full(want.shape, float("nan"), device="cuda")
+    for times, more in ((1, False), (2, True), (3, True)):
+        products.outer_into(a, b, rows, sums, more)
+        assert error(sums, times * want) < (1e-6 if path == "gluon" else 4e-3) and not sums[-1].any()
     if N % 128 == 0:
         out = products.outer_by_tiles(a, b, torch.bfloat16, rows)
         assert error(out, want) < 4e-3 and not out[-1].any()

@@ -29,7 +29,7 @@ def test_extraction_on_the_gpu_is_the_cpus(name: str, dtype: torch.dtype) -> Non
     loose = dtype == torch.bfloat16
     for mine, right in zip(found, expected, strict=True):
         for layer, (a, b) in enumerate(zip(mine.hidden_lnD.cpu(), right.hidden_lnD, strict=True)):
-            assert torch.linalg.vector_norm(a - b) <= (0.05 if loose else 1e-3) * torch.linalg.vector_norm(
+            assert torch.linalg.vector_norm(a - b) <= (0.1 if loose else 1e-3) * torch.linalg.vector_norm(
                 b
             ), layer
         first = mine.attention[0].cpu()

@@ -208,6 +208,8 @@ def fp8_training_products() -> None:
     a, b = (op._empty(n, R, True, rows.used.device) for n in (2816, 2048))
     products.outer_by_tiles(a, b, BF16, rows)
     fp8_outer_gluon.outer(a, b, rows)
+    for more in (False, True):
+        fp8_outer_gluon.outer(a, b, rows, torch.empty(4, 2816, 2048), more)
 
 
 def fp8_training_small() -> None:
@@ -382,7 +384,7 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "FP8 training, experts": (fp8_training, (1408, True), 11),
     "FP8 training, V3's scales": (fp8_training, (1408, False), 11),
     "FP8 training, odd widths": (fp8_training, (10944, True), 13),
-    "FP8 training, products": (fp8_training_products, (), 6),
+    "FP8 training, products": (fp8_training_products, (), 8),
     "FP8 training, small layers": (fp8_training_small, (), 4),
     "gate": (gate, (), 5),
     "linear, 1 row": (few_rows, (1,), 8),

@@ -9,6 +9,7 @@ from hadal.ops import fp8_tiles
 from hadal.ops.fp8_training import is_fp8_training
 from hadal.train.batches import build
 from hadal.train.losses import Objective, losses
+from hadal.train.optimizer import AdamW
 from tests.train import tiny
 
 
@@ -29,6 +30,28 @@ def test_losses_and_gradients_are_near_and_not_the_same():
     for name, gradient in exact.items():
         near = torch.nn.functional.cosine_similarity(rounded[name].flatten(), gradient.flatten(), 0)
         assert near > 0.97 or gradient.norm() < 1e-6, (name, float(near))
+
+
+def test_gradients_of_experts_go_to_their_sums_as_they_are_made():
+    """In FP32, over two passes, and the same as through autograd; whoever else uses the weight adds to it."""
+    network, objective = tiny.model(dtype=torch.bfloat16), Objective(fp8=True)
+    _, want = _gradients(network, objective)
+    network.zero_grad()
+    optimizer = AdamW(network.named_parameters())
+    name, weight = next((n, p) for n, p in network.named_parameters() if n.endswith("gate_up_proj"))
+    micro = build(tiny.RandomRows().rows(0, 8), depths=1, mask_documents=True)
+    for number in (1, 2):
+        with optimizer.collecting():
+            out = losses(network, micro, micro.weight_KT.sum(1), 8, objective)
+            (out.total(0.3, 0.01) + 2.0 * weight.float().sum()).backward()
+            assert weight.grad is None or (weight.grad == 2.0).all()  # not through autograd
+        optimizer.accumulate()
+        sums = dict(zip((slot.name for slot in optimizer.slots), optimizer._grads, strict=True))
+        for each, gradient in want.items():
+            further = 2.0 if each == name else 0.0
+            got = sums[each] / number - further
+            assert (got - gradient.float()).norm() < 2**-6 * gradient.float().norm() + 1e-3 * further, each
+    assert not torch.equal(sums[name], sums[name].bfloat16().float())
 
 
 def test_a_run_with_experts_learns_alike():

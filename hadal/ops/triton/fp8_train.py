@@ -14,6 +14,8 @@ Legend: as there.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,12 @@ from hadal.ops import fp8_tiles
 from hadal.ops.fp8_tiles import Codes, Rows, Weight
 from hadal.ops.triton.fp8_train_products import matmul as matmul
 from hadal.ops.triton.fp8_train_products import outer as outer
+from hadal.ops.triton.fp8_train_products import outer_into as outer_into
 from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 GROUP = tl.constexpr(128)
 AMAX_MIN = tl.constexpr(fp8_tiles.AMAX_MIN)
+COMPILED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") != "1")  # the interpreter knows no PTX
 TILE = fp8_tiles.TILE
 E4M3 = torch.float8_e4m3fn
 
@@ -320,6 +324,17 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _narrow(x, kind: tl.constexpr):
+    """x in the dtype `kind`. To BF16 two at a time: one by one they would go through the slow unit that
+    exponentials need."""
+    if kind == tl.bfloat16 and COMPILED:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return x.to(kind)
+
+
+@triton.jit
 def _leave(
     x, r, d, d_scale, d_columns, d_columns_scale, stride, padded, rows, channels,
     STEP: tl.constexpr, POWER: tl.constexpr, WHOLE: tl.constexpr,
@@ -365,9 +380,9 @@ def _swiglu_backward_kernel(
             tl.store(dweight + g * R + row + r, tl.sum(grad * hidden, 1))
             hidden *= w
             grad *= w
-        hidden = hidden.to(kind)
-        dup = (grad * silu).to(kind)
-        dgate = (grad * (share * (1.0 + gate * (1.0 - share))) * up).to(kind)
+        hidden = _narrow(hidden, kind)
+        dup = _narrow(grad * silu, kind)
+        dgate = _narrow(grad * (share * (1.0 + gate * (1.0 - share))) * up, kind)
         at = h_columns_scale + tile * width + k
         corner = h_columns + k * padded + row
         _store_columns(hidden.to(tl.float32), corner, at, padded, channels, STEP, POWER)

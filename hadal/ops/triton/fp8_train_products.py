@@ -220,6 +220,16 @@ def outer(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
     return outer_emulated(a, b, dtype, rows)
 
 
+def outer_into(a: Codes, b: Codes, rows: Rows, into_ENK: Tensor, more: bool) -> None:
+    """`outer` of each expert's rows, written to `into`, or with `more` added to it."""
+    if outer_path(a, b, rows) == "gluon" and into_ENK.data_ptr() % 16 == 0:
+        from hadal.ops.triton import fp8_outer_gluon
+
+        fp8_outer_gluon.outer(a, b, rows, into_ENK, more)
+    else:
+        fp8_tiles.put(outer(a, b, torch.bfloat16, rows), into_ENK, more)
+
+
 def outer_emulated(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
     """The product of dequantised codes."""
     if not (a.power and b.power):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hadal.ops import fp8_tiles
 from hadal.ops.fp8_tiles import TILE, Codes, Rows, Weight
 from hadal.ops.triton import fp8_train, fp8_train_products
 from hadal.ops.triton.fp8_train import GROUP, _e4m3, _scale, _tile
@@ -114,6 +115,11 @@ def outer(a: Codes, b: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
         return fp8_train_products._grouped(a_NR, b_KR.t(), rows)
     R = min(a_NR.shape[1], b_KR.shape[1])  # transposed codes are filled up with zeros, values are not
     return a_NR[:, :R] @ b_KR[:, :R].t()
+
+
+def outer_into(a: Codes, b: Codes, rows: Rows, into_ENK: Tensor, more: bool) -> None:
+    """`outer` of each expert's rows, written to `into`, or with `more` added to it."""
+    fp8_tiles.put(outer(a, b, torch.bfloat16, rows), into_ENK, more)
 
 
 def _values(x: Codes, dtype: torch.dtype, rows: Rows | None) -> Tensor:
