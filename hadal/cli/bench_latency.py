@@ -47,27 +47,16 @@ def latency(
 
     imported = time.perf_counter() - begin
     asked = o.Inference(
-        device,
-        dtype,
-        quantize,
-        max_num_seqs=1,
-        exact=exact,
-        speculation=speculation,
-        num_speculative_tokens=speculative_tokens,
-        speculation_forced_acceptance=forced_acceptance,
-    )
+        device, dtype, quantize, max_num_seqs=1, exact=exact, speculation=speculation,
+        num_speculative_tokens=speculative_tokens, speculation_forced_acceptance=forced_acceptance,
+    )  # fmt: skip
     begin = time.perf_counter()
     engine = common.measured_engine(model, asked, prompt + output, random_weights, threads, force, quiet=json)
     loaded = time.perf_counter() - begin
     watch = common.Watch(engine.device, quiet=json)
     with bar("measuring", unit_bytes=False, quiet=json) as update:
         found = offline.latency(
-            engine,
-            watch.ceilings,
-            prompt=prompt,
-            output=output,
-            repeats=repeats,
-            progress=update,
+            engine, watch.ceilings, prompt=prompt, output=output, repeats=repeats, progress=update
         )
     start = {"import_s": imported, "load_s": loaded, **found.startup}
     found.startup = {**start, "total_s": imported + loaded + found.startup["first_token_s"]}

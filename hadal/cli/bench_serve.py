@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,42 +22,52 @@ if TYPE_CHECKING:
 
 VOCAB = 1000  # token ids that any model has
 
+Rates = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rate",
+        metavar="R",
+        help="Requests a second, or inf: all at once. May be given again. Default: 1, 4.",
+    ),
+]
+Requests = Annotated[int, typer.Option("--requests", min=1, help="Most requests of each rate.")]
+Seconds = Annotated[
+    float, typer.Option("--seconds", min=0.1, help="After which no more requests of a rate are sent.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.1, help="Seconds after which an answer is given up.")
+]
+Lengths = Annotated[
+    str,
+    typer.Option("--prompt", metavar="N[-M]", help="Tokens of each prompt, or from N to M at random."),
+]
+Dataset = Annotated[
+    Path | None,
+    typer.Option("--dataset", metavar="FILE", help="JSONL with prompt or messages instead of random tokens."),
+]
+SloFirst = Annotated[
+    float, typer.Option("--slo-ttft", min=0, metavar="MS", help="A good answer's first token, in ms.")
+]
+SloToken = Annotated[
+    float, typer.Option("--slo-token", min=0, metavar="MS", help="And its mean time for each later one.")
+]
+Seats = Annotated[
+    int | None, typer.Option("--max-num-seqs", min=1, metavar="N", help="Seats of a server started here.")
+]
+
 
 def serve(
     model: o.Model = "hadal-mini",
     url: o.Url = None,
-    rate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rate",
-            metavar="R",
-            help="Requests a second, or inf: all at once. May be given again. Default: 1, 4.",
-        ),
-    ] = None,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="Most requests of each rate.")] = 32,
-    seconds: Annotated[
-        float, typer.Option("--seconds", min=0.1, help="After which no more requests of a rate are sent.")
-    ] = 60.0,
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.1, help="Seconds after which an answer is given up.")
-    ] = 120.0,
-    prompt: Annotated[
-        str,
-        typer.Option("--prompt", metavar="N[-M]", help="Tokens of each prompt, or from N to M at random."),
-    ] = "32-128",
+    rate: Rates = None,
+    requests: Requests = 32,
+    seconds: Seconds = 60.0,
+    timeout: Timeout = 120.0,
+    prompt: Lengths = "32-128",
     output: common.Output = 64,
-    dataset: Annotated[
-        Path | None,
-        typer.Option(
-            "--dataset", metavar="FILE", help="JSONL with prompt or messages instead of random tokens."
-        ),
-    ] = None,
-    slo_ttft: Annotated[
-        float, typer.Option("--slo-ttft", min=0, metavar="MS", help="A good answer's first token, in ms.")
-    ] = 1000.0,
-    slo_token: Annotated[
-        float, typer.Option("--slo-token", min=0, metavar="MS", help="And its mean time for each later one.")
-    ] = 100.0,
+    dataset: Dataset = None,
+    slo_ttft: SloFirst = 1000.0,
+    slo_token: SloToken = 100.0,
     seed: Annotated[int, typer.Option("--seed", help="Of arrivals and prompts.")] = 0,
     api_key: o.ApiKey = None,
     random_weights: common.RandomWeights = False,
@@ -64,9 +75,7 @@ def serve(
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
     exact: o.Exact = False,
-    max_num_seqs: Annotated[
-        int | None, typer.Option("--max-num-seqs", min=1, metavar="N", help="Seats of a server started here.")
-    ] = None,
+    max_num_seqs: Seats = None,
     force: o.Force = False,
     json: o.Json = False,
 ) -> None:
@@ -81,8 +90,6 @@ def serve(
         hadal bench serve --url http://127.0.0.1:11435 --rate inf --requests 100 --json
         hadal bench serve --dataset questions.jsonl --slo-ttft 500 --slo-token 50
     """
-    from contextlib import AbstractContextManager, nullcontext
-
     from hadal.bench import client, load
 
     rates = [_rate(text) for text in rate or ["1", "4"]]
@@ -91,9 +98,7 @@ def serve(
     asked = o.Inference(
         device, dtype, quantize, lengths[1] + output if random_weights else None, max_num_seqs, exact=exact
     )
-    own: AbstractContextManager[Any] = (
-        nullcontext() if url else _own_server(model, asked, random_weights, force, quiet=json)
-    )
+    own: Any = nullcontext() if url else _own_server(model, asked, random_weights, force, quiet=json)
     with own as started:
         endpoint = client.Endpoint.of(url or started.url, api_key)
         endpoint = asyncio.run(_ready(endpoint, started))
@@ -103,23 +108,21 @@ def serve(
         for number, wanted in enumerate(rates):
             prompts = _prompts(dataset, requests, lengths, vocab, output, seed + number)
             with bar(f"{wanted:g} requests a second", unit_bytes=False, quiet=json) as update:
-                found = asyncio.run(
-                    load.offer(
-                        endpoint, prompts, wanted, seconds=seconds, timeout=timeout, slo=slo, seed=seed,
-                        progress=update,
-                    )
+                offer = load.offer(
+                    endpoint, prompts, wanted, seconds=seconds, timeout=timeout, slo=slo, seed=seed,
+                    progress=update,
                 )  # fmt: skip
+                results.append(asyncio.run(offer))
             if started is not None and watch is not None:
-                found.output_ceiling = _serving_ceiling(started, watch.ceilings.bandwidth, found)
-            results.append(found)
+                bandwidth = watch.ceilings.bandwidth
+                results[-1].output_ceiling = _serving_ceiling(started, bandwidth, results[-1])
     if json:
         print_json(_serve_json(endpoint, started, watch, results))
     else:
         _print_serve(endpoint, started, watch, results)
     if not any(found.ok for found in results):
-        raise CliError(
-            f"no request succeeded at {endpoint.url}: {next(iter(results[0].faults), 'none sent')}"
-        )
+        why = next(iter(results[0].faults), "none sent")
+        raise CliError(f"no request succeeded at {endpoint.url}: {why}")
 
 
 def _rate(text: str) -> float:

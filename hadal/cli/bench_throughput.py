@@ -50,15 +50,9 @@ def throughput(
 
     batches = sorted(set(batch or [1, 4, 16]))
     asked = o.Inference(
-        device,
-        dtype,
-        quantize,
-        max_num_seqs=max(batches),
-        exact=exact,
-        speculation=speculation,
-        num_speculative_tokens=speculative_tokens,
-        speculation_forced_acceptance=forced_acceptance,
-    )
+        device, dtype, quantize, max_num_seqs=max(batches), exact=exact, speculation=speculation,
+        num_speculative_tokens=speculative_tokens, speculation_forced_acceptance=forced_acceptance,
+    )  # fmt: skip
     engine = common.measured_engine(model, asked, prompt + output, random_weights, threads, force, quiet=json)
     watch = common.Watch(engine.device, quiet=json)
     results = []

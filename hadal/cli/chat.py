@@ -19,8 +19,8 @@ def chat(
     top_p: o.TopP = None,
     max_tokens: o.MaxTokens = None,
     seed: o.Seed = None,
-    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Reason first or not.")] = None,
-    fold: Annotated[bool, typer.Option("--fold", help="Print the reasoning as one line.")] = False,
+    think: o.Think = None,
+    fold: o.Fold = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
@@ -65,17 +65,10 @@ def chat(
     else:
         introduce(model or "hadal-mini", quiet=False)
         asked = o.Inference(
-            device,
-            dtype,
-            quantize,
-            max_model_len,
-            exact=exact,
-            speculation=speculation,
-            num_speculative_tokens=speculative_tokens,
-            offload=offload,
-            expert_cache_gb=expert_cache_gb,
+            device, dtype, quantize, max_model_len, exact=exact, speculation=speculation,
+            num_speculative_tokens=speculative_tokens, offload=offload, expert_cache_gb=expert_cache_gb,
             cache_dtype=cache_dtype,
-        )
+        )  # fmt: skip
         speaker = LocalSpeaker(load_engine(model or "hadal-mini", asked, yes=yes, force=force))
     session = Session(speaker, sampling, system, think, fold)
     question = read_prompt(None, json=False)

@@ -14,26 +14,24 @@ from hadal.cli.terminal import CliError, is_terminal, note, print_json, table
 if TYPE_CHECKING:
     from hadal.engine import Engine, TokenLogprob, Update
 
+Prompt = Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The text; without it, stdin.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, metavar="N", help="Longest continuation.")]
+Logprobs = Annotated[
+    int | None,
+    typer.Option(min=0, max=20, metavar="N", help="Log-probability of each token and of the N likeliest."),
+]
+
 
 def complete(
     model: o.Model,
-    prompt: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="The text; without it, stdin.")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, metavar="N", help="Longest continuation.")
-    ] = 128,
+    prompt: Prompt = None,
+    max_tokens: MaxTokens = 128,
     temperature: o.Temperature = None,
     top_p: o.TopP = None,
     top_k: o.TopK = None,
     seed: o.Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=20, metavar="N", help="Log-probability of each token and of the N likeliest."
-        ),
-    ] = None,
+    logprobs: Logprobs = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its continuation.")] = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
@@ -68,17 +66,10 @@ def complete(
     asked.params({})
     introduce(model, quiet=json)
     how = o.Inference(
-        device,
-        dtype,
-        quantize,
-        max_model_len,
-        exact=exact,
-        speculation=speculation,
-        num_speculative_tokens=speculative_tokens,
-        offload=offload,
-        expert_cache_gb=expert_cache_gb,
+        device, dtype, quantize, max_model_len, exact=exact, speculation=speculation,
+        num_speculative_tokens=speculative_tokens, offload=offload, expert_cache_gb=expert_cache_gb,
         cache_dtype=cache_dtype,
-    )
+    )  # fmt: skip
     engine = load_engine(model, how, yes=yes, force=force, quiet=json)
     params = asked.params(engine.sampling_defaults)
     params = replace(params, stop=tuple(stop or ()), logprobs=logprobs)

@@ -19,59 +19,73 @@ if TYPE_CHECKING:
 
 Pool = Literal["mean", "last", "weighted", "span", "span-last"]
 
+Texts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[TEXT]...", help="The texts; without them and --input, lines of stdin."),
+]
+Model = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=o.MODEL_HELP)]
+Source = Annotated[
+    Path | None,
+    typer.Option("--input", "-i", metavar="FILE", help="A .jsonl, or a .txt with a text a line."),
+]
+TextField = Annotated[str, typer.Option("--field", help="Where a row of .jsonl has its text.")]
+IdField = Annotated[str, typer.Option(help="Where it has its name; rows without are numbered.")]
+SpanField = Annotated[
+    str | None,
+    typer.Option(help="Where it has its target: [begin, end] in characters, pairs of these, or a word."),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N[,N]",
+        help="0: the embedding, i: the output of block i, -1: after the final norm (default); or all.",
+    ),
+]
+Pooling = Annotated[
+    Pool | None,
+    typer.Option(help="Of which tokens the vector is made; default: span with --span-field, else mean."),
+]
+Special = Annotated[bool, typer.Option("--special", help="Pool BOS and other control tokens too.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="FILE", help=".parquet, .npy or .jsonl; default: JSONL to stdout."),
+]
+Service = Annotated[
+    Literal["local", "endpoint", "simulate"],
+    typer.Option(help="A model here, a service at --url, or made-up vectors, marked as such."),
+]
+ServiceUrl = Annotated[str | None, typer.Option(metavar="URL", help="With endpoint: its address, …/v1.")]
+Cache = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="With endpoint: keep what came, to go on later.")
+]
+Rpm = Annotated[float | None, typer.Option(min=0.01, help="With endpoint: requests a minute.")]
+Tpm = Annotated[float | None, typer.Option(min=1, help="With endpoint: tokens a minute.")]
+Price = Annotated[
+    float | None, typer.Option(min=0, help="With endpoint: of a million tokens, for --estimate.")
+]
+EstimateOnly = Annotated[bool, typer.Option("--estimate", help="Say what it would take, and stop.")]
+
 
 def embed(
-    texts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[TEXT]...", help="The texts; without them and --input, lines of stdin."),
-    ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=o.MODEL_HELP)] = "hadal-mini",
-    source: Annotated[
-        Path | None,
-        typer.Option("--input", "-i", metavar="FILE", help="A .jsonl, or a .txt with a text a line."),
-    ] = None,
-    text_field: Annotated[str, typer.Option("--field", help="Where a row of .jsonl has its text.")] = "text",
-    id_field: Annotated[str, typer.Option(help="Where it has its name; rows without are numbered.")] = "id",
-    span_field: Annotated[
-        str | None,
-        typer.Option(help="Where it has its target: [begin, end] in characters, pairs of these, or a word."),
-    ] = None,
-    layer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N[,N]",
-            help="0: the embedding, i: the output of block i, -1: after the final norm (default); or all.",
-        ),
-    ] = None,
-    pool: Annotated[
-        Pool | None,
-        typer.Option(help="Of which tokens the vector is made; default: span with --span-field, else mean."),
-    ] = None,
-    special: Annotated[
-        bool, typer.Option("--special", help="Pool BOS and other control tokens too.")
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", metavar="FILE", help=".parquet, .npy or .jsonl; default: JSONL to stdout."
-        ),
-    ] = None,
-    backend: Annotated[
-        Literal["local", "endpoint", "simulate"],
-        typer.Option(help="A model here, a service at --url, or made-up vectors, marked as such."),
-    ] = "local",
-    url: Annotated[str | None, typer.Option(metavar="URL", help="With endpoint: its address, …/v1.")] = None,
+    texts: Texts = None,
+    model: Model = "hadal-mini",
+    source: Source = None,
+    text_field: TextField = "text",
+    id_field: IdField = "id",
+    span_field: SpanField = None,
+    layer: Layer = None,
+    pool: Pooling = None,
+    special: Special = False,
+    out: Out = None,
+    backend: Service = "local",
+    url: ServiceUrl = None,
     api_key: o.ApiKey = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With endpoint: keep what came, to go on later.")
-    ] = None,
-    rpm: Annotated[float | None, typer.Option(min=0.01, help="With endpoint: requests a minute.")] = None,
-    tpm: Annotated[float | None, typer.Option(min=1, help="With endpoint: tokens a minute.")] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="With endpoint: of a million tokens, for --estimate.")
-    ] = None,
+    cache: Cache = None,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    price: Price = None,
     seed: Annotated[int, typer.Option(help="With simulate.")] = 0,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say what it would take, and stop.")] = False,
+    estimate: EstimateOnly = False,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,

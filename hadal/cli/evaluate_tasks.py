@@ -3,53 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hadal.cli.terminal import CliError, bar, human_seconds, note, print_json, table
 
 if TYPE_CHECKING:
-    from hadal.cli.evaluate import Asked
-    from hadal.engine import Engine
+    from hadal.cli.evaluate import Asked, Load
 
 CONCURRENT = 16  # requests that a server gets at once
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which tasks, and where the model is."""
-
-    names: list[str]
-    include: Path | None
-    few_shot: int | None
-    system: str | None
-    server: str | None
-    api_key: str | None
-    model: str | None
-
-
-def run(wanted: Wanted, asked: Asked, load: Callable[[], tuple[Engine, dict[str, Any]]]) -> None:
+def run(asked: Asked, load: Load) -> None:
     """Load the tasks, then the model; ask, keep, tell."""
-    from hadal.cli.evaluate import going_on
+    from hadal.cli.evaluate_sets import going_on
     from hadal.evals import folder as folders
     from hadal.evals import harness
 
-    tasks = harness.load_tasks(wanted.names, wanted.include)
+    names = [name.strip() for name in str(asked.tasks).split(",") if name.strip()]
+    tasks = harness.load_tasks(names, asked.include)
     from hadal.evals.harness_models import Kept
 
-    model, described = _served(wanted, asked) if wanted.server is not None else _here(asked, load)
+    model, described = _served(asked) if asked.server is not None else _here(asked, load)
     chat = asked.chat is True
     settings = {
         **described,
         "suite": "lm-eval",
-        "tasks": wanted.names,
-        "few_shot": wanted.few_shot,
+        "tasks": names,
+        "few_shot": asked.few_shot,
         "limit": asked.limit,
         "chat": chat,
         "thinking": asked.think,
-        "system": wanted.system,
+        "system": asked.system,
         "max_tokens": asked.max_tokens,
         "seed": asked.seed,
         "versions": folders.versions(),
@@ -63,10 +47,10 @@ def run(wanted: Wanted, asked: Asked, load: Callable[[], tuple[Engine, dict[str,
             rows, samples = harness.run_tasks(
                 tasks,
                 Kept(model, answers, update),
-                fewshot=wanted.few_shot,
+                fewshot=asked.few_shot,
                 limit=asked.limit,
                 chat=chat,
-                system=wanted.system,
+                system=asked.system,
                 max_tokens=asked.max_tokens,
                 seed=asked.seed,
             )
@@ -90,28 +74,28 @@ def run(wanted: Wanted, asked: Asked, load: Callable[[], tuple[Engine, dict[str,
         note(f"kept: {kept.path}")
 
 
-def _here(asked: Asked, load: Callable[[], tuple[Engine, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+def _here(asked: Asked, load: Load) -> tuple[Any, dict[str, Any]]:
     from hadal.evals.harness_models import EngineLM
 
     engine, described = load()
     return EngineLM(engine, thinking=asked.think), described
 
 
-def _served(wanted: Wanted, asked: Asked) -> tuple[Any, dict[str, Any]]:
+def _served(asked: Asked) -> tuple[Any, dict[str, Any]]:
     """A server's model. Raises CliError where the server does not answer, or has no such model."""
     from hadal.cli.speaker import Http
     from hadal.evals.harness_models import ServerChat, ServerText
 
-    http = Http(str(wanted.server), wanted.api_key)
+    http = Http(str(asked.server), asked.api_key)
     listed = {str(entry["id"]): entry for entry in http.get("/v1/models").get("data", [])}
     if not listed:
         raise CliError(f"{http.url} serves no model; start one with `hadal serve MODEL`")
-    name = wanted.model or next(iter(listed))
+    name = asked.model or next(iter(listed))
     if name not in listed:
         raise CliError(f"{http.url} serves {', '.join(listed)}, not {name!r}; leave the name out", 2)
     if asked.think is not None:
         raise CliError("--think goes with a model loaded here; the server's own way is taken", 2)
     longest = int(listed[name].get("max_model_len") or 2048)
     kind = ServerChat if asked.chat is True else ServerText
-    model = kind(http.url, name, key=wanted.api_key, max_length=longest, concurrent=CONCURRENT)
+    model = kind(http.url, name, key=asked.api_key, max_length=longest, concurrent=CONCURRENT)
     return model, {"model": name, "server": http.url, "max_model_len": longest}

@@ -4,42 +4,52 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hadal.cli import options as o
 from hadal.cli.terminal import bar, has_colour, human_seconds, note, print_json, say
 
+if TYPE_CHECKING:
+    from hadal.evals.needle import Grid
+
+First = Annotated[int, typer.Option("--from", min=64, metavar="N", help="The shortest length.")]
+Last = Annotated[
+    int | None,
+    typer.Option("--to", min=64, metavar="N", help="The longest; default: all that the model takes."),
+]
+Haystack = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Text to hide it in; may be given again. Default: puzzles."),
+]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Text to complete instead of the chat template (base models).")
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", min=1, metavar="N", help="Of an answer, reasoning included.")
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        callback=o.picture,
+        metavar="FILE",
+        help="Draw a heat map into a .png or .svg (needs hadal[train]).",
+    ),
+]
+
 
 def needle(
     model: o.Model = "hadal-mini",
-    first: Annotated[int, typer.Option("--from", min=64, metavar="N", help="The shortest length.")] = 1024,
-    last: Annotated[
-        int | None,
-        typer.Option("--to", min=64, metavar="N", help="The longest; default: all that the model takes."),
-    ] = None,
+    first: First = 1024,
+    last: Last = None,
     depths: Annotated[int, typer.Option(min=2, help="Depths from 0 to 100%, evenly.")] = 11,
     samples: Annotated[int, typer.Option(min=1, help="Needles in each square of the grid.")] = 4,
-    haystack: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Text to hide it in; may be given again. Default: puzzles."),
-    ] = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="Text to complete instead of the chat template (base models).")
-    ] = False,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", min=1, metavar="N", help="Of an answer, reasoning included.")
-    ] = 32,
+    haystack: Haystack = None,
+    plain: Plain = False,
+    max_tokens: MaxTokens = 32,
     seed: Annotated[int, typer.Option(help="Of haystacks and needles.")] = 0,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            callback=o.picture,
-            metavar="FILE",
-            help="Draw a heat map into a .png or .svg (needs hadal[train]).",
-        ),
-    ] = None,
+    plot: Plot = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
@@ -62,14 +72,9 @@ def needle(
     from hadal.evals import needle as needles
 
     asked = o.Inference(
-        device,
-        dtype,
-        quantize,
-        max_model_len=last,
-        max_num_seqs=16,
-        offload=offload,
+        device, dtype, quantize, max_model_len=last, max_num_seqs=16, offload=offload,
         expert_cache_gb=expert_cache_gb,
-    )
+    )  # fmt: skip
     if last is not None and last < first:
         raise typer.BadParameter(f"--to is {last}; it must not be below --from {first}")
     engine = load_engine(model, asked, yes=yes, force=force, quiet=json)
@@ -79,18 +84,18 @@ def needle(
     settings |= {"quantize": quantize} if quantize else {}
     with bar("searching", unit_bytes=False, quiet=json) as update:
         grid = needles.evaluate(
-            engine,
-            lengths=needles.powers(first, last or engine.max_model_len),
-            depths=[round(100 * i / (depths - 1)) for i in range(depths)],
-            samples=samples,
-            seed=seed,
-            haystack=haystack or [],
-            chat=False if plain else None,
-            max_tokens=max_tokens,
-            title=f"{engine.name}: needle in a haystack",
-            settings=settings,
-            progress=update,
-        )
+            engine, lengths=needles.powers(first, last or engine.max_model_len),
+            depths=[round(100 * i / (depths - 1)) for i in range(depths)], samples=samples, seed=seed,
+            haystack=haystack or [], chat=False if plain else None, max_tokens=max_tokens,
+            title=f"{engine.name}: needle in a haystack", settings=settings, progress=update,
+        )  # fmt: skip
+    _tell(grid, plot, json)
+
+
+def _tell(grid: Grid, plot: Path | None, json: bool) -> None:
+    """The grid as picture, JSON or lines."""
+    from hadal.evals import needle as needles
+
     if plot is not None:
         note(f"drawn: {needles.draw([grid], plot)}")
     if json:

@@ -87,6 +87,11 @@ SpeculativeTokens = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Try even where the model does not seem to fit.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Download a missing model without asking.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the conversation.")]
+Think = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", help="Reason first or not, for models that can choose."),
+]
+Fold = Annotated[bool, typer.Option("--fold", help="Print the reasoning as one line.")]
 Temperature = Annotated[
     float | None,
     typer.Option(help="0 takes the likeliest token each time. Default: what the model asks for."),

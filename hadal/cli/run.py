@@ -10,13 +10,15 @@ import typer
 from hadal.cli import options as o
 from hadal.cli.terminal import CliError, is_terminal, note, print_json, say
 
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="[PROMPT]", help="One question; without it, a conversation. - reads stdin."),
+]
+
 
 def run(
     model: o.Model = "hadal-mini",
-    prompt: Annotated[
-        str | None,
-        typer.Argument(metavar="[PROMPT]", help="One question; without it, a conversation. - reads stdin."),
-    ] = None,
+    prompt: Prompt = None,
     system: o.System = None,
     temperature: o.Temperature = None,
     top_p: o.TopP = None,
@@ -24,14 +26,11 @@ def run(
     min_p: o.MinP = None,
     max_tokens: o.MaxTokens = None,
     seed: o.Seed = None,
-    think: Annotated[
-        bool | None,
-        typer.Option("--think/--no-think", help="Reason first or not, for models that can choose."),
-    ] = None,
+    think: o.Think = None,
     hide_thinking: Annotated[
         bool, typer.Option("--hide-thinking", help="Do not print the reasoning.")
     ] = False,
-    fold: Annotated[bool, typer.Option("--fold", help="Print the reasoning as one line.")] = False,
+    fold: o.Fold = False,
     then_chat: Annotated[
         bool, typer.Option("--then-chat", help="After PROMPT, go on as a conversation if this is a terminal.")
     ] = False,
@@ -70,17 +69,10 @@ def run(
     sampling.params({})  # a bad value is refused before the model is loaded
     introduce(model, quiet=json)
     asked = o.Inference(
-        device,
-        dtype,
-        quantize,
-        max_model_len,
-        exact=exact,
-        speculation=speculation,
-        num_speculative_tokens=speculative_tokens,
-        offload=offload,
-        expert_cache_gb=expert_cache_gb,
+        device, dtype, quantize, max_model_len, exact=exact, speculation=speculation,
+        num_speculative_tokens=speculative_tokens, offload=offload, expert_cache_gb=expert_cache_gb,
         cache_dtype=cache_dtype,
-    )
+    )  # fmt: skip
     speaker = LocalSpeaker(load_engine(model, asked, yes=yes, force=force, quiet=json))
     session = Session(speaker, sampling, system, think, fold)
     if question is None:

@@ -16,24 +16,53 @@ from hadal.cli.terminal import bar, note, say
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from hadal.serve import Settings
+
 LOOPBACK = "127.0.0.1"
+
+Host = Annotated[str, typer.Option(help="Address to listen on; all but loopback need --api-key.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        envvar="HADAL_API_KEY",
+        metavar="KEY",
+        help="Ask for this key; may be given again. The variable keeps it out of the process list.",
+    ),
+]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option("--max-num-seqs", min=1, metavar="N", help="Most sequences that run at once."),
+]
+GpuShare = Annotated[
+    float,
+    typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="Share of the GPU's memory to use."),
+]
+ServedNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--served-model-name", metavar="NAME", help="A further name for the model; may be given again."
+    ),
+]
+AllowedHosts = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-host", metavar="NAME", help="A further name that clients may call this machine."),
+]
+AllowedOrigins = Annotated[
+    list[str] | None,
+    typer.Option("--allowed-origin", metavar="URL", help="A web page's origin that may call the API."),
+]
+MaxQueue = Annotated[
+    int, typer.Option("--max-queue", min=0, metavar="N", help="Sequences that may wait; more get 503.")
+]
 
 
 def serve(
     model: o.Model = "hadal-mini",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; all but loopback need --api-key.")
-    ] = LOOPBACK,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 11435,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key",
-            envvar="HADAL_API_KEY",
-            metavar="KEY",
-            help="Ask for this key; may be given again. The variable keeps it out of the process list.",
-        ),
-    ] = None,
+    host: Host = LOOPBACK,
+    port: Port = 11435,
+    api_key: ApiKeys = None,
     device: o.Device = "auto",
     dtype: o.Dtype = "auto",
     quantize: o.Quantize = None,
@@ -44,33 +73,12 @@ def serve(
     exact: o.Exact = False,
     speculation: o.Speculation = None,
     speculative_tokens: o.SpeculativeTokens = None,
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option("--max-num-seqs", min=1, metavar="N", help="Most sequences that run at once."),
-    ] = None,
-    gpu_memory_utilization: Annotated[
-        float,
-        typer.Option("--gpu-memory-utilization", min=0.05, max=1.0, help="Share of the GPU's memory to use."),
-    ] = 0.9,
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--served-model-name", metavar="NAME", help="A further name for the model; may be given again."
-        ),
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allowed-host", metavar="NAME", help="A further name that clients may call this machine."
-        ),
-    ] = None,
-    allowed_origin: Annotated[
-        list[str] | None,
-        typer.Option("--allowed-origin", metavar="URL", help="A web page's origin that may call the API."),
-    ] = None,
-    max_queue: Annotated[
-        int, typer.Option("--max-queue", min=0, metavar="N", help="Sequences that may wait; more get 503.")
-    ] = 256,
+    max_num_seqs: MaxNumSeqs = None,
+    gpu_memory_utilization: GpuShare = 0.9,
+    served_model_name: ServedNames = None,
+    allowed_host: AllowedHosts = None,
+    allowed_origin: AllowedOrigins = None,
+    max_queue: MaxQueue = 256,
     allow_pull: Annotated[bool, typer.Option("--allow-pull", help="Let clients download models.")] = False,
     allow_delete: Annotated[bool, typer.Option("--allow-delete", help="Let clients remove models.")] = False,
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Without the chat page.")] = False,
@@ -88,40 +96,33 @@ def serve(
         HADAL_API_KEY=$(openssl rand -hex 16) hadal serve --host 0.0.0.0 --allowed-host llm.example.org
         hadal serve --port 11434     # where Ollama's clients look
     """
-    from hadal.cli.loading import introduce, name_of, prepare_model
-    from hadal.serve import Settings, run_server
-    from hadal.weights.info import inspect
+    from hadal.cli.loading import introduce, prepare_model
+    from hadal.serve import Settings
 
     settings = Settings(
-        host=host,
-        port=port,
-        api_keys=tuple(api_key or ()),
-        allowed_hosts=tuple(allowed_host or ()),
-        allowed_origins=tuple(allowed_origin or ()),
-        served_names=tuple(served_model_name or ()),
-        max_queue=max_queue,
-        allow_pull=allow_pull,
-        allow_delete=allow_delete,
-    )
+        host=host, port=port, api_keys=tuple(api_key or ()), allowed_hosts=tuple(allowed_host or ()),
+        allowed_origins=tuple(allowed_origin or ()), served_names=tuple(served_model_name or ()),
+        max_queue=max_queue, allow_pull=allow_pull, allow_delete=allow_delete,
+    )  # fmt: skip
     introduce(model, quiet=False)
     asked = o.Inference(
-        device,
-        dtype,
-        quantize,
-        max_model_len,
-        max_num_seqs,
-        gpu_memory_utilization,
-        exact,
-        speculation=speculation,
-        num_speculative_tokens=speculative_tokens,
-        offload=offload,
-        expert_cache_gb=expert_cache_gb,
-        cache_dtype=cache_dtype,
-    )
+        device, dtype, quantize, max_model_len, max_num_seqs, gpu_memory_utilization, exact,
+        speculation=speculation, num_speculative_tokens=speculative_tokens, offload=offload,
+        expert_cache_gb=expert_cache_gb, cache_dtype=cache_dtype,
+    )  # fmt: skip
     prepare_model(model, asked, yes=yes, force=force)
+    _log_to_stderr()
+    _serve(model, settings, asked, no_ui)
+
+
+def _serve(model: str, settings: Settings, asked: o.Inference, no_ui: bool) -> None:
+    """Load the model and answer until something says stop."""
+    from hadal.cli.loading import name_of
+    from hadal.serve import run_server
+    from hadal.weights.info import inspect
+
     options = asked.keywords()
     options["name"] = name_of(inspect(model))
-    _log_to_stderr()
     with contextlib.ExitStack() as stack:
         options["progress"] = stack.enter_context(bar(f"loading {model}"))
 
