@@ -311,6 +311,11 @@ class Engine(OfflineApi):
         """Take in new tokens, up to one that ends the request or failed."""
         if request.metrics.first_token is None:
             self._totals.prompt_tokens += request.prompt_len
+        if len(tokens) == 1 and error is None:  # as below, without the detours
+            try:
+                return advance(request, tokens[0], logprobs[0], now)
+            except Exception as fault:
+                return ended(request, "error", now, f"the new token could not be taken in: {fault}")
         taken: list[Update] = []
         for token, logprob in zip(tokens, logprobs, strict=True):
             if error is not None and token == FAILED:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 from hadal.engine.pooling import Pooling
 from hadal.engine.request import (
     Completion,
+    Gathered,
     PoolingParams,
     Request,
     RequestError,
@@ -100,7 +101,7 @@ class OfflineApi:
         if len(each) != len(many):
             raise RequestError(f"{len(many)} prompts, but {len(each)} sets of parameters", "params")
         requests = [self.prepare(self.encode(prompt), p) for prompt, p in zip(many, each, strict=True)]
-        completions = [Completion.from_updates(updates) for updates in self._run(requests)]
+        completions = [Completion.from_updates([update]) for update in self._run(requests)]
         return completions[0] if single else completions
 
     def chat(
@@ -154,8 +155,7 @@ class OfflineApi:
         options = PoolingParams(pooling, layer, normalize, special)
         requests = [self.prepare(self.encode(item), pooling=options) for item in inputs]
         vectors = []
-        for updates in self._run(requests):
-            last = updates[-1]
+        for last in self._run(requests):
             if last.embedding is None:
                 raise RuntimeError(f"an embedding failed: {last.error}")
             vectors.append(last.embedding)
@@ -163,13 +163,13 @@ class OfflineApi:
 
     # --- running ---
 
-    def _run(self, requests: Sequence[Request]) -> list[list[Update]]:
-        """All updates of each request, in the order of the requests. An exception leaves none of them
-        behind."""
+    def _run(self, requests: Sequence[Request]) -> list[Update]:
+        """What became known of each request, in one update, in the order of the requests. An exception leaves
+        none of them behind."""
         self._check_owner()
-        updates: list[list[Update]] = [[] for _ in requests]
-        for request, mine in zip(requests, updates, strict=True):
-            request.on_update = mine.append
+        found = [Gathered() for _ in requests]
+        for request, mine in zip(requests, found, strict=True):
+            request.on_update = mine.add
         try:
             for request in requests:
                 self.enqueue(request)
@@ -179,7 +179,7 @@ class OfflineApi:
             for request in requests:
                 if self._requests.get(request.request_id) is request:
                     self.abort(request.request_id)
-        return updates
+        return [mine.whole() for mine in found]
 
     def _stream(self, request: Request) -> Generator[Update, None, None]:
         self._check_owner()

@@ -11,7 +11,7 @@ import hashlib
 import reprlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal, Protocol
 
@@ -284,26 +284,46 @@ class Update:
     metrics: RequestMetrics | None = None  # with finish_reason
 
 
+class Gathered:
+    """Updates of one request, merged as they come: none of them need be kept."""
+
+    __slots__ = ("_last", "_logprobs", "_prompt_logprobs", "_text", "_token_ids")
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None
+        self._prompt_logprobs: list[TokenLogprob | None] | None = None
+        self._last: Update | None = None
+
+    def add(self, update: Update) -> None:
+        self._last = update
+        self._text.append(update.text)
+        self._token_ids += update.token_ids
+        if update.logprobs is not None:
+            if self._logprobs is None:
+                self._logprobs = []
+            self._logprobs += update.logprobs
+        if self._prompt_logprobs is None:
+            self._prompt_logprobs = update.prompt_logprobs
+
+    def whole(self) -> Update:
+        """One update that says what all of them (at least one) say together."""
+        assert self._last is not None
+        return replace(
+            self._last, text="".join(self._text), token_ids=self._token_ids, logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+        )  # fmt: skip
+
+
 def merge_updates(updates: Sequence[Update]) -> Update:
     """One update that says what `updates` (of one request, in order, at least one) say together."""
     if len(updates) == 1:
         return updates[0]
-    last = updates[-1]
-    logprobs = [entry for update in updates for entry in update.logprobs or ()]
-    return Update(
-        text="".join(update.text for update in updates),
-        token_ids=[token for update in updates for token in update.token_ids],
-        logprobs=logprobs if any(update.logprobs is not None for update in updates) else None,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        error=last.error,
-        prompt_tokens=last.prompt_tokens,
-        cached_tokens=last.cached_tokens,
-        completion_tokens=last.completion_tokens,
-        prompt_logprobs=next((u.prompt_logprobs for u in updates if u.prompt_logprobs is not None), None),
-        embedding=last.embedding,
-        metrics=last.metrics,
-    )
+    gathered = Gathered()
+    for update in updates:
+        gathered.add(update)
+    return gathered.whole()
 
 
 @dataclass
@@ -496,6 +516,7 @@ __all__ = [
     "Completion",
     "EngineError",
     "FinishReason",
+    "Gathered",
     "Matcher",
     "PoolingParams",
     "Request",

@@ -44,8 +44,12 @@ class Sampled:
 
     def by_request(self) -> Iterator[tuple[list[int], Sequence[TokenLogprob | None]]]:
         """Each request's new tokens and their log-probabilities, in order."""
+        if self.counts is None:
+            one = self.logprobs or [None] * len(self.tokens)
+            yield from (([token], [logprob]) for token, logprob in zip(self.tokens, one, strict=True))
+            return
         begin = 0
-        for count in self.counts or [1] * len(self.tokens):
+        for count in self.counts:
             end = begin + count
             logprobs = self.logprobs[begin:end] if self.logprobs else [None] * count
             yield self.tokens[begin:end], logprobs
@@ -54,13 +58,21 @@ class Sampled:
 
 @dataclass
 class Logprobs:
-    """Log-probabilities of some rows, still on the device: of their tokens, and the likeliest with their
+    """Log-probabilities of some rows, first on the device: of their tokens, and the likeliest with their
     ids."""
 
     rows: list[int]
     value_B: Tensor
     top_Bn: Tensor
     id_Bn: Tensor
+
+    def to_host(self) -> None:
+        """Start their copies; who reads them waits for an event of the stream first."""
+
+        def copy(x: Tensor) -> Tensor:
+            return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.numel() > 0).copy_(x, non_blocking=True)
+
+        self.value_B, self.top_Bn, self.id_Bn = copy(self.value_B), copy(self.top_Bn), copy(self.id_Bn)
 
 
 @dataclass
@@ -91,9 +103,13 @@ class _Batch:
     bias: tuple[Tensor, Tensor, Tensor] | None = None  # row, token, value
     min_tokens: list[int] = field(default_factory=list)  # rows
     grammars: list[int] = field(default_factory=list)  # rows
-    logprob_rows: list[int] = field(default_factory=list)
-    drawn_rows: list[int] = field(default_factory=list)  # those of them that want the sampler's own
+    model_rows: list[int] = field(default_factory=list)  # that want log-probabilities of the raw logits
+    drawn_rows: list[int] = field(default_factory=list)  # that want those of the distribution drawn from
     top_n: int = 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.model_rows or self.drawn_rows)
 
     @property
     def changes_logits(self) -> bool:
@@ -128,9 +144,8 @@ class Sampler:
         token_B = sampling.sample(x_BV, batch.filters, self._uniform(batch))
         if batch.penalized:
             self._count(batch, token_B)
-        entries = self._logprobs(logits_BV, x_BV, token_B, batch) if batch.logprob_rows else None
-        # log-probabilities are read after the tokens: nothing may be started before them
-        tokens = self._read(token_B, None if entries else then)
+        entries = self._logprobs(logits_BV, x_BV, token_B, batch) if batch.wants_logprobs else []
+        tokens = self._read(token_B, entries, then)
         if min(tokens) < 0 or errors:
             for row, token in enumerate(tokens):
                 if token < 0 and row not in errors:
@@ -176,7 +191,7 @@ class Sampler:
         draft_SK, accepted_SK = draft_R[row_SJ[:, :-1]], accepted_R[row_SJ[:, :-1]]
         new_SJ, accepted_S = settle(draft_SK, accepted_SK, token_R[row_SJ])
         logprobs = None
-        if batch.logprob_rows:
+        if batch.wants_logprobs:
             logprobs = self._logprobs(logits_RV, x_RV, torch.where(accepted_R, draft_R, token_R), batch)
         return Verified(list(requests), new_SJ, accepted_S, first, logprobs, errors, batch)
 
@@ -229,15 +244,19 @@ class Sampler:
                 logprobs += [_entry(request, token, entries.get(first + j)) for j, token in enumerate(new)]
         return Sampled(tokens, logprobs if entries is not None else None, errors, counts)
 
-    def _read(self, token_B: Tensor, then: Callable[[Tensor], None] | None) -> list[int]:
-        """Tokens on the host. On a GPU their copy goes first, then what `then` starts; only the copy is
-        awaited."""
+    def _read(
+        self, token_B: Tensor, entries: list[Logprobs], then: Callable[[Tensor], None] | None
+    ) -> list[int]:
+        """Tokens on the host. On a GPU their copy and those of `entries`, which are on the host afterwards,
+        go first, then what `then` starts; only the copies are awaited."""
         if then is None or not token_B.is_cuda:
             return cast(list[int], token_B.tolist())
         if self._host_token is None:
             self._host_token = torch.empty(self.max_num_seqs, dtype=token_B.dtype, pin_memory=True)
         host = self._host_token[: token_B.shape[0]]
         host.copy_(token_B, non_blocking=True)
+        for one in entries:
+            one.to_host()
         copied = torch.cuda.Event()
         copied.record()
         then(token_B)
@@ -283,9 +302,11 @@ class Sampler:
             )
         batch.min_tokens = [row for row, p in enumerate(params) if p.min_tokens]
         batch.grammars = [row for row, request in enumerate(requests) if request.matcher is not None]
-        batch.logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
-        batch.drawn_rows = [row for row in batch.logprob_rows if params[row].logprobs_of == "sampler"]
-        batch.top_n = max((params[row].logprobs or 0 for row in batch.logprob_rows), default=0)
+        for row, asked in enumerate(params):
+            if asked.logprobs is not None:
+                of_sampler = asked.logprobs_of == "sampler"
+                (batch.drawn_rows if of_sampler else batch.model_rows).append(row)
+                batch.top_n = max(batch.top_n, asked.logprobs)
         return batch
 
     def filters(self, requests: Sequence[Request]) -> Filters:
@@ -326,7 +347,7 @@ class Sampler:
         """Logits of the tokens that may be drawn, after all changes; may be `logits_BV` itself, changed."""
         x_BV = logits_BV[:, : self.vocab_size]
         if batch.changes_logits:
-            x_BV = x_BV.clone() if batch.logprob_rows else x_BV
+            x_BV = x_BV.clone() if batch.wants_logprobs else x_BV
             self._change(x_BV, batch, errors)
         return x_BV
 
@@ -436,9 +457,8 @@ class Sampler:
 
     def _logprobs(self, raw_BV: Tensor, x_BV: Tensor, token_B: Tensor, batch: _Batch) -> list[Logprobs]:
         """The log-probabilities that rows ask for: of the raw logits, or of what tokens are drawn from."""
-        of_model = [row for row in batch.logprob_rows if row not in set(batch.drawn_rows)]
         found = []
-        for rows, logits_BV in ((of_model, raw_BV), (batch.drawn_rows, x_BV)):
+        for rows, logits_BV in ((batch.model_rows, raw_BV), (batch.drawn_rows, x_BV)):
             if not rows:
                 continue
             some_B, temperature_B = token_B, batch.filters.temperature_B
@@ -452,6 +472,8 @@ class Sampler:
         return found
 
     def _entries(self, found: list[Logprobs], batch: _Batch, tokens: list[int]) -> list[TokenLogprob | None]:
+        if batch.top_n == 0 and len(batch.drawn_rows) == len(tokens):  # what a trainer asks
+            return [TokenLogprob(*pair) for pair in zip(tokens, found[0].value_B.tolist(), strict=True)]
         known = _rows_of(found)
         return [
             _entry(request, token, known.get(row))

@@ -39,6 +39,7 @@ class Detokenizer:
         self._include_stop = include_stop
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matchers = [_Matcher(text) for text in sorted(set(stop), key=len, reverse=True)]
+        self._pending = False  # a part of a character waits in _utf8
         self._held = ""
         self._at_start = tokenizer.strips_first_space
         self._finished = False
@@ -47,8 +48,14 @@ class Detokenizer:
         """The text that became safe to show; "" after a stop string."""
         if self._finished:
             raise RuntimeError("push() after finish(): make a new Detokenizer for a new text")
-        data = b"".join(self._tokenizer.id_to_bytes(index, self._skip_control) for index in ids)
-        return self._advance(self._utf8.decode(data))
+        bytes_of, skip = self._tokenizer.id_to_bytes, self._skip_control
+        data = b"".join([bytes_of(index, skip) for index in ids])
+        if data.isascii() and not self._pending:
+            text = data.decode("ascii")
+        else:
+            text = self._utf8.decode(data)
+            self._pending = bool(self._utf8.getstate()[0])
+        return self._advance(text) if self._matchers or self._at_start else text
 
     def finish(self) -> str:
         """The rest: text that was held back, U+FFFD if the ids end within a character. Idempotent."""
