@@ -302,10 +302,10 @@ class Sampler:
             )
         batch.min_tokens = [row for row, p in enumerate(params) if p.min_tokens]
         batch.grammars = [row for row, request in enumerate(requests) if request.matcher is not None]
-        for row, asked in enumerate(params):
+        for at, asked in enumerate(params):
             if asked.logprobs is not None:
                 of_sampler = asked.logprobs_of == "sampler"
-                (batch.drawn_rows if of_sampler else batch.model_rows).append(row)
+                (batch.drawn_rows if of_sampler else batch.model_rows).append(at)
                 batch.top_n = max(batch.top_n, asked.logprobs)
         return batch
 
