@@ -17,13 +17,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hadal.engine.pooling import POOLINGS, Pooling
-from hadal.engine.request import RequestError
 from hadal.serve.errors import bad
 from hadal.serve.fields import Fields
 from hadal.serve.jsontext import dumps
 from hadal.serve.models import Registry, Served
-from hadal.serve.prompts import prompt_list, too_long
-from hadal.serve.sampling import HARMLESS, refused
+from hadal.serve.prompts import input_list, too_long
+from hadal.serve.sampling import HARMLESS
 from hadal.serve.state import App, Visit
 from hadal.serve.streaming import unless_gone
 
@@ -49,10 +48,7 @@ class EmbeddingRequest:
 def read_embedding(fields: Fields, registry: Registry) -> EmbeddingRequest:
     """The request. Raises ApiError."""
     served = registry.of(fields)
-    value = fields.take("input")
-    if value is None:
-        raise bad("input is missing; send a string, strings, token ids, or arrays of token ids", "input")
-    inputs = prompt_list(value, MAX_INPUTS, "input")
+    inputs = input_list(fields, MAX_INPUTS)
     layers = int(served.info.config.num_hidden_layers)
     layer = fields.integer("layer", -1, layers)
     normalize = fields.boolean("normalize")
@@ -109,7 +105,7 @@ async def embed(visit: Visit, wanted: EmbeddingRequest) -> tuple[list[list[float
             if len(ids) > encoder.limit:
                 raise too_long(len(ids), encoder.limit, "input")
             prompts.append(encoder.ids(ids, "input"))
-        try:
+        with call.answered():
             vectors = await call.backend.embed(
                 prompts,
                 pooling=wanted.pooling,
@@ -118,10 +114,6 @@ async def embed(visit: Visit, wanted: EmbeddingRequest) -> tuple[list[list[float
                 special=wanted.special,
                 cache_salt=call.cache_salt,
             )
-        except RequestError as error:
-            raise refused(error) from None
-        except RuntimeError as error:
-            raise call.broken(error) from error
     tokens = sum(map(len, prompts))
     visit.note(prompt_tokens=tokens)
     return vectors, tokens

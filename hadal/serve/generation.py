@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 
 from hadal.engine.request import RequestError, SamplingParams, Update, merge_updates
@@ -45,22 +45,30 @@ class Call:
             job.prompt_ids, job.params, cache_salt=self.cache_salt, deadline=self.deadline
         )
         try:
-            async for update in stream:
-                if update.finish_reason is not None:
-                    finished = True
-                    self.metrics.finished(self.served.name, update)
-                    self._check(update)
-                yield update
-        except RequestError as error:
-            raise refused(error, self.served.settings.retry_after) from None
-        except RuntimeError as error:
-            raise self.broken(error) from error
+            with self.answered():
+                async for update in stream:
+                    if update.finish_reason is not None:
+                        finished = True
+                        self.metrics.finished(self.served.name, update)
+                        self._check(update)
+                    yield update
         finally:
             await stream.aclose()
             if not finished:
                 self.metrics.finished(self.served.name, Update(finish_reason="abort"))
 
-    def broken(self, error: RuntimeError) -> ApiError:
+    @contextmanager
+    def answered(self) -> Iterator[None]:
+        """What the engine raises inside becomes an ApiError: its refusal a 400 or 503, its failure a 500 or
+        503."""
+        try:
+            yield
+        except RequestError as error:
+            raise refused(error, self.served.settings.retry_after) from None
+        except RuntimeError as error:
+            raise self._broken(error) from error
+
+    def _broken(self, error: RuntimeError) -> ApiError:
         """The engine itself failed: 503 when it is down, else 500."""
         logger.error("the engine of %s failed on a request", self.served.name, exc_info=error)
         status, code = (500, "engine_error") if self.backend.healthy() else (503, "engine_dead")

@@ -17,14 +17,13 @@ from starlette.responses import Response
 
 from hadal.engine.extract import ProbeError
 from hadal.engine.pooling import POOLINGS, Pooling
-from hadal.engine.request import RequestError
 from hadal.engine.watching import Watched, Wish
 from hadal.serve.errors import bad
 from hadal.serve.fields import Fields, shown
 from hadal.serve.jsontext import dumps
 from hadal.serve.models import Registry, Served
-from hadal.serve.prompts import prompt_list
-from hadal.serve.sampling import HARMLESS, refused
+from hadal.serve.prompts import input_list
+from hadal.serve.sampling import HARMLESS
 from hadal.serve.state import App, Visit
 from hadal.serve.streaming import unless_gone
 from hadal.weights.manifest import folder_revision
@@ -54,10 +53,7 @@ class ProbeRequest:
 def read_probe(fields: Fields, registry: Registry) -> ProbeRequest:
     """The request. Raises ApiError."""
     served = registry.of(fields)
-    value = fields.take("input")
-    if value is None:
-        raise bad("input is missing; send a string, strings, token ids, or arrays of token ids", "input")
-    inputs = prompt_list(value, MAX_INPUTS, "input")
+    inputs = input_list(fields, MAX_INPUTS)
     layers = _layers(fields, int(served.info.config.num_hidden_layers))
     pooling = fields.choice("pooling", (*POOLINGS, "none"))
     special, routing = fields.boolean("pool_special"), fields.boolean("routing")
@@ -141,13 +137,10 @@ async def _watch(visit: Visit, wanted: ProbeRequest) -> tuple[list[list[int]], l
     async with visit.call(wanted.served, 1) as call:
         prompts = await _encoded(wanted)
         try:
-            watched = await call.backend.watch(prompts, wanted.wish)
+            with call.answered():
+                watched = await call.backend.watch(prompts, wanted.wish)
         except ProbeError as error:
             raise bad(str(error), "input") from None
-        except RequestError as error:
-            raise refused(error) from None
-        except RuntimeError as error:
-            raise call.broken(error) from error
     visit.note(prompt_tokens=sum(map(len, prompts)))
     return prompts, watched
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from hadal.engine.request import RequestError, check_token_ids
 from hadal.serve.errors import ApiError, bad
-from hadal.serve.fields import shown
+from hadal.serve.fields import Fields, shown
 from hadal.serve.messages import template_refusal
 from hadal.text.messages import TemplateError
 from hadal.text.tokenizer import Control, TokenizerError
@@ -147,6 +147,14 @@ def too_long(count: int, limit: int, param: str, *, at_least: bool = False) -> A
         param,
         "context_length_exceeded",
     )
+
+
+def input_list(fields: Fields, most: int) -> list[str | list[Any]]:
+    """`input` of /embeddings and /probe: up to `most` texts or lists of ids. Raises ApiError."""
+    value = fields.take("input")
+    if value is None:
+        raise bad("input is missing; send a string, strings, token ids, or arrays of token ids", "input")
+    return prompt_list(value, most, "input")
 
 
 def prompt_list(value: Any, most: int, param: str) -> list[str | list[Any]]:
