@@ -55,13 +55,14 @@ def cost(
         "tokens_in": c.number(tokens_in), "tokens_out": c.number(tokens_out),
     }  # fmt: skip
     q = {key: value for key, value in given.items() if value is not None}
-    found, figures = costs(ask_of(q, c.machine_of(on), c.model_of(model)), q)
-    rows = [f.as_json() for f in figures]
+    found = costs(ask_of(q, c.machine_of(on), c.model_of(model)), q)
     if json:
-        print_json({"run": found.as_json(), "figures": rows})
+        print_json(found.as_json())
         return
-    say(paint(f"{found.ask.name} on {found.ask.machine.describe()}, {batch} at once", BOLD))
-    c.figure_lines(rows, ranges=True)
+    say(paint(f"{found.run.ask.name} on {found.run.ask.machine.describe()}, {batch} at once", BOLD))
+    c.figure_lines([f.as_json() for f in found.figures], ranges=True)
+    if found.price_missing:
+        say(f"  dollars here are not told: {found.price_missing}")
     if api is not None:
         say(
             f"  the API answers with a model of its own, named above: compare its answers with {model}'s, too"

@@ -18,7 +18,10 @@ def training(
     model: o.Model,
     tokens: Annotated[str, typer.Option(metavar="N", help="To train on, such as 14.8T.")],
     on: c.On = None,
-    sequence: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens a row.")] = 4096,
+    sequence: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens a row; default: 4,096, or what the model bears."),
+    ] = None,
     mfu: Annotated[
         float | None, typer.Option(min=0, max=1, metavar="SHARE", help="Of the BF16 peak; default: a range.")
     ] = None,
@@ -42,7 +45,8 @@ def training(
     """Turn tokens into hours, days and dollars.
 
     Also what such a figure leaves out, and the memory of a device. MFU (the share of the peak while
-    steps run) and goodput (the share of hours that count) are kept apart.
+    steps run) and goodput (the share of hours that count) are kept apart. Without --tp, --dp, --pp or
+    --ep the smallest layout of all devices that fits is proposed.
 
     Examples:
         hadal plan training deepseek-v3 --on 2048xh800 --tokens 14.8T --mfu 0.3894 --pp 16 --ep 64
@@ -61,7 +65,8 @@ def training(
     if json:
         print_json(found)
         return
-    say(paint(f"{found['model']} on {found['on']}: {human_count(c.number(tokens))} tokens", BOLD))
+    rows = f"in rows of {found['sequence']:,}" + (", as long as it bears" if found["sequence_short"] else "")
+    say(paint(f"{found['model']} on {found['on']}: {human_count(c.number(tokens))} tokens {rows}", BOLD))
     c.figure_lines(found["figures"])
     if mfu is None:
         low, high = found["range"]["best"], found["range"]["pessimistic"]
@@ -70,19 +75,26 @@ def training(
         say(f"  MFU was not given: {c.amount(low[name], unit)} to {c.amount(high[name], unit)} is possible")
         say(f"  source: {found['mfu_source']}")
     if not found["price_known"]:
-        say("  no hourly price is known for this device; --hourly gives one")
+        say(f"  {found['price_missing']}")
     c.heading("That leaves out")
     c.points(found["leaves_out"])
+    _memory(found)
+    if found["bubbles"]:
+        c.heading("Bubbles, in times of one forward")
+        _bubbles(found["bubbles"])
+
+
+def _memory(found: dict[str, Any]) -> None:
+    """What a step takes of the fullest device, and in which layout."""
     c.heading(f"Memory of a device ({found['layout']}, ZeRO-{found['zero']}, {found['schedule']})")
+    if found["layout_why"] != "as given":
+        say(f"  {found['layout_why']}")
     c.figure_lines(found["memory"])
     need, have = (c.amount(found[k], "B") for k in ("needed", "usable"))
     say(f"  {need} of {have}: {'fits' if found['needed'] <= found['usable'] else 'does not fit'}")
     say("  activations as Hadal's operations keep them (DeepSeek's keep less), without workspace")
     if found["needed"] > found["usable"]:
         say("  less a device: --zero 2 or 3, --recompute, a shorter --sequence, --tp, --pp or --ep")
-    if found["bubbles"]:
-        c.heading("Bubbles, in times of one forward")
-        _bubbles(found["bubbles"])
 
 
 def pipeline(

@@ -11,14 +11,16 @@ API and pages. Strict: a key that nothing would read, or a value of the wrong ki
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from hadal.config import PRESETS, ModelConfig, Preset
 from hadal.plan import accuracy, cost, pipeline, pretraining
-from hadal.plan.figures import Figure, PlanError, known_keys
+from hadal.plan.figures import Figure, PlanError, PriceMissing, known_keys
 from hadal.plan.layout import Layout
 from hadal.plan.machines import Machine, devices, parse
 from hadal.plan.memory import CACHE_DTYPES, DTYPES
+from hadal.plan.proposal import RECOMPUTE, propose
 from hadal.plan.roofline import LEVELS, efficiency
 from hadal.plan.serving import Ask, Running, config_of, running
 
@@ -52,7 +54,6 @@ KEYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Bounds of one answer, since questions may come from elsewhere.
 MOST_LAYERS, MOST_EXPERTS, MOST_STAGES, MOST_MICRO_BATCHES = 1000, 10_000, 64, 512
-RECOMPUTE = ("norm", "up", "swiglu", "rows")
 
 
 def answer(question: Json, here: Machine | None = None) -> dict[str, Any]:
@@ -143,12 +144,28 @@ def ask_of(q: Json, here: Machine | None = None, model: tuple[str, ModelConfig, 
 
 
 # --- cost ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Costs:
+    """What tokens cost here and by API. `price_missing`: why dollars here are not told, and what would."""
+
+    run: Running
+    figures: tuple[Figure, ...]
+    price_missing: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole answer."""
+        return {
+            "run": self.run.as_json(),
+            "figures": [f.as_json() for f in self.figures],
+            "price_missing": self.price_missing,
+        }
+
+
 def _costs(q: Json, here: Machine | None) -> dict[str, Any]:
-    found, figures = costs(ask_of(q, here), q)
-    return {"run": found.as_json(), "figures": [f.as_json() for f in figures]}
+    return costs(ask_of(q, here), q).as_json()
 
 
-def costs(ask: Ask, q: Json) -> tuple[Running, list[Figure]]:
+def costs(ask: Ask, q: Json) -> Costs:
     """What tokens in and out cost on a machine and by API. A model that does not fit has no cost there."""
     found = running(ask)
     if not found.fits:
@@ -163,20 +180,27 @@ def costs(ask: Ask, q: Json) -> tuple[Running, list[Figure]]:
         "typical": (fill.value, decode.value),
         "best": (fill.high or 0.0, decode.high or 0.0),
     }
-    price = cost.api_price(q["api"], q.get("api_date")) if "api" in q else None
-    return found, cost.experiment(
+    hour, missing = _an_hour(ask.machine, q)
+    figures = cost.experiment(
         q.get("tokens_in", 0),
         q.get("tokens_out", 0),
         rates=rates,
-        machine=ask.machine,
-        price=price,
+        an_hour=hour,
+        price=cost.api_price(q["api"], q.get("api_date")) if "api" in q else None,
         hits=q.get("cache_hits", 0.0),
-        hourly_price=q.get("hourly"),
         owned=q.get("owned"),
-        kwh=q.get("kwh"),
-        watts=q.get("watts"),
-        pue=q.get("pue"),
     )
+    return Costs(found, tuple(figures), missing)
+
+
+def _an_hour(machine: Machine, q: Json) -> tuple[Figure | None, str | None]:
+    """Dollars of an hour: rent, or electricity of what is owned; or why they are not known."""
+    try:
+        if "owned" in q:
+            return cost.power(machine, q.get("kwh"), q.get("watts"), q.get("pue")), None
+        return cost.hourly(machine, q.get("hourly")), None
+    except PriceMissing as missing:
+        return None, str(missing)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -188,11 +212,8 @@ def training(
     machine = _machine(q, here)
     if "tokens" not in q:
         raise PlanError("how many tokens? Give tokens, such as 14.8e12")
-    try:
-        rent: Figure | None = cost.hourly(machine, q.get("hourly"))
-    except PlanError:
-        rent = None
-    sequence = q.get("sequence", 4096)
+    rent, missing = _an_hour(machine, q)
+    sequence = q.get("sequence", pretraining.usual_sequence(config))
     goodput = q.get("goodput", 1.0)
     shares = {
         level: q["mfu"] if "mfu" in q else efficiency(machine.device.kind, level).train for level in LEVELS
@@ -203,8 +224,7 @@ def training(
         )
         for level, mfu in shares.items()
     }
-    layout = _training_layout(q, machine, sequence)
-    layout.layout.check(config, machine.count)
+    layout, why = _training_layout(q, config, machine, sequence)
     parts = pretraining.memory(config, layout)
     return {
         "model": name,
@@ -216,24 +236,31 @@ def training(
         "range": {level: {f.name: f.value for f in run.figures} for level, run in runs.items()},
         "leaves_out": list(pretraining.LEDGER),
         "price_known": rent is not None,
+        "price_missing": missing,
+        "sequence": sequence,
+        "sequence_short": "sequence" not in q and sequence < pretraining.USUAL_SEQUENCE,
         "layout": layout.layout.describe(),
+        "layout_why": why,
         "zero": layout.zero,
         "schedule": layout.schedule,
         "memory": [f.as_json() for f in parts],
         "needed": pretraining.total(parts),
-        "usable": machine.device.memory * 0.9 if machine.device.memory else machine.ram * 0.9,
+        "usable": machine.usable,
         "bubbles": _bubbles(layout.layout.pp, pipeline.Times()) if layout.layout.pp > 1 else [],
     }
 
 
-def _training_layout(q: Json, machine: Machine, sequence: int) -> pretraining.TrainingLayout:
+def _training_layout(
+    q: Json, config: ModelConfig, machine: Machine, sequence: int
+) -> tuple[pretraining.TrainingLayout, str]:
+    """The layout that is asked for, else the planner's own; and where it comes from."""
     recompute = q.get("recompute", [])
     for kind in recompute:
         if kind not in RECOMPUTE:
             raise PlanError(f"recompute: {kind!r} is none of {', '.join(RECOMPUTE)}")
     tp, pp = q.get("tp", 1), q.get("pp", 1)
     dp = q.get("dp", max(1, machine.count // max(1, tp * pp)))
-    return pretraining.TrainingLayout(
+    asked = pretraining.TrainingLayout(
         Layout(tp, dp, pp, q.get("ep", 1)),
         zero=q.get("zero", 1),
         schedule=q.get("schedule", "1f1b"),
@@ -242,6 +269,11 @@ def _training_layout(q: Json, machine: Machine, sequence: int) -> pretraining.Tr
         recompute=tuple(recompute),
         fp8=q.get("fp8", False),
     )
+    if not _LAYOUT.keys() & q.keys():
+        proposal = propose(config, machine, asked)
+        return proposal.of, proposal.why
+    asked.layout.check(config, machine.count)
+    return asked, "as given"
 
 
 # --- pipelines and devices ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from math import inf
 from typing import Any
 
 from hadal.config import suggest
-from hadal.plan.figures import Figure, PlanError, data
+from hadal.plan.figures import Figure, PlanError, PriceMissing, data
 from hadal.plan.machines import Machine
 
 
@@ -60,7 +60,7 @@ def api_price(name: str, on: str | None = None) -> ApiPrice:
 
 
 def hourly(machine: Machine, given: float | None = None) -> Figure:
-    """Dollars an hour for the whole machine. PlanError where no price is known and none is given."""
+    """Dollars an hour for the whole machine. PriceMissing where none is known and none is given."""
     count = machine.count
     if given is not None:
         if given < 0:
@@ -70,17 +70,17 @@ def hourly(machine: Machine, given: float | None = None) -> Figure:
         if row["device"] == machine.device.name:
             formula = f"{count} × ${row['dollars']:g} an hour"
             return Figure("rent", row["dollars"] * count, "$/h", formula, row["source"], row["date"])
-    raise PlanError(f"no hourly price is known for {machine.device.title}; give one with --hourly")
+    raise PriceMissing(f"no hourly price is known for {machine.device.title}; give a device's (--hourly)")
 
 
 def power(
     machine: Machine, kwh: float | None = None, watts: float | None = None, pue: float | None = None
 ) -> Figure:
-    """Dollars of electricity an hour, all devices at their full power."""
+    """Dollars of electricity an hour, all devices at their full power. PriceMissing without their power."""
     known = data("prices")["electricity"]
     each = watts or machine.device.watts
     if each is None:
-        raise PlanError(f"the power of {machine.device.title} is not known; give --watts")
+        raise PriceMissing(f"the power of {machine.device.title} is not known; give a device's (--watts)")
     price = known["dollars_per_kwh"] if kwh is None else kwh
     over = known["pue"] if pue is None else pue
     if price < 0 or over < 1:
@@ -119,23 +119,19 @@ def experiment(
     tokens_out: float,
     *,
     rates: Mapping[str, tuple[float, float]],
-    machine: Machine,
+    an_hour: Figure | None,
     price: ApiPrice | None,
     hits: float = 0.0,
-    hourly_price: float | None = None,
     owned: float | None = None,
-    kwh: float | None = None,
-    watts: float | None = None,
-    pue: float | None = None,
 ) -> list[Figure]:
     """The cost of an experiment here and by API.
 
-    rates: (prefill, decode) tokens/s of the machine by level. owned: dollars that the machine was bought for;
-    then an hour costs its electricity, and the break-even is counted.
+    rates: (prefill, decode) tokens/s of the machine by level. an_hour: dollars an hour here; None where they
+    are not known, then hours alone are told. owned: dollars that the machine was bought for; then the
+    break-even is counted.
     """
     if tokens_in < 0 or tokens_out < 0 or tokens_in + tokens_out == 0:
         raise PlanError(f"{tokens_in:,} tokens in and {tokens_out:,} out are no experiment")
-    an_hour = power(machine, kwh, watts, pue) if owned is not None else hourly(machine, hourly_price)
     hours = {
         level: seconds_of(tokens_in, tokens_out, fill, decode) / 3600
         for level, (fill, decode) in rates.items()
@@ -143,21 +139,17 @@ def experiment(
     typical, slow, fast = hours["typical"], hours["pessimistic"], hours["best"]
     fill, decode = rates["typical"]
     shown = f"{tokens_in:,.0f} in / {fill:,.0f} a s + {tokens_out:,.0f} out / {decode:,.0f} a s"
-    local = typical * an_hour.value
-    found = [
-        Figure("hours here", typical, "h", shown, "typical efficiencies", "", slow, fast),
-        an_hour,
-        Figure(
-            "cost here", local, "$", "hours × $ an hour", an_hour.source, an_hour.date,
-            slow * an_hour.value, fast * an_hour.value,
-        ),
-    ]  # fmt: skip
+    found = [Figure("hours here", typical, "h", shown, "typical efficiencies", "", slow, fast)]
+    if an_hour is not None:
+        low, local, high = (hours * an_hour.value for hours in (slow, typical, fast))
+        formula, source, date = "hours × $ an hour", an_hour.source, an_hour.date
+        found += [an_hour, Figure("cost here", local, "$", formula, source, date, low, high)]
     if price is None:
         return found
     api = api_cost(price, tokens_in, tokens_out, hits)
     found.append(api)
-    tokens = tokens_in + tokens_out
-    if owned is not None:
+    if owned is not None and an_hour is not None:
+        tokens = tokens_in + tokens_out
         even = break_even(owned, api.value / tokens, local / tokens)
         there, here = (x / tokens * 1e6 for x in (api.value, local))
         formula = f"${owned:,.0f} / (${there:.3g} − ${here:.3g} a million tokens)"

@@ -16,6 +16,10 @@ class PlanError(ValueError):
     """A question that cannot be answered; the message names the cause, the value and the remedy."""
 
 
+class PriceMissing(PlanError):
+    """A price that is not known and was not given; what needs no price can be answered without it."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One number with its provenance. `formula`: the arithmetic, with its values where they are few. `low`,

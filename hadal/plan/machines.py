@@ -85,6 +85,11 @@ class Machine:
         """Of all devices, or the RAM where the processor works."""
         return self.ram if self.device.is_cpu else self.device.memory * self.count
 
+    @property
+    def usable(self) -> float:
+        """Bytes of one device's memory, or of the RAM where the processor works, that may be counted with."""
+        return USABLE * (self.ram if self.device.is_cpu else self.device.memory)
+
     def describe(self) -> str:
         """ "8 × H800 80 GB SXM in 1 node, 52 GB of RAM"."""
         parts = [self.device.title if self.count == 1 else f"{self.count} × {self.device.title}"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 from typing import Literal
 
@@ -32,9 +33,14 @@ LEDGER = (
 )
 
 ONE = Layout()
-USUAL_SEQUENCE = 4096  # what is counted with where nothing is said, for shorter models, too
+USUAL_SEQUENCE = 4096  # tokens a row that are counted with where nothing is said, and the model bears them
 ZERO = (0, 1, 2, 3)
 Schedule = Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]
+
+
+def usual_sequence(config: ModelConfig) -> int:
+    """Tokens a row where nothing is said: 4,096, or what the model bears."""
+    return min(USUAL_SEQUENCE, config.max_position_embeddings)
 
 
 def attention_flop_per_token(config: ModelConfig, sequence: int) -> float:
@@ -78,15 +84,17 @@ def run(
     machine: Machine,
     tokens: float,
     *,
-    sequence: int = 4096,
+    sequence: int | None = None,
     mfu: float,
     goodput: float = 1.0,
     hourly: Figure | None = None,
 ) -> Run:
-    """Hours, days and dollars of a pre-training. The peak is BF16's, as papers count MFU, for FP8, too."""
+    """Hours, days and dollars of a pre-training. The peak is BF16's, as papers count MFU, for FP8, too.
+    Without `sequence` rows are `usual_sequence` long."""
+    sequence = usual_sequence(config) if sequence is None else sequence
     if tokens <= 0 or sequence < 1:
         raise PlanError(f"{tokens:,} tokens in sequences of {sequence} are no training")
-    most = max(USUAL_SEQUENCE, config.max_position_embeddings)
+    most = config.max_position_embeddings
     if sequence > most:
         raise PlanError(f"sequence is {sequence:,}; the model bears 1 to {most:,} tokens a row")
     found = machine.device.peak("bf16")
@@ -141,7 +149,7 @@ class TrainingLayout:
     def in_flight(self) -> int:
         """Micro-batches whose activations of a stage the fullest device keeps (V3 report, table 2)."""
         pp = self.layout.pp
-        return pp if self.schedule in ("1f1b", "zb1p") else pp + 1
+        return pp if pp == 1 or self.schedule in ("1f1b", "zb1p") else pp + 1
 
     def copies(self) -> int:
         """Of the parameters: DualPipe holds two stages on a device."""
@@ -170,13 +178,14 @@ def memory(config: ModelConfig, of: TrainingLayout) -> tuple[Figure, ...]:
         size = sum(parts[k] * width / ways[k] for k in parts)
         formula = f"{count / 1e9:.3g}B parameters here × {width:g} B"
         if of.zero >= level:
-            copied = "" if ways["others"] == ways["experts"] else f" (experts: {ways['experts']})"
+            alike = ways["others"] == ways["experts"] or not parts["experts"]
+            copied = "" if alike else f" (experts: {ways['experts']})"
             formula += f", over {ways['others']} replicas{copied}" if ways["others"] > 1 else ""
         return Figure(name, size, "B", formula)
 
     # Devices that share experts see each other's rows: gaps between experts are counted once for all of them.
     shape = TrainingShape(of.micro_batch * of.sequence * x.ep, recompute=of.recompute, fp8=of.fp8)
-    kept = activations(config, shape) / x.ep / x.pp / x.tp * of.in_flight()
+    kept = _kept(config, shape) / x.ep / x.pp / x.tp * of.in_flight()
     formula = f"{of.micro_batch} × {of.sequence:,} tokens, 1/{x.pp * x.tp} of the layers"
     formula += f" × {of.in_flight()} in flight"
     return (
@@ -186,6 +195,12 @@ def memory(config: ModelConfig, of: TrainingLayout) -> tuple[Figure, ...]:
         split(1, 4, "two moments, BF16"),
         Figure("activations", kept, "B", formula),
     )
+
+
+@lru_cache(maxsize=64)
+def _kept(config: ModelConfig, shape: TrainingShape) -> int:
+    """`activations`, counted once for all layouts that share a shape."""
+    return activations(config, shape)
 
 
 def total(parts: Sequence[Figure]) -> float:

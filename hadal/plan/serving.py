@@ -171,7 +171,7 @@ def _of(ask: Ask) -> float:
 
 
 def _usable(ask: Ask) -> float:
-    return _of(ask) * USABLE
+    return ask.machine.usable
 
 
 def _device_source(ask: Ask) -> str:
@@ -415,7 +415,7 @@ def _other_models(ask: Ask, limit: int = 2) -> list[str]:
             ask, config=preset.config, dtype=None, cache=None, context=None, stated_context=preset.context
         )
         other = replace(other, drafts=0, acceptance=None, offload=None)
-        if preset.name != "hadal-mini" and _fits(other):
+        if preset.repo_id is not None and _fits(other):
             kind = "a distill, not the same model" if preset.is_distill else "not the same model"
             found[count] = f"{preset.name}: {kind} ({preset.title.split(': ', 1)[1]})"
     return [found[count] for count in sorted(found, reverse=True)[:limit]]
@@ -460,6 +460,13 @@ def _with_speeds(answer: Running) -> Running:
     except PlanError as error:
         return replace(answer, why_no_speed=str(error))
     source = f"{m.device.source}; efficiencies: {of.source}"
+    notes = answer.notes
+    if work.streamed and work.stream is not None:
+        where = "host memory" if ask.offload == "cpu" else "disk"
+        notes += (
+            f"Experts come from {where} at {work.stream / 1e9:g} GB/s, the full rate, at all three levels: "
+            "what that limits is a ceiling, not a forecast",
+        )
 
     def levels(name: str, unit: str, values: Sequence[float], formula: str) -> Figure:
         low, typical, high = values
@@ -492,7 +499,9 @@ def _with_speeds(answer: Running) -> Running:
         speeds.append(levels("decode, a node", "tokens/s", per_node, f"decode / {m.nodes} nodes"))
         per_node = [s.rate / m.nodes for s in fills]
         speeds.append(levels("prefill, a node", "tokens/s", per_node, f"prefill / {m.nodes} nodes"))
-    return replace(answer, speeds=tuple(speeds), limits=(fills[1].limit, decodes[1].limit), steps=steps)
+    return replace(
+        answer, notes=notes, speeds=tuple(speeds), limits=(fills[1].limit, decodes[1].limit), steps=steps
+    )
 
 
 def _batches(ask: Ask, layout: Layout, context: int) -> list[int]:

@@ -3,8 +3,8 @@
     peak   = state + max(forward, update)
     state  = parameters + FP32 masters + two moments + FP32 gradients summed over micro-batches
     forward = activations kept for the backward pass + the largest thing made beside them
-    update = the larger of the parameters' own gradients and the FP32 temporaries of an optimizer's slab;
-             on a GPU, where gradients are summed one by one and one kernel updates, the largest gradient
+    update = the larger of the parameters' own gradients (small ones together, large ones one by one) and the
+             FP32 temporaries of an optimizer's slab; on a GPU, where one kernel updates, the largest gradient
 
 It counts what the operations of `hadal/ops` keep, tensor by tensor; with selective recomputation what they
 keep instead (hadal/ops/recompute.py). The logits exist a chunk at a time. A moving average of the weights and
@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from math import ceil
 
 from hadal.config import Gqa, Mla, ModelConfig
+from hadal.config.model import _matrices
 
-SLAB = 2**26  # elements that the optimizer updates at a time
+SLAB = 2**26  # elements that the optimizer updates at a time where no kernel does and nothing else is said
+LARGE = 2**18  # elements from which on a parameter's gradient is summed as soon as it is made
 SLAB_TEMPORARIES = 5  # FP32 tensors of a slab
 CHUNK_BYTES, CHUNK_STEP = 512 * 2**20, 256  # of FP32 logits at a time, and tokens that they are cut to
 FP32 = 4
@@ -31,7 +33,8 @@ TILE = 128  # of FP8 products
 class TrainingShape:
     """What a step's memory depends on beside the model. `element`: bytes of the model's dtype; `recompute`:
     kinds of hadal/ops/recompute.py; `fused`: the kernels of a GPU, which keep less than the references;
-    `masked`: attention stays inside documents."""
+    `masked`: attention stays inside documents; `slab`: elements of the optimizer's slab, on a CPU as many as
+    its threads keep in their caches (hadal/train/optimizer.py)."""
 
     tokens: int
     element: int = 2
@@ -42,6 +45,7 @@ class TrainingShape:
     average: bool = False
     snapshot: bool = True
     fp8: bool = False
+    slab: int = SLAB
     micro_batches: int = 1  # of a step: where there are several, weights in FP8 are kept all through
 
 
@@ -83,7 +87,7 @@ def training_memory(config: ModelConfig, shape: TrainingShape) -> TrainingMemory
         forward_workspace=_forward_workspace(config, shape),
         update_workspace=_largest(config) * shape.element
         if shape.fused
-        else max(count * shape.element, SLAB_TEMPORARIES * FP32 * min(SLAB, count)),
+        else max(_own_gradients(config) * shape.element, SLAB_TEMPORARIES * FP32 * min(shape.slab, count)),
         host=(count * FP32 if shape.average else 0)
         + (state + (count * FP32 if shape.average else 0) if shape.snapshot else 0),
     )
@@ -94,6 +98,17 @@ def _largest(config: ModelConfig) -> int:
     m, D = config.moe, config.hidden_size
     stack = 0 if m is None else m.n_routed_experts * 2 * m.moe_intermediate_size * D
     return max(config.vocab_size * D, stack, 2 * config.intermediate_size * D)
+
+
+def _own_gradients(config: ModelConfig) -> int:
+    """Elements of gradients in the model's dtype that exist at once: those of small parameters wait for the
+    end of the backward pass, of large ones there is one."""
+    D, depths = config.hidden_size, config.num_nextn_predict_layers
+    sizes = [config.vocab_size * D] * (1 if config.tie_word_embeddings else 2) + [2 * D * D] * depths
+    for layer in range(config.num_hidden_layers + depths):
+        sizes += [rows * width * copies for rows, width, copies in _matrices(config, layer)]
+    large = sum(size for size in sizes if size >= LARGE)
+    return min(_trained(config), _trained(config) - large + _largest(config))
 
 
 def _trained(config: ModelConfig) -> int:

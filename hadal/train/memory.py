@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from hadal.config import ModelConfig
-from hadal.plan.training import TrainingMemory, TrainingShape, training_memory
+from hadal.plan.training import SLAB, TrainingMemory, TrainingShape, training_memory
+from hadal.train.optimizer import CACHED
 from hadal.train.phases import stages
 from hadal.train.recipe import Recipe
 
@@ -26,6 +29,7 @@ def peak_memory(recipe: Recipe, config: ModelConfig, *, cuda: bool = True) -> Tr
             average=recipe.ema.rate > 0,
             snapshot=recipe.checkpoint.asynchronous,
             fp8=train.fp8,
+            slab=SLAB if cuda else min(SLAB, CACHED * torch.get_num_threads()),
             micro_batches=max(
                 stage.ramp.last * stage.context // stage.micro_tokens
                 for stage in stages(recipe)

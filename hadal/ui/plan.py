@@ -140,10 +140,11 @@ class PlanPage:
             p["mfu"] = gr.Slider(0, 0.7, 0, step=0.0001, label="MFU (0: a range)")
             p["goodput"] = gr.Slider(0.1, 1, 1, step=0.01, label="Goodput")
         with gr.Row():
-            p["train_tp"] = gr.Slider(1, 64, 1, step=1, label="TP")
-            p["train_pp"] = gr.Slider(1, 64, 16, step=1, label="PP")
-            p["train_ep"] = gr.Slider(1, 256, 64, step=1, label="EP")
+            p["train_tp"] = gr.Slider(0, 64, 1, step=1, label="TP")
+            p["train_pp"] = gr.Slider(0, 64, 16, step=1, label="PP")
+            p["train_ep"] = gr.Slider(0, 256, 64, step=1, label="EP")
             p["zero"] = gr.Slider(0, 3, 1, step=1, label="ZeRO stage")
+        gr.HTML('<p class="hadal-small">TP, PP and EP at 0: the planner proposes them.</p>', padding=False)
         with gr.Row():
             p["schedule"] = gr.Dropdown(
                 list(view.SCHEDULES), value="dualpipe", label="Schedule", filterable=False

@@ -107,8 +107,7 @@ def training_question(values: Json) -> dict[str, Any]:
         "fp8": bool(values.get("fp8")),
         "recompute": list(values.get("recompute") or []),
     }
-    for name in ("tp", "pp", "ep"):
-        found[name] = int(_number(values, f"train_{name}")) or 1
+    found |= {n: x for n in ("tp", "pp", "ep") if (x := int(_number(values, f"train_{n}")))}
     if mfu := _number(values, "mfu"):
         found["mfu"] = mfu
     if values.get("schedule"):
@@ -335,21 +334,19 @@ def sweep_plot(a: Json) -> str:
 def cost_html(a: Json, prices: Json) -> str:
     """Cost here against the API's, and the API's prices by date."""
     figures = {f["name"]: f for f in a["figures"]}
-    here = figures["cost here"]
+    here = figures.get("cost here")
     api = next((f for name, f in figures.items() if name.startswith("API")), None)
-    rows = [
-        Bar(
-            "here",
-            here["value"],
-            amount(here["value"], "$"),
-            provenance(here),
-            0,
-            here.get("low"),
-            here.get("high"),
+    rows = []
+    said = f"<p>Here it takes {shown(figures['hours here'])}"
+    if here is None:
+        said += f". Dollars here are not told: {escape(a['price_missing'])}"
+    else:
+        dollars = amount(here["value"], "$")
+        rows.append(
+            Bar("here", here["value"], dollars, provenance(here), 0, here.get("low"), here.get("high"))
         )
-    ]
-    said = f"<p>Here it takes {shown(figures['hours here'])} and costs {shown(here)}"
-    if api:
+        said += f" and costs {shown(here)}"
+    if api and here is not None:
         rows.append(Bar("API", api["value"], amount(api["value"], "$"), provenance(api), 1))
         times = here["value"] / api["value"] if api["value"] else float("inf")
         than = f"{times:,.1f} times as much as" if times >= 1 else f"{times:.0%} of"
@@ -360,7 +357,7 @@ def cost_html(a: Json, prices: Json) -> str:
     return "".join(
         [
             f'<div class="hadal-verdict">{said}</div>',
-            bars(rows, "cost here and by API"),
+            bars(rows, "cost here and by API") if rows else "",
             table(a["figures"]),
             _even(figures),
             "<h3>API prices by date</h3>",
@@ -411,7 +408,8 @@ def training_html(a: Json) -> str:
     needs = "needs" if fits else "<strong>would need</strong>"
     memory = (
         f"<p>In the layout {escape(a['layout'])}, ZeRO-{a['zero']}, {escape(a['schedule'])}, the fullest "
-        f"device {needs} {amount(a['needed'], 'B')} of {amount(a['usable'], 'B')} usable.</p>"
+        f"device {needs} {amount(a['needed'], 'B')} of {amount(a['usable'], 'B')} usable, with rows of "
+        f"{a['sequence']:,} tokens. The layout is {escape(a['layout_why'])}.</p>"
     )
     rows = [
         Bar(f["name"], f["value"], amount(f["value"], "B"), provenance(f), i)

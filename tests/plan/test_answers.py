@@ -91,7 +91,8 @@ COST: dict[str, Any] = {
         (TRAIN | {"tokens": inf}, "must be finite"),
         (TRAIN | {"recompute": ["x"]}, "recompute"),
         (COST | {"model": "deepseek-v3"}, "does not fit"),
-        (COST | {"on": "a100-40"}, "--hourly"),
+        (COST | {"on": "a100-40", "hourly": -1}, "hourly is -1"),
+        (TRAIN | {"on": "a100-40", "hourly": -1}, "hourly is -1"),
         (COST | {"tokens_in": 0, "tokens_out": 0}, "no experiment"),
     ],
 )
@@ -141,7 +142,55 @@ def test_what_was_bought_breaks_even() -> None:
     assert figures["cost here"] == pytest.approx(figures["hours here"] * 0.45 * 0.30)
 
 
+@pytest.mark.parametrize(
+    ("more", "flag"), [({}, "--hourly"), ({"owned": 9000}, "--watts"), ({"api": "deepseek-chat"}, "--hourly")]
+)
+def test_without_a_price_the_hours_are_told(more: dict[str, Any], flag: str) -> None:
+    found = answer({**COST, "on": "h20", "tokens_in": 2e6, "tokens_out": 5e5, **more})
+    figures = {f["name"].split(" (")[0]: f for f in found["figures"]}
+    assert figures["hours here"]["value"] > 0 and flag in found["price_missing"]
+    assert figures.keys() == {"hours here"} | ({"API"} if "api" in more else set())
+    priced = answer({**COST, "on": "h20", "tokens_in": 2e6, "tokens_out": 5e5, "hourly": 2})
+    cost = next(f["value"] for f in priced["figures"] if f["name"] == "cost here")
+    assert priced["price_missing"] is None and cost == pytest.approx(2 * figures["hours here"]["value"])
+
+
 # --- training -----------------------------------------------------------------------------------------------
+def test_rows_are_no_longer_than_the_model_bears() -> None:
+    mini, v3 = answer(QUESTIONS[4]), answer(QUESTIONS[3])
+    assert (mini["sequence"], mini["sequence_short"]) == (2048, True)
+    assert (v3["sequence"], v3["sequence_short"]) == (4096, False)
+    assert mini["figures"] == answer({**QUESTIONS[4], "sequence": 2048})["figures"]
+    with pytest.raises(PlanError, match="bears 1 to 2,048"):
+        answer({**QUESTIONS[4], "sequence": 4096})
+
+
+@pytest.mark.parametrize(
+    ("model", "on", "layout"),
+    [("hadal-mini", "h100", "one device"), ("deepseek-r1-distill-qwen-7b", "8xh100", "TP2 DP4"),
+     ("deepseek-v2-lite", "8xh100", "DP8 EP4"), ("llama-3.1-405b", "16384xh100", "TP8 DP128 PP16")],
+)  # fmt: skip
+def test_a_layout_is_proposed_that_fits_where_smaller_ones_do_not(model: str, on: str, layout: str) -> None:
+    found = answer({"ask": "training", "model": model, "on": on, "tokens": 1e12})
+    assert found["layout"] == layout and found["needed"] <= found["usable"]
+    assert found["layout_why"].startswith("proposed")
+    if layout != "one device":
+        least = answer({"ask": "training", "model": model, "on": on, "tokens": 1e12, "tp": 1})
+        assert least["layout_why"] == "as given" and least["needed"] > least["usable"]
+
+
+def test_where_no_layout_fits_it_is_said_why_and_what_would() -> None:
+    question = {"ask": "training", "model": "deepseek-r1-distill-qwen-7b", "on": "8xh100", "tokens": 1e12}
+    found = answer({**question, "sequence": 65536})
+    assert found["needed"] > found["usable"] and "none of 9 fits" in found["layout_why"]
+    assert "mostly activations" in found["layout_why"]
+    assert "With all of --recompute TP4 DP2 fits" in found["layout_why"]
+    again = answer({**question, "sequence": 65536, "recompute": ["norm", "up", "swiglu", "rows"]})
+    assert (again["layout"], again["needed"] <= again["usable"]) == ("TP4 DP2", True)
+    alone = answer({**question, "on": "h100"})["layout_why"]
+    assert alone.startswith("it does not fit") and "mostly gradients" in alone and "more devices" in alone
+
+
 def test_v3_on_2048_h800() -> None:
     found = answer(QUESTIONS[3])
     values = {f["name"]: f["value"] for f in found["figures"]}
@@ -191,3 +240,4 @@ def test_dualpipe_takes_two_stages_a_device() -> None:
     )
     assert 1.5 < two["parameters"] / one["parameters"] < 2
     assert two["activations"] / one["activations"] == pytest.approx(17 / 16)
+    assert TrainingLayout(schedule="dualpipe").in_flight() == 1  # one stage is no pipeline

@@ -109,6 +109,7 @@ def test_speeds_need_figures_and_say_which() -> None:
 def test_offloading_is_slow_and_said_to_be() -> None:
     answer = asked("deepseek-v3", "h100, 1000GB RAM", offload="cpu")
     assert answer.fits and answer.limits[1] == "streaming experts" and answer.speeds[0].value < 5
+    assert any("63 GB/s, the full rate" in note and "ceiling" in note for note in answer.notes)
     assert not asked("deepseek-v3", "h100, 256GB RAM", offload="cpu").fits
 
 

@@ -81,14 +81,39 @@ def test_the_peak_of_a_whole_step_is_predicted_within_ten_percent(rows, kinds, d
     """With 4 rows the update is the peak, with 64 the activations."""
     trainer = tiny.trainer(tiny.model(dtype=dtype), rows=rows, micro_rows=rows, plain=True)
     trainer.objective = replace(trainer.objective, recompute=kinds)
+    peak = peak_of_a_step(trainer)
+    shape = TrainingShape(rows * tiny.CONTEXT, dtype.itemsize, 2, kinds, fused=False)
+    assert training_memory(trainer.model.config, shape).peak == pytest.approx(peak, rel=0.1)
+
+
+def peak_of_a_step(trainer):
+    """Bytes that are alive at most during a step that is not the first."""
     trainer.step()
     flat = trainer.optimizer
     live = Live(*trainer.model.parameters(), flat.master_N, flat.grad_N, flat.exp_avg_N, flat.exp_avg_sq_N)
     with live:
         trainer.step()
-    shape = TrainingShape(rows * tiny.CONTEXT, dtype.itemsize, 2, kinds, fused=False)
-    predicted = training_memory(trainer.model.config, shape)
-    assert predicted.peak == pytest.approx(live.peak, rel=0.1)
+    return live.peak
+
+
+def test_an_update_on_a_cpu_takes_a_slab_of_its_caches(monkeypatch):
+    """Which is smaller than the model, and here larger than what the passes take."""
+    slab, trainer = 2**15, tiny.trainer(rows=1, micro_rows=1, plain=True)
+    monkeypatch.setattr(optimizer, "CACHED", slab // torch.get_num_threads())
+    shape = TrainingShape(tiny.CONTEXT, 4, fused=False, slab=slab)
+    memory = training_memory(trainer.model.config, shape)
+    assert memory.update_workspace == 5 * 4 * slab > memory.activations + memory.forward_workspace
+    assert memory.peak == pytest.approx(peak_of_a_step(trainer), rel=0.03)
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_gradients_that_exist_at_once_are_counted(changes, monkeypatch):
+    monkeypatch.setattr(plan, "LARGE", 512)
+    network = tiny.model(**changes)
+    sizes = [p.numel() for p in network.parameters() if p.requires_grad]
+    shape = TrainingShape(64, 4, fused=False, slab=1)
+    expected = 4 * (sum(n for n in sizes if n < 512) + max(sizes))
+    assert training_memory(network.config, shape).update_workspace == expected
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -120,7 +145,7 @@ def test_the_state_is_that_of_the_optimizer():
 
 
 def test_the_arithmetic_uses_the_trainers_own_sizes():
-    assert plan.SLAB == optimizer.SLAB
+    assert (plan.SLAB, plan.LARGE) == (optimizer.SLAB, optimizer.LARGE)
     assert plan.CHUNK_BYTES == cross_entropy.CHUNK_BYTES
     assert plan.CHUNK_STEP == cross_entropy.CHUNK_STEP
 

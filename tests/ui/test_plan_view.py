@@ -101,6 +101,11 @@ def test_cost_and_training() -> None:
     )
     owned = Titles(view.cost_html(answer(view.cost_question({**VALUES, "owned": 250_000})), prices))
     assert "Bought, it" in owned.text
+    h20 = {**VALUES, "model": "deepseek-v2-lite", "device": "h20", "count": 1}
+    without = Titles(view.cost_html(answer(view.cost_question(h20)), prices))
+    assert "Dollars here are not told: no hourly price" in without.text
+    free = view.training_question({**VALUES, "train_tp": 0, "train_pp": 0, "train_ep": 0})
+    assert "proposed" in Titles(view.training_html(answer(free))).text
     found = answer(view.training_question(VALUES))
     training = Titles(view.training_html(found))
     assert "2,673,612 h of devices" in training.text and "MFU of 38.9%" in training.text
