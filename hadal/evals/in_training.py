@@ -33,7 +33,7 @@ class ExamError(RuntimeError):
 
 
 def examine(model: Transformer, sources: Sources, each: int, max_tokens: int) -> Accuracy:
-    """Let `model` answer at least `each` held-out problems of every task, the same ones at every call.
+    """Let `model` answer `each` held-out problems of every task, the same ones at every call.
 
     Raises ExamError where the engine fails, TemplateError for a tokenizer without a chat template.
     """

@@ -17,7 +17,7 @@ from hadal.data.puzzles import LANGUAGES, TASKS, Sample, verify
 from hadal.data.puzzles.examination import problems as problems
 from hadal.evals.statistics import wilson as wilson
 
-SAMPLES = 200  # problems a task, at least, for a figure that is published
+SAMPLES = 200  # problems a task; fewer are too few for a figure that is published
 MAX_TOKENS = 768
 BATCH = 256
 KEPT_FAILURES = 5  # wrong answers a task that the report shows

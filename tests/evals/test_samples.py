@@ -225,7 +225,7 @@ def test_a_set_from_the_command_line(
 def test_puzzles_are_sampled_on_demand(loaded: Engine, capsys: pytest.CaptureFixture[str]) -> None:
     shown = hadal(capsys, "eval", "--limit", "1", "--samples", "2", "--max-tokens", "2", "--json")
     report = json.loads(shown.out)
-    assert report["results"][-1]["problems"] == 45 and report["results"][-1]["truncated"] == 1.0
+    assert report["results"][-1]["problems"] == 15 and report["results"][-1]["truncated"] == 1.0
     assert report["settings"]["sampling"]["temperature"] == 0.6
 
 
