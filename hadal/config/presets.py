@@ -138,6 +138,20 @@ MINI = ModelConfig(
     eos_token_id=(1,),
 )
 
+MINI_DENSE = ModelConfig(
+    model_type="qwen2",
+    vocab_size=1024,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    attention=Gqa(4, 32, qkv_bias=True),
+    tie_word_embeddings=True,
+    max_position_embeddings=2048,
+    bos_token_id=0,
+    eos_token_id=(1,),
+)
+
 PRESETS: dict[str, Preset] = {}
 
 
@@ -162,6 +176,8 @@ def _distill(suffix: str, config: ModelConfig, base: str, template: str) -> None
 
 _MINI_TEXT = "hadal-mini: the V3 architecture in small, trained on puzzles"
 _add("hadal-mini", MINI, None, _MINI_TEXT, "hadal-mini", 2048)
+_DENSE_TEXT = "hadal-mini-dense: a dense qwen2 model in small, taught by hadal-mini"
+_add("hadal-mini-dense", MINI_DENSE, None, _DENSE_TEXT, "hadal-mini", 2048)
 _V3_TEXT = "671B parameters, 37B active; MLA + DeepSeekMoE + MTP"
 for _name, _config, _text, _template in [
     ("DeepSeek-V3-Base", V3, f"base model, {_V3_TEXT}", "plain"),

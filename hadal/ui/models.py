@@ -1,7 +1,7 @@
 """What the page says about each model, and the questions that it offers to begin with.
 
-The server's own description (`description` in /v1/models) comes first; the model on board has one here,
-because people must know before they ask that it solves puzzles and nothing else.
+The server's own description (`description` in /v1/models) comes first; the models on board have one here,
+because people must know before they ask that they solve puzzles and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from hadal.ui.api import Model
 
-MINI = "hadal-mini"
+MINI = ("hadal-mini", "hadal-mini-dense")
 MINI_NOTE = (
     "A very small model, trained on number puzzles only. It reasons in English, French and Portuguese."
 )
@@ -34,8 +34,8 @@ QUESTIONS = (
 
 
 def is_mini(model: str) -> bool:
-    """True for the model on board, whatever tag a client put behind its name."""
-    return model.split(":")[0].rsplit("/", 1)[-1] == MINI
+    """True for a model on board, whatever tag a client put behind its name."""
+    return model.split(":")[0].rsplit("/", 1)[-1] in MINI
 
 
 def note(models: Sequence[Model], chosen: str | None) -> str:

@@ -79,8 +79,8 @@ def pull(
     such repository, with near names) and PullError (gated, offline, no space, wrong format or architecture,
     cut, wrong bytes); after a PullError the same command goes on with the files that are whole.
     """
-    if hub.safe_model_name(name).lower() == hub.ON_BOARD:
-        return hub.resolve(hub.ON_BOARD)
+    if (mine := hub.on_board(hub.safe_model_name(name))) is not None:
+        return hub.resolve(mine)
     repo = hub.repo_of(name)
     storage = hub.storage_of(repo)
     if _offline():

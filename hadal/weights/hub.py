@@ -1,6 +1,6 @@
 """The models on this machine, by name: resolve, list, remove; `pull` fetches more.
 
-Names: `hadal-mini` (in the package), a preset (`deepseek-r1-distill-qwen-1.5b`), `org/repo` of the hub, or,
+Names: `hadal-mini` and `hadal-mini-dense` (in the package), a preset (`deepseek-r1-distill-qwen-1.5b`), `org/repo` of the hub, or,
 from the command line only, a folder. Downloads live in the cache of `huggingface_hub` (HF_HOME,
 HF_HUB_CACHE), so that other programs share them; nothing in this file opens a socket. A download counts
 only when it is complete and verified: while one is under way a note lies in its cache folder, and `resolve`
@@ -22,7 +22,7 @@ from hadal.weights.errors import HubError, NotFoundError, WeightsError
 from hadal.weights.layout import CONFIG, INDEX, SINGLE, read_config, read_index
 from hadal.weights.manifest import MANIFEST, blob_of
 
-ON_BOARD = "hadal-mini"
+ON_BOARD = ("hadal-mini", "hadal-mini-dense")  # in the package; the first is what Hadal runs by default
 PULLING = ".hadal-pulling"
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,95}"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})?")
@@ -47,7 +47,7 @@ def safe_model_name(name: str) -> str:
     plain = name.removesuffix(":latest")
     if not _NAME.fullmatch(plain) or plain.endswith((".", ".git", ".ipynb")):
         raise HubError(
-            f"{name[:100]!r} is not a model name such as {ON_BOARD} or org/repo; folders are not accepted"
+            f"{name[:100]!r} is not a model name such as {ON_BOARD[0]} or org/repo; folders are not accepted"
         )
     return plain
 
@@ -84,8 +84,8 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")):
         return _folder(Path(name).expanduser())
-    if name.removesuffix(":latest").lower() == ON_BOARD:
-        return _on_board()
+    if (mine := on_board(name)) is not None:
+        return _asset(mine)
     if find_preset(name) is None and (Path(name) / CONFIG).is_file():
         return Path(name)
     repo = repo_of(name)
@@ -104,11 +104,24 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _on_board() -> Path:
-    folder = _ASSETS / ON_BOARD
-    if not (folder / CONFIG).is_file():
-        raise NotFoundError(f"{ON_BOARD} is missing from {folder}; install Hadal again")
-    return folder
+def on_board(name: str) -> str | None:
+    """The model of the package that a name means, or None."""
+    plain = name.removesuffix(":latest").lower()
+    return plain if plain in ON_BOARD else None
+
+
+def is_here(name: str) -> bool:
+    """Whether the package has that model: one that is not trained yet is not on board."""
+    return (_ASSETS / name / CONFIG).is_file()
+
+
+def _asset(name: str) -> Path:
+    if is_here(name):
+        return _ASSETS / name
+    remedy = "install Hadal again"
+    if name != ON_BOARD[0]:
+        remedy = "`hadal r1 recipes/r1/mini.toml` makes it, benchmarks/adopt_mini.py puts it there"
+    raise NotFoundError(f"{name} is missing from {_ASSETS / name}; {remedy}")
 
 
 # --- the cache ---------------------------------------------------------------------------------------------
@@ -159,12 +172,10 @@ def incompleteness(storage: Path) -> str | None:
 
 # --- list and remove ---------------------------------------------------------------------------------------
 def list_models() -> list[ModelEntry]:
-    """Every complete model that can run here: the one on board first, then the newest."""
+    """Every complete model that can run here: those on board first, then the newest."""
     found = [entry for storage in _storages() if (entry := _cached_entry(storage)) is not None]
     found.sort(key=lambda e: -e.modified)
-    if (_ASSETS / ON_BOARD / CONFIG).is_file():
-        found.insert(0, entry_of(ON_BOARD, _ASSETS / ON_BOARD))
-    return found
+    return [*(entry_of(name, _ASSETS / name) for name in ON_BOARD if is_here(name)), *found]
 
 
 def _storages() -> Iterator[Path]:
@@ -222,11 +233,11 @@ def digest(folder: Path) -> str:
 
 
 def remove(name: str) -> None:
-    """Delete a downloaded model, all its revisions. HubError for the one on board and for folders."""
+    """Delete a downloaded model, all its revisions. HubError for those on board and for folders."""
     if name.startswith((".", "/", "~")) or (find_preset(name) is None and Path(name).is_dir()):
         raise HubError(f"{name} is a folder of yours, not a download; delete it yourself")
-    if safe_model_name(name).lower() == ON_BOARD:
-        raise HubError(f"{ON_BOARD} is part of Hadal; it goes when Hadal is uninstalled")
+    if (mine := on_board(safe_model_name(name))) is not None:
+        raise HubError(f"{mine} is part of Hadal; it goes when Hadal is uninstalled")
     repo = repo_of(name)
     storage = storage_of(repo)
     if not storage.is_dir():

@@ -54,6 +54,25 @@ def test_the_model_on_board_answers_the_first_question(capsys: Capture) -> None:
     assert found["finish_reason"] == "stop"
 
 
+def test_the_student_on_board_is_run_by_its_name(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random model in its place: names, prompts and lists are what is looked at."""
+    from hadal.weights import hub
+    from tests.post.bases import base
+
+    (tmp_path / "hadal-mini").symlink_to(hub.resolve("hadal-mini"))
+    base(tmp_path / "hadal-mini-dense", "qwen2", template="hadal-mini")
+    monkeypatch.setattr(hub, "_ASSETS", tmp_path)
+    shown = hadal(capsys, "run", "hadal-mini-dense", "12 + 35?", "--max-tokens", "4", "--json")
+    found = json.loads(shown.out)
+    assert shown.status == 0 and found["model"] == "hadal-mini-dense" and found["reasoning"], shown.err
+    listed = json.loads(hadal(capsys, "list", "--json").out)
+    assert [one["name"] for one in listed][:2] == ["hadal-mini", "hadal-mini-dense"]
+    about = json.loads(hadal(capsys, "show", "hadal-mini-dense", "--json").out)
+    assert about["template"] == "hadal-mini" and "dense" in about["title"]
+
+
 def test_no_think_is_refused_where_the_model_always_thinks(capsys: Capture) -> None:
     shown = hadal(capsys, "run", "hadal-mini", "What is 12 + 35?", "--no-think")
     assert shown.status == 2
@@ -187,6 +206,7 @@ def test_show_of_all_and_of_a_folder(tiny_folder: Path, capsys: Capture) -> None
         (["show", "../../etc/passwd"], "passwd"),
         (["convert", "nowhere-model", "x"], "nowhere-model"),
         (["rm", "hadal-mini", "--yes"], "part of Hadal"),
+        (["rm", "hadal-mini-dense", "--yes"], "part of Hadal"),
         (["rm", "deepseek-v2-lite", "--yes"], "is not on this machine"),
         (["bench", "./nowhere"], "nowhere"),
         (["train", "nowhere.toml"], "nowhere.toml"),
@@ -234,7 +254,7 @@ def test_eval_of_a_few_problems(tiny_folder: Path, capsys: Capture) -> None:
     found = json.loads(shown.out)
     assert found["suite"] == "puzzles"
     assert found["tasks"]
-    assert all(row["total"] >= 3 and 0 <= row["correct"] <= row["total"] for row in found["tasks"])
+    assert all(row["total"] == 3 and 0 <= row["correct"] <= row["total"] for row in found["tasks"])
     assert found["settings"]["max_tokens"] == 4
 
 

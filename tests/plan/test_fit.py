@@ -98,7 +98,7 @@ def test_alternatives_are_smaller_and_fit() -> None:
     for ram in (1 * GB, 5 * GB, 24 * GB, 100 * GB, 900 * GB):
         for name in alternatives(V3, "bf16", ram):
             assert fit(preset(name).config, "bf16", ram, 0, 4096).ok, (ram, name)
-    assert alternatives(V3, "bf16", 1 * GB) == ("hadal-mini",)
+    assert alternatives(V3, "bf16", 1 * GB) == ("hadal-mini", "hadal-mini-dense")
     assert fit(preset("hadal-mini").config, "fp32", 2 * GB).ok
 
 

@@ -9,7 +9,8 @@ from hadal.ui.api import Model
 def test_the_model_on_board_is_called_what_it_is() -> None:
     note = models.note([Model("hadal-mini", 2048, "hadal-mini: deepseek_v3")], "hadal-mini")
     assert "number puzzles only" in note and "2,048 tokens" in note
-    assert models.prompt_hint("hadal-mini:latest") == "Ask a number puzzle…"
+    for name in ("hadal-mini:latest", "hadal-mini-dense", "hadal-mini-dense:latest"):
+        assert models.prompt_hint(name) == "Ask a number puzzle…"
     texts = " ".join(q["text"] for q in models.questions("hadal-mini"))
     assert "What is" in texts and "Combien" in texts and "Coloque" in texts
 

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import pytest
 
 from hadal.config import PRESETS
+from hadal.text.templates import template_for
 from hadal.weights import HubError, NotFoundError, PullError, hub, load, save
 from hadal.weights.download import pull
+from hadal.weights.layout import read_config
 from tests.weights import tiny
 from tests.weights.helpers import random_model, same
 from tests.weights.stub_hub import Repo, StubHub
@@ -367,10 +369,37 @@ def test_resolve_folders_and_misses(stub: StubHub, tmp_path: Path) -> None:
         hub.resolve("hadal-mimi")
     with pytest.raises(HubError, match="is a folder of yours"):
         hub.remove(str(tmp_path / "mine"))
-    with pytest.raises(HubError, match="part of Hadal"):
-        hub.remove("hadal-mini")
+    for name in ("hadal-mini", "Hadal-Mini-Dense:latest"):
+        with pytest.raises(HubError, match="is part of Hadal; it goes when"):
+            hub.remove(name)
     with pytest.raises(NotFoundError, match="not on this machine"):
         hub.remove("deepseek-v3")
+
+
+def test_what_is_not_trained_yet_is_not_on_board(
+    stub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student of hadal-mini: on board like it, where the package has it; else nobody sees it."""
+    assets = tmp_path / "assets"
+    save(random_model(tiny.V3), assets / "hadal-mini")
+    monkeypatch.setattr(hub, "_ASSETS", assets)
+    assert [entry.name for entry in hub.list_models()] == ["hadal-mini"]
+    with pytest.raises(NotFoundError, match=r"hadal-mini-dense is missing from .*; `hadal r1 recipes/r1"):
+        hub.resolve("hadal-mini-dense")
+    save(random_model(tiny.QWEN2), assets / "hadal-mini-dense")
+    assert [entry.name for entry in hub.list_models()] == ["hadal-mini", "hadal-mini-dense"]
+    for name in ("hadal-mini-dense", "hadal-mini-dense:latest", "HADAL-MINI-DENSE"):
+        assert hub.resolve(name) == pull(name) == assets / "hadal-mini-dense"
+    (assets / "hadal-mini" / "config.json").unlink()
+    with pytest.raises(NotFoundError, match="install Hadal again"):
+        hub.resolve("hadal-mini")
+
+
+def test_presets_of_the_package_are_what_it_has() -> None:
+    for name in filter(hub.is_here, hub.ON_BOARD):
+        found, preset = read_config(hub.resolve(name)), PRESETS[name]
+        assert found == preset.config, name
+        assert template_for(hub.resolve(name)).name == preset.template
 
 
 def test_other_peoples_downloads(stub: StubHub) -> None:
@@ -384,7 +413,7 @@ def test_other_peoples_downloads(stub: StubHub) -> None:
     (hub.cache_dir() / "models--org--broken").mkdir()
     (hub.cache_dir() / "models--org--broken" / "snapshots").write_text("not a folder")
     (hub.cache_dir() / "datasets--a--b").mkdir()
-    assert [e.name for e in hub.list_models() if e.name != "hadal-mini"] == [REPO]
+    assert [e.name for e in hub.list_models() if e.name not in hub.ON_BOARD] == [REPO]
     (Path(folder) / SHARD).unlink()
     with pytest.raises(NotFoundError, match="1 of 5 weight files are missing"):
         hub.resolve(REPO)
