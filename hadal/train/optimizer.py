@@ -160,7 +160,8 @@ class AdamW:
 
     @torch.no_grad()
     def _take(self, number: int, parameter: Tensor) -> None:
-        assert parameter.grad is not None
+        if parameter.grad is None:  # autograd says so of a weight that had none, too
+            return
         if self._has_grad or number in self._taken:
             self._grads[number].add_(parameter.grad)
         else:

@@ -133,7 +133,7 @@ def test_grouped_products_of_experts(name):
     sums = torch.full(want.shape, float("nan"), device="cuda")
     for times, more in ((1, False), (2, True), (3, True)):
         products.outer_into(a, b, rows, sums, more)
-        assert error(sums, times * want) < (1e-6 if path == "gluon" else 4e-3) and not sums[-1].any()
+        assert error(sums, times * want) < (1e-3 if path == "gluon" else 4e-3) and not sums[-1].any()
     if N % 128 == 0:
         out = products.outer_by_tiles(a, b, torch.bfloat16, rows)
         assert error(out, want) < 4e-3 and not out[-1].any()

@@ -32,8 +32,10 @@ def test_losses_and_gradients_are_near_and_not_the_same():
         assert near > 0.97 or gradient.norm() < 1e-6, (name, float(near))
 
 
-def test_gradients_of_experts_go_to_their_sums_as_they_are_made():
+@pytest.mark.parametrize("large", [1, 2**18])
+def test_gradients_of_experts_go_to_their_sums_as_they_are_made(large, monkeypatch):
     """In FP32, over two passes, and the same as through autograd; whoever else uses the weight adds to it."""
+    monkeypatch.setattr("hadal.train.optimizer.LARGE", large)
     network, objective = tiny.model(dtype=torch.bfloat16), Objective(fp8=True)
     _, want = _gradients(network, objective)
     network.zero_grad()
