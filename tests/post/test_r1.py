@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,18 +16,29 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hadal.cli.app import app
+from hadal.config import ModelConfig, preset
+from hadal.data.puzzles import TASKS as TASKS_OF_PUZZLES
 from hadal.data.puzzles import verify
 from hadal.data.puzzles.task import is_held_out
 from hadal.post import preference, r1_stages, rejection
+from hadal.post import worked as worked_rows
 from hadal.post.r1 import Outcome, plan, r1
 from hadal.post.r1_card import overview
 from hadal.post.r1_measure import judged, problems, summary
-from hadal.post.r1_recipe import MeasureRecipe, RecipeError, from_dict, load
+from hadal.post.r1_recipe import (
+    MeasureRecipe,
+    PromptsRecipe,
+    RecipeError,
+    WorkedRecipe,
+    from_dict,
+    load,
+)
 from hadal.post.rejection import Drawn, FilterRecipe, Sieve
 from hadal.post.rewards import Completion, Rewards, read
 from hadal.post.rewards.language import count
 from hadal.post.rewards.model import RewardModel
-from hadal.post.worked import Faults, WorkedTask, conversation, draw, prompt_record, rows
+from hadal.post.tasks import TaskRecipe
+from hadal.post.worked import Faults, WorkedTask, conversation, draw, prompt_record, rows, write_prompts
 from hadal.text.templates import template_for
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.sources import ON_BOARD
@@ -38,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = [{"name": "steps/2"}, {"name": "steps/3"}]
 TINY = {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}  # fmt: skip
+TOKENS = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -249,6 +262,18 @@ def test_the_recipes_in_the_repository_can_be_read() -> None:
         assert recipe.stage("r1").table["preference"] == "@preference"
 
 
+def test_the_recipe_of_the_model_on_board_makes_what_the_package_names() -> None:
+    recipe = load(ROOT / "recipes" / "r1" / "mini.toml")
+    stages = {stage.name: stage.recipe for stage in recipe.stages}
+    assert {task.name for task in recipe.measure.tasks} == set(TASKS_OF_PUZZLES)
+    sets = [r for r in stages.values() if isinstance(r, WorkedRecipe | PromptsRecipe)]
+    assert len(sets) == 6 and all(r.examined == 300 for r in sets)
+    assert stages["r1"].run.name == "hadal-mini" and stages["r1"].export.format == "fp8"
+    assert stages["dense-distilled"].run.name == "hadal-mini-dense"
+    dense = ModelConfig.from_hf(TOKENS | dict(stages["dense-base"].model))
+    assert dense == preset("hadal-mini-dense").config
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -284,6 +309,18 @@ def test_worked_answers_are_right_and_in_the_language_asked_for() -> None:
         with Rewards(read([{"kind": "puzzle"}, {"kind": "language"}])) as rewards:
             total = rewards.score([said])[0]
         assert total.accuracy == 1.0 and total.parts["language"].value == 1.0, (number, made.think)
+
+
+def test_questions_of_the_examination_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another problem may be asked in the words of one that is held out."""
+    tasks = [WorkedTask("chat/off-topic")]
+    whole = [number for number, _ in rows(tasks, 20, 3)]
+    asked = next(rows(tasks, 20, 3))[1].sample
+    shouted = replace(asked, prompt=f" {asked.prompt.upper()}!")
+    monkeypatch.setattr(worked_rows, "problems", lambda samples: [shouted])
+    worked_rows.examination.cache_clear()
+    assert [number for number, _ in rows(tasks, 20, 3, examined=1)] == whole[1:]
+    worked_rows.examination.cache_clear()
 
 
 def test_held_out_sums_are_none_of_training() -> None:
@@ -378,6 +415,31 @@ def test_kept_rows_say_where_they_come_from(tmp_path: Path) -> None:
     pool = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["dropped"] for line in pool] == list(SAMPLES)
     assert "| wrong | 1 |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_rejection_ends_with_its_budget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is asked at once fills the seats; after `max_minutes` no more is asked."""
+    asked: list[int] = []
+
+    class Engine:
+        template = SimpleNamespace(starts_in_reasoning=lambda template, messages: True)
+
+        def encode_chat(self, messages: Any) -> list[int]:
+            return [0]
+
+        def generate(self, prompts: list[list[int]], params: Any) -> list[Any]:
+            asked.append(len(prompts))
+            return [SimpleNamespace(text=GOOD, token_ids=[1], finish_reason="stop") for _ in prompts]
+
+    clock = iter([0.0, 1.0, 50.0, 70.0])
+    monkeypatch.setattr(rejection, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    prompts = tmp_path / "sums.jsonl"
+    write_prompts(prompts, [WorkedTask("steps/3")], 40, 1)
+    recipe = rejection.RejectionRecipe(
+        "m", (TaskRecipe("jsonl", str(prompts)),), ({"kind": "puzzle"},), 40, 2, max_seqs=4, max_minutes=1
+    )
+    report = rejection.sampled("set", tmp_path, recipe, Engine(), "digest", lambda done: None)
+    assert asked == [16, 16] and report["prompts"] == 16
 
 
 def test_seeds_tell_prompts_and_draws_apart() -> None:
