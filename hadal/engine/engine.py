@@ -14,9 +14,7 @@ import logging
 import math
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from numpy.typing import NDArray
 
 from hadal.engine.blocks import PageAllocator
 from hadal.engine.defaults import sampling_defaults
-from hadal.engine.memory import cache_budget, fit_cache, pick_cache_dtype, release
+from hadal.engine.memory import pick_cache_dtype, release
 from hadal.engine.offline import OfflineApi
 from hadal.engine.output import advance, ended
 from hadal.engine.pooling import pooled, weights
@@ -47,13 +45,12 @@ from hadal.engine.request import (
 from hadal.engine.runner import Runner, StepOutput
 from hadal.engine.sampler import Sampled, Sampler
 from hadal.engine.scheduler import Schedule, Scheduler
-from hadal.engine.speculation import SpeculationOptions, SpeculationStats, Speculator, max_rows
+from hadal.engine.setup import Wishes, check_exact, choose_sizes
+from hadal.engine.speculation import SpeculationOptions, Speculator
+from hadal.engine.stats import EngineStats, Totals
 from hadal.model.context import Cache
-from hadal.model.offload import OffloadedExperts
 from hadal.model.transformer import Transformer
 from hadal.ops.exact import exact as exact_operations
-from hadal.ops.exact import unavailable
-from hadal.ops.packed import Packed
 from hadal.ops.sampling import FAILED
 from hadal.text.detokenizer import Detokenizer
 
@@ -64,33 +61,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OnUpdate = Callable[[Update], None]
-
-
-@dataclass
-class EngineStats:
-    """Gauges and totals since the start (tokens, requests)."""
-
-    running: int
-    waiting: int
-    cache_usage: float  # share of the cache's pages that requests hold, 0 … 1
-    cache_tokens: int  # what the cache can hold
-    preemptions: int
-    prefix_queries: int
-    prefix_hits: int
-    steps: int
-    prompt_tokens: int
-    generation_tokens: int
-    finished: dict[str, int]  # by finish_reason
-    speculation: SpeculationStats | None = None
-    exact: bool = False  # batch-invariant operations
-
-
-@dataclass
-class _Totals:
-    steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
 
 
 class Engine(OfflineApi):
@@ -136,87 +106,80 @@ class Engine(OfflineApi):
         """`exact`: batch-invariant operations (docs/exact.md). `cache_dtype`: "auto", the model's, or "fp8"
         (MLA only). Raises EngineError when the cache cannot hold one context, for options that do not fit, or
         where exact mode cannot be kept."""
-        wishes = SpeculationOptions(
+        options = SpeculationOptions(
             speculation,
             num_speculative_tokens,
             speculation_max_batch,
             speculation_adaptive,
             speculation_forced_acceptance,
         )
-        method = wishes.resolve(model.config, model.device)
+        method = options.resolve(model.config, model.device)
         if exact:
-            _check_exact(model)
-        self.exact = exact
+            check_exact(model)
         stored = pick_cache_dtype(model, cache_dtype, exact)
-        on_gpu = model.device.type == "cuda"
-        if on_gpu:
+        if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # kernels and streams of our own go to the current device
-        seats = max_num_seqs or (64 if on_gpu else 16)
-        budget = max_num_batched_tokens or max(8192 if on_gpu else 1024, seats)
-        if max_model_len is not None and not 2 <= max_model_len <= model.max_positions:
-            raise EngineError(f"max_model_len must be from 2 to {model.max_positions}, not {max_model_len}")
-        longest = model.max_positions
-        rows = max_rows(wishes, method, seats, model.device)
-        extra_layers = 1 if method == "mtp" else 0
-        if cache_bytes is None:
-            cache_bytes, longest = cache_budget(
-                model,
-                max_rows=rows,
-                num_tokens=budget,
-                max_model_len=max_model_len,
-                page_size=page_size,
-                utilization=gpu_memory_utilization,
-                mtp=method == "mtp",
-            )
-        num_pages, self.max_model_len = fit_cache(
-            model.config,
+        wishes = Wishes(
+            max_model_len,
+            max_num_seqs,
+            max_num_batched_tokens,
+            gpu_memory_utilization,
             cache_bytes,
-            max_num_seqs=seats,
-            max_model_len=max_model_len,
-            longest=longest,
-            page_size=page_size,
-            dtype=stored,
-            extra_layers=extra_layers,
+            page_size,
         )
+        sizes = choose_sizes(model, wishes, stored, options, method)
+        self.exact, self.max_num_seqs, self.max_model_len = exact, sizes.max_num_seqs, sizes.max_model_len
+        self._describe(model, tokenizer, template, name, folder)
+        self._empty(seed)
+        pages = PageAllocator(sizes.num_pages, page_size, prefix_caching=prefix_caching)
+        self.scheduler = Scheduler(
+            pages,
+            max_num_seqs=sizes.max_num_seqs,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            hash_ahead=sizes.extra_layers,
+        )
+        cache = Cache(model.config, sizes.num_pages, page_size, stored, model.device, sizes.extra_layers)
+        with exact_operations(exact):  # graphs captured at the start are of its operations, too
+            self.runner = Runner(
+                model,
+                cache,
+                max_num_seqs=sizes.max_num_seqs,
+                max_num_batched_tokens=sizes.max_num_batched_tokens,
+                max_model_len=sizes.max_model_len,
+                cuda_graphs=cuda_graphs,
+                capture_at_start=capture_at_start,
+                max_rows=sizes.max_rows,
+            )
+        self.sampler = Sampler(self.vocab_size, sizes.max_num_seqs, model.device)
+        self.speculation = (
+            Speculator(options, method, self.runner, self.sampler, self.scheduler) if method else None
+        )
+
+    def _describe(
+        self, model: Transformer, tokenizer: Tokenizer | None, template: Template | None, name: str,
+        folder: Path | None,
+    ) -> None:  # fmt: skip
+        """What callers may read of the model."""
         self.model, self.config = model, model.config
         self.tokenizer, self.template = tokenizer, template
         self.name, self.folder = name or model.config.model_type, folder
+        self.device, self.dtype = model.device, model.dtype
         try:
             self.sampling_defaults = sampling_defaults(folder)
         except ValueError as error:
             raise EngineError(str(error)) from None
-        self.device, self.dtype = model.device, model.dtype
-        self.vocab_size = (
-            min(model.config.vocab_size, tokenizer.vocab_size) if tokenizer else model.config.vocab_size
-        )
-        self.max_num_seqs = seats
-        pages = PageAllocator(num_pages, page_size, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(
-            pages, max_num_seqs=seats, max_num_batched_tokens=budget, hash_ahead=extra_layers
-        )
-        with exact_operations(exact):  # graphs captured at the start are of its operations, too
-            self.runner = Runner(
-                model,
-                Cache(model.config, num_pages, page_size, stored, model.device, extra_layers),
-                max_num_seqs=seats,
-                max_num_batched_tokens=budget,
-                max_model_len=self.max_model_len,
-                cuda_graphs=cuda_graphs,
-                capture_at_start=capture_at_start,
-                max_rows=rows,
-            )
-        self.sampler = Sampler(self.vocab_size, seats, model.device)
-        self.speculation = (
-            Speculator(wishes, method, self.runner, self.sampler, self.scheduler) if method else None
-        )
+        size = model.config.vocab_size
+        self.vocab_size = size if tokenizer is None else min(size, tokenizer.vocab_size)
+        self._eos = frozenset(model.config.eos_token_id if tokenizer is None else tokenizer.eos_ids)
+
+    def _empty(self, seed: int | None) -> None:
+        """No request yet, and nothing counted."""
         self.failure: str | None = None  # why the engine cannot go on at all
         self._requests: dict[str, Request] = {}
-        self._totals = _Totals()
+        self._totals = Totals()
         self._names = itertools.count()
-        self._seeds = random.Random(seed)
-        self._seeded = seed is not None
+        self._seeds, self._seeded = random.Random(seed), seed is not None
         self._owner: str | None = None  # who else runs step()
-        self._eos = frozenset(tokenizer.eos_ids if tokenizer else model.config.eos_token_id)
 
     @classmethod
     def load(cls, model: str | Path = "hadal-mini", **options: Any) -> Engine:
@@ -414,25 +377,7 @@ class Engine(OfflineApi):
         """
         params = params or SamplingParams(**self.sampling_defaults)
         ids, words = pack_token_ids(prompt_ids, self.vocab_size)
-        for field_name, tokens in (
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            if tokens and max(tokens) >= self.vocab_size:
-                raise RequestError(
-                    f"{field_name} names token id {max(tokens)}; ids go from 0 to {self.vocab_size - 1}",
-                    field_name,
-                )
-        if pooling is None:
-            max_tokens = resolve_max_tokens(len(ids), params.max_tokens, self.max_model_len)
-        else:
-            max_tokens = 0
-            resolve_max_tokens(len(ids), None, self.max_model_len + 1)
-            if pooling.layer > self.config.num_hidden_layers:
-                last = self.config.num_hidden_layers
-                raise RequestError(f"layer must be from -1 to {last}, not {pooling.layer}", "layer")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this engine has none", "stop")
+        max_tokens = self._checked(len(ids), params, pooling)
         request = Request(
             request_id if request_id is not None else f"request-{next(self._names)}",
             ids,
@@ -456,6 +401,28 @@ class Engine(OfflineApi):
         if params.grammar is not None:
             request.matcher = params.grammar()
         return request
+
+    def _checked(self, prompt_len: int, params: SamplingParams, pooling: PoolingParams | None) -> int:
+        """New tokens that a request may have, none of a pooling one. RequestError for what this model cannot
+        do."""
+        for field_name, tokens in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+        ):
+            if tokens and max(tokens) >= self.vocab_size:
+                raise RequestError(
+                    f"{field_name} names token id {max(tokens)}; ids go from 0 to {self.vocab_size - 1}",
+                    field_name,
+                )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this engine has none", "stop")
+        if pooling is None:
+            return resolve_max_tokens(prompt_len, params.max_tokens, self.max_model_len)
+        resolve_max_tokens(prompt_len, None, self.max_model_len + 1)
+        last = self.config.num_hidden_layers
+        if pooling.layer > last:
+            raise RequestError(f"layer must be from -1 to {last}, not {pooling.layer}", "layer")
+        return 0
 
     def _pool_weights(self, ids: Sequence[int], pooling: PoolingParams) -> NDArray[np.float32]:
         special: frozenset[int] = frozenset()
@@ -496,34 +463,8 @@ class Engine(OfflineApi):
 
     def stats(self) -> EngineStats:
         """Cheap, and safe from any thread (the numbers may be from different moments of a step)."""
-        scheduler, totals = self.scheduler, self._totals
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            cache_usage=scheduler.pages.usage,
-            cache_tokens=scheduler.pages.capacity * scheduler.pages.page_size,
-            preemptions=scheduler.stats.preemptions,
-            prefix_queries=scheduler.stats.prefix_queries,
-            prefix_hits=scheduler.stats.prefix_hits,
-            steps=totals.steps,
-            prompt_tokens=totals.prompt_tokens,
-            generation_tokens=totals.generation_tokens,
-            finished=dict(totals.finished),
-            speculation=None if self.speculation is None else self.speculation.snapshot(),
-            exact=self.exact,
-        )
-
-
-def _check_exact(model: Transformer) -> None:
-    """Raises EngineError, with the remedy, where exact mode cannot be kept on this machine and weights."""
-    why = unavailable(model.device, model.dtype)
-    packed = next((m.kind for m in model.modules() if isinstance(m, Packed)), None)
-    if why is None and packed is not None:
-        why = f"exact mode has no operations on {packed} weights; load them unquantised"
-    if why is None and any(isinstance(m, OffloadedExperts) for m in model.modules()):
-        why = "exact mode has no operations on offloaded experts; load the whole model"
-    if why is not None:
-        raise EngineError(why)
+        speculation = None if self.speculation is None else self.speculation.snapshot()
+        return self._totals.stats(self.scheduler, speculation, exact=self.exact)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hadal.engine.request import MAX_LOGPROBS, SamplingParams
+from hadal.engine.params import MAX_LOGPROBS, SamplingParams
 from hadal.serve.answer import Style
 from hadal.serve.constraints import Constraint, forced_tools, read_response_format
 from hadal.serve.errors import bad

@@ -15,7 +15,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hadal.engine.request import MAX_LOGPROBS, SamplingParams, TokenLogprob, Update
+from hadal.engine.params import MAX_LOGPROBS, SamplingParams
+from hadal.engine.updates import TokenLogprob, Update
 from hadal.serve.chat_request import stream_options
 from hadal.serve.constraints import Constraint, read_response_format
 from hadal.serve.errors import bad

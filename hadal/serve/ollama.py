@@ -17,7 +17,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from hadal.engine.request import MAX_LOGPROBS, SamplingParams, Update
+from hadal.engine.params import MAX_LOGPROBS, SamplingParams
+from hadal.engine.updates import Update
 from hadal.serve.answer import Answer, Delta, Style
 from hadal.serve.completions import fill_in
 from hadal.serve.constraints import Constraint, read_ollama_format

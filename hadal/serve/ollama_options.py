@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hadal.engine.request import INT32_MAX
+from hadal.engine.params import INT32_MAX
 from hadal.serve.errors import bad
 from hadal.serve.fields import Fields, shown
 from hadal.serve.sampling import SEED_HIGH, SEED_LOW, stops

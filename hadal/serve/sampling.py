@@ -7,14 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hadal.engine.request import (
-    INT32_MAX,
-    MAX_LOGIT_BIAS,
-    MAX_STOP_LENGTH,
-    MAX_STOPS,
-    RequestError,
-    SamplingParams,
-)
+from hadal.engine.errors import RequestError
+from hadal.engine.params import INT32_MAX, MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 from hadal.serve.errors import ApiError, bad, overloaded
 from hadal.serve.fields import Fields, shown
 
