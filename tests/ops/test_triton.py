@@ -17,6 +17,7 @@ from tests.helpers.kernels import (
     DEVICE,
     DTYPES,
     GATES,
+    cases,
     close,
     draw,
     in_the_interpreter,
@@ -131,8 +132,13 @@ def test_the_gate_of_one_token_with_its_norm(moe):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("hidden,width,n_experts,K", [(48, 20, 6, 2), (96, 48, 16, 4)])
+@pytest.mark.parametrize(
+    "tokens,hidden,width,n_experts,K",
+    cases(
+        [(1, 48, 20, 6, 2), (3, 96, 48, 16, 4), (40, 48, 20, 6, 2)],
+        *[(3, 48, 20, 6, 2), (1, 96, 48, 16, 4), (40, 96, 48, 16, 4)],
+    ),
+)
 def test_experts(tokens, hidden, width, n_experts, K, dtype):
     from hadal.ops.triton.experts import experts
 
@@ -209,8 +215,13 @@ def test_gqa_decode(heads, groups, width, dtype):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 3, 32])
-@pytest.mark.parametrize("outs,width", [(19, 33), (70, 130)])
+@pytest.mark.parametrize(
+    "rows,outs,width",
+    cases(
+        [(1, 19, 33), (3, 25, 70), (32, 19, 33)],
+        *[(3, 19, 33), (1, 70, 130), (3, 70, 130), (32, 70, 130)],
+    ),
+)
 def test_linear_of_few_rows(rows, outs, width, dtype):
     from hadal.ops.triton import linear as few
 

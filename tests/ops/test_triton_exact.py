@@ -41,7 +41,7 @@ def small_shares(monkeypatch):
     if CUDA or INTERPRETED:
         from hadal.ops.triton import exact as kernels
 
-        monkeypatch.setattr(kernels, "SHARE", 64)
+        monkeypatch.setattr(kernels, "SHARE", 64 if CUDA else kernels.KEYS)
         monkeypatch.setattr(kernels, "SHARE_BYTES", 1 << 18)
         if not CUDA:
             monkeypatch.setattr(invariant, "_kernels", lambda x: kernels)
@@ -69,7 +69,7 @@ def test_linear(rows, outs, width, dtype):
 def test_experts_and_gate(dtype):
     moe = tiny.V3.moe
     assert moe is not None
-    x, router, bias = draw(45, 40, dtype=dtype), draw(8, 40, dtype=dtype), draw(8)
+    x, router, bias = draw(45 if CUDA else 20, 40, dtype=dtype), draw(8, 40, dtype=dtype), draw(8)
     expert, weight, score = invariant.gate(x, router, bias, moe)
     want_expert, want_weight, want_score = gate_reference(x, router, bias, moe)
     order, want_order = expert.argsort(-1), want_expert.argsort(-1)
@@ -82,7 +82,7 @@ def test_experts_and_gate(dtype):
     want = experts_reference(*(t.double() if t.is_floating_point() else t for t in args))
     close(invariant.experts(*args), want, dtype)
     whole = invariant.experts(*args)
-    for n in (1, 2, 33):
+    for n in (1, 2, 33) if CUDA else (2,):
         part = invariant.experts(x[-n:], expert[-n:], weight[-n:], gate_up, down)
         assert CUDA is False or torch.equal(part, whole[-n:])
         close(part, want[-n:], dtype)
@@ -99,7 +99,7 @@ def test_logsumexp():
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
 def test_attention_has_one_form(kind, dtype):
     """Against the reference; packed, paged, in chunks and alone: equal bits, shares and turns included."""
-    lengths, page = ([5, 90, 1, 270] if CUDA else [3, 1, 67]), 16
+    lengths, page = ([5, 90, 1, 270] if CUDA else [3, 1, 35]), 16
     T, H, nope, rope_width, rank, values = sum(lengths), 2, 10, 12, 37, 9
     stream = stream_of(lengths)
     table = rope.rotation_table(rope.Rope(), rope_width, 300, DEVICE)
@@ -147,7 +147,7 @@ def test_whole_models(name):
     """Logits of a packed pass equal the CPU kernels' within rounding; with gradients they keep their bits."""
     config = replace(tiny.ALL[name], num_hidden_layers=2)
     model = random_model(config, seed=1).to(DEVICE)
-    many = [torch.randint(0, 120, (n,)).to(DEVICE) for n in (1, 6)]
+    many = [torch.randint(0, 120, (n,)).to(DEVICE) for n in ((1, 6) if CUDA else (1, 3))]
     lengths = [len(t) for t in many]
     with exact():
         with torch.no_grad():

@@ -8,7 +8,16 @@ import torch
 from hadal.ops import fp8_tiles as plain
 
 pytest.importorskip("triton")
-from tests.helpers.kernels import CUDA, DEVICE, DTYPE, error, in_the_interpreter, needs_hopper, needs_triton
+from tests.helpers.kernels import (
+    CUDA,
+    DEVICE,
+    DTYPE,
+    cases,
+    error,
+    in_the_interpreter,
+    needs_hopper,
+    needs_triton,
+)
 
 SHAPES = [(1, 16), (70, 136), (128, 256), (300, 200)]
 POWERS = [True, False]
@@ -63,11 +72,14 @@ def test_cut_anew_along_rows(shape):
 
 
 @needs_triton
-@pytest.mark.parametrize("tokens,width", [(1, 24), (150, 300), (300, 256)])
-def test_rows_by_expert(tokens, width):
+@pytest.mark.parametrize(
+    "tokens,width,n_experts", cases([(1, 24, 5), (33, 256, 5), (130, 136, 3)], (150, 300, 5), (300, 256, 5))
+)
+def test_rows_by_expert(tokens, width, n_experts):
+    """Experts without rows, with a part of a tile, and (130 tokens choose both of two) of two tiles."""
     from hadal.ops.triton import fp8_train
 
-    codes, rows = plain.quantise(draw(tokens, width), True), sorted_rows(tokens)
+    codes, rows = plain.quantise(draw(tokens, width), True), sorted_rows(tokens, n_experts)
     used = slice(0, int(rows.used) * 128)
     same(fp8_train.gather(codes, rows), plain.gather(codes, rows), used)
     same(fp8_train.columns(codes, rows), plain.columns(codes, rows), columns=used)

@@ -53,7 +53,7 @@ def test_streamed_linear(kind: Kind, rows: int, outs: int, width: int):
 
 @needs_triton
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows,outs,width", [(1, 19, 64), (2, 18, 416), (1, 8, 1184)])
+@pytest.mark.parametrize("rows,outs,width", [(1, 19, 64), (2, 18, 416), (1, 8, 1184 if CUDA else 544)])
 def test_a_row_or_two(kind: Kind, rows: int, outs: int, width: int):
     from hadal.ops.triton.packed_gemv import Config, linear, linear_pair, wants
 
@@ -80,7 +80,7 @@ def test_a_row_or_two(kind: Kind, rows: int, outs: int, width: int):
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_codes_in_all_places(kind: Kind):
     """A unit vector picks one column: every code comes out as itself, wherever it lies in its word."""
-    from hadal.ops.triton.packed_gemv import Config, linear
+    from hadal.ops.triton.packed_gemv import CHUNK, Config, linear
 
     values = {"int4": torch.arange(-8, 8), "int8": torch.arange(-127, 128)}.get(kind)
     if values is None:
@@ -94,10 +94,11 @@ def test_all_codes_in_all_places(kind: Kind):
     else:
         weight.codes.copy_(column.to(weight.codes.dtype))
     weight.scale.fill_(1.0)
-    for channel in range(33):
+    config = Config(64 if CUDA else 256, 64, 1)  # the interpreter takes its time for each program
+    for channel in range(33 if CUDA else CHUNK[kind] + 1):
         x = torch.zeros(1, 64, dtype=DTYPE, device=DEVICE)
         x[0, channel] = 1
-        assert torch.equal(linear(x, weight, dtype=torch.float32, config=Config(64, 64, 1))[0], column[:, 0])
+        assert torch.equal(linear(x, weight, dtype=torch.float32, config=config)[0], column[:, 0])
 
 
 @needs_triton
@@ -122,12 +123,12 @@ def test_dequantised_in_one_pass(kind: Kind):
     assert error(dequantise(weight, DTYPE), exact(weight)) < TOLERANCE[DTYPE] / 2
     x = draw(257, 77)
     assert error(linear(x, weight), x.double() @ exact(weight).T) < TOLERANCE[DTYPE]
-    stack = pack(draw(3, 40, 77), kind, rows=8)
+    stack = pack(draw(2, 24, 77), kind, rows=8)
     assert error(dequantise(stack, DTYPE), exact(stack)) < TOLERANCE[DTYPE] / 2
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind", kernels.cases(["int4"], "int8"))
 def test_experts_dequantised_for_many_rows(kind: Kind, monkeypatch):
     from hadal.ops.triton import packed
 
@@ -136,7 +137,7 @@ def test_experts_dequantised_for_many_rows(kind: Kind, monkeypatch):
     monkeypatch.setattr(packed, "dequantise", lambda w, dtype: used.append(w) or whole(w, dtype))
     monkeypatch.setattr(packed, "FEW_TOKENS", 8)
     monkeypatch.setattr(packed, "DEQUANTISED_ROWS", 16)
-    tokens, hidden, width, n_experts, K = 48, 64, 32, 3, 2
+    tokens, hidden, width, n_experts, K = 48, 32, 16, 3, 2
     x, residual = draw(tokens, hidden).bfloat16(), draw(tokens, hidden).bfloat16()
     gate_up = pack(draw(n_experts, 2 * width, hidden, scale=hidden**-0.5), kind)
     down = pack(draw(n_experts, hidden, width, scale=width**-0.5), kind)
@@ -196,9 +197,11 @@ def test_experts_and_the_shared_one(
     gate, up = (x.double() @ exact(shared[0]).T).chunk(2, -1)
     want = experts_reference(x.double(), expert, weight.double(), gate_up, down) + residual.double()
     want += (torch.nn.functional.silu(gate) * up) @ exact(shared[1]).T
-    ways = [expert_rows(x, expert, gate_up, down, False, shared=shared)]
-    monkeypatch.setattr(packed, "FOUND_PAIRS", 0)
-    ways.append(expert_rows(x, expert, gate_up, down, False, shared=shared))
+    ways = []
+    if CUDA or tokens > 2:
+        ways.append(expert_rows(x, expert, gate_up, down, False, shared=shared))
+        monkeypatch.setattr(packed, "FOUND_PAIRS", 0)
+        ways.append(expert_rows(x, expert, gate_up, down, False, shared=shared))
     if tokens <= 2:
         configs = () if CUDA else (packed_gemv.Config(32, 64, 1),) * 2
         ways.append(packed_gemv.experts(x, expert, gate_up, down, shared, parts, *configs))

@@ -128,7 +128,7 @@ def test_recomputation_keeps_the_bits_and_not_the_norm(dtype):
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens,latent,rope", [(1, 8, 4), (130, 128, 32), (5, 512, 64)])
+@pytest.mark.parametrize("tokens,latent,rope", [(1, 8, 4), (130 if CUDA else 40, 128, 32), (5, 512, 64)])
 def test_latent_entries(tokens, latent, rope, dtype):
     from hadal.ops.triton.train_norm import latent_entry
 
