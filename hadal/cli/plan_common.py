@@ -57,7 +57,7 @@ def model_of(name: str) -> tuple[str, ModelConfig, int]:
     """(name, shape, stated context) of a name, folder, repository or config.json."""
     from hadal.config import ModelConfig
     from hadal.plan.figures import PlanError
-    from hadal.plan.serving import config_of
+    from hadal.plan.known import config_of
 
     if name.endswith(".json"):
         try:

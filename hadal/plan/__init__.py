@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hadal.plan.answers import answer as answer
+    from hadal.plan.ask import Ask as Ask
+    from hadal.plan.ask import Running as Running
     from hadal.plan.figures import Figure as Figure
     from hadal.plan.figures import PlanError as PlanError
     from hadal.plan.layout import Layout as Layout
@@ -28,18 +30,17 @@ if TYPE_CHECKING:
     from hadal.plan.roofline import decode_step as decode_step
     from hadal.plan.roofline import efficiency as efficiency
     from hadal.plan.roofline import prefill as prefill
-    from hadal.plan.serving import Ask as Ask
-    from hadal.plan.serving import Running as Running
     from hadal.plan.serving import running as running
 
 _HOME = {
     "answers": ("answer",),
+    "ask": ("Ask", "Running"),
     "figures": ("Figure", "PlanError"),
     "layout": ("Layout",),
     "machines": ("Device", "Machine", "device", "parse"),
     "pipeline": ("bubble", "timeline"),
     "roofline": ("Work", "decode_step", "efficiency", "prefill"),
-    "serving": ("Ask", "Running", "running"),
+    "serving": ("running",),
 }
 __all__ = sorted(name for names in _HOME.values() for name in names)
 

@@ -15,6 +15,7 @@ from typing import Any
 from hadal.config import Mla, ModelConfig, Moe, Rope
 from hadal.plan import cost, pipeline, pretraining
 from hadal.plan.figures import data
+from hadal.plan.known import config_of
 from hadal.plan.layout import Layout
 from hadal.plan.machines import Machine, parse
 from hadal.plan.memory import CacheDtype, WeightDtype, cache_bytes_per_token, memory_bytes
@@ -26,7 +27,6 @@ from hadal.plan.roofline import (
     expert_parallel_bound,
     prefill,
 )
-from hadal.plan.serving import config_of
 from hadal.plan.training import TrainingShape, training_memory
 
 GIB = 2**30

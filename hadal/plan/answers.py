@@ -16,13 +16,15 @@ from typing import Any, get_args
 
 from hadal.config import PRESETS, ModelConfig, Preset
 from hadal.plan import accuracy, cost, pipeline, pretraining
+from hadal.plan.ask import Ask, Running
 from hadal.plan.figures import Figure, PlanError, PriceMissing, known_keys
+from hadal.plan.known import config_of
 from hadal.plan.layout import Layout
 from hadal.plan.machines import Machine, devices, parse
 from hadal.plan.memory import CACHE_DTYPES, DTYPES
 from hadal.plan.proposal import RECOMPUTE, propose
 from hadal.plan.roofline import LEVELS, efficiency
-from hadal.plan.serving import Ask, Running, config_of, running
+from hadal.plan.serving import running
 
 Json = Mapping[str, Any]
 _NUMBER = (int, float)

@@ -63,3 +63,8 @@ def known_keys(what: str, given: Mapping[str, Any], allowed: tuple[str, ...]) ->
     for key in given:
         if key not in allowed:
             raise PlanError(f"{what}: unknown key {key!r}.{suggest(str(key), allowed)}")
+
+
+def gb(n: float) -> str:
+    """Bytes for people, in GB or MB of powers of ten."""
+    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.0f} MB"

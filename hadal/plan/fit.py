@@ -4,7 +4,7 @@ what would fit.
     needed = weights + cache + workspace            (hadal/plan/memory.py has the arithmetic)
 
 All experts must be resident, or streamed from host memory or the files (offloading). One device holds the
-rest; a machine counts with 90% of its memory. More devices: hadal/plan/serving.py.
+rest; a machine counts with 90% of its memory. More devices: hadal/plan/placing.py.
 """
 
 from __future__ import annotations
