@@ -10,7 +10,8 @@
     rl            `hadal grpo`, by rl.toml
     examinations  held-out questions, after each
 
-Everything lies in OUT, and what is finished is kept: the same line again goes on. Results: OUT/r1-zero.json,
+Everything lies in OUT, and what is finished is kept: the same line again goes on. Seeds may run side by side
+with one OUT; a last call with all of them puts their results together. Results: OUT/r1-zero.json,
 OUT/r1-zero.png (where matplotlib is installed), a table and samples on the terminal. With `--save` the result
 goes to benchmarks/results, and its curves to docs/results, where later runs find them to be drawn beside
 their own.
@@ -217,6 +218,7 @@ class Study:
     prefix: str
     device: str
     overrides: Mapping[str, Sequence[str]]
+    minutes: float = 0.0  # for the whole of it: reinforcement learning ends in time; 0: no limit
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: float = 0.0  # of this process, over its threads
 
@@ -241,18 +243,20 @@ class Study:
         ):
             with self.timed("examinations"):
                 exams[name] = examine(folder, exam, recipe, samples, self.device)
+        recipe = self.in_time(recipe)
         with self.timed("rl"):
             written = self.out / "rl.json"
             written.write_text(json.dumps(recipe.to_dict(), indent=1) + "\n", encoding="utf-8")
             resumed = (self.out / "rl").exists()
             ended = grpo(written, out=self.out / "rl", resume=resumed, device=self.device)
-        if not ended.finished:
+        if not ended.finished and ended.reason != "time":
             raise SystemExit(f"stopped ({ended.reason}); the same line again goes on")
         with self.timed("examinations"):
             exams["rl"] = examine(self.out / "rl" / "export", exam, recipe, samples, self.device)
         found = {
-            "seed": self.seed, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds,
-            "threads": torch.get_num_threads(), "curves": curves(self.out / "rl" / "samples.jsonl"),
+            "seed": self.seed, "machine": common.machine(accelerator(self.device)),
+            "seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "threads": torch.get_num_threads(),
+            "planned": recipe.train.steps, "curves": curves(self.out / "rl" / "samples.jsonl"),
             "steps": steps(self.out / "rl" / "metrics.jsonl"),
             "exams": {name: dataclasses.asdict(one) for name, one in exams.items()},
         }  # fmt: skip
@@ -323,12 +327,25 @@ class Study:
             log=dataclasses.replace(recipe.log, samples=recipe.sample.prompts, samples_every=1),
         )
 
+    def in_time(self, recipe: grpo_recipe.GrpoRecipe) -> grpo_recipe.GrpoRecipe:
+        """With what `minutes` leaves, once the last examination, as long as the first, has its share."""
+        if not self.minutes:
+            return recipe
+        left = self.minutes - (sum(self.seconds.values()) + self.seconds["examinations"]) / 60
+        return dataclasses.replace(
+            recipe, train=dataclasses.replace(recipe.train, max_minutes=max(left, 0.1))
+        )
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         begun, worked = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
         self.cpu_seconds += time.process_time() - worked
+
+
+def accelerator(device: str) -> str:
+    return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
 
 
 def steps(metrics: Path) -> list[dict[str, Any]]:
@@ -445,18 +462,21 @@ def show(runs: Sequence[Mapping[str, Any]], prefix: str) -> None:
         print(f"seed {run['seed']}: {sum(run['seconds'].values()):.0f} s ({parts})")
 
 
-def result(runs: Sequence[Mapping[str, Any]], prefix: str, device: str) -> dict[str, Any]:
+def result(runs: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Any]:
     """The table in the form of benchmarks/results."""
+    last = [run["curves"][-1]["step"] for run in runs]
+    cut = [f"seed {run['seed']} {n}" for run, n in zip(runs, last, strict=True) if n < run.get("planned", n)]
+    early = f" Steps of reinforcement learning that time allowed: {', '.join(cut)}." if cut else ""
     columns, rows = table(runs, prefix)
     walls = ", ".join(f"{sum(run['seconds'].values()):.0f}" for run in runs)
     cpus = ", ".join(f"{run['cpu_seconds']:.0f}" for run in runs)
     seeds = ", ".join(str(run["seed"]) for run in runs)
     return {
-        "machine": common.machine(device),
+        "machine": runs[-1].get("machine") or common.machine("cpu"),
         "title": f"R1-Zero in minutes (recipes/r1-zero/{prefix}*.toml), seeds {seeds}: mean ± deviation",
         "columns": columns, "rows": rows,
         "notes": f"A seed, from texts to the last examination, took {walls} s of wall clock and {cpus} s of "
-        f"processor time, with {runs[0]['threads']} thread(s).",
+        f"processor time, with {runs[0]['threads']} thread(s).{early}",
     }  # fmt: skip
 
 
@@ -476,6 +496,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="overrides",
                         metavar="RECIPE:SECTION.KEY=VALUE", help="such as rl:train.steps=20")  # fmt: skip
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=0.0,
+                        help="of each seed; reinforcement learning ends in time for its exam")  # fmt: skip
     parser.add_argument("--save", action="store_true", help="keep result and curves in the repository")
     args = parser.parse_args()
     prefix = "" if args.recipes == "cpu" else f"{args.recipes}-"
@@ -495,7 +517,7 @@ def main() -> int:
     for seed in args.seeds:
         folder = out / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        runs.append(Study(folder, seed, prefix, device, overrides).go())
+        runs.append(Study(folder, seed, prefix, device, overrides, args.minutes).go())
         kept = [run for run in kept_runs(name) if run["seed"] not in args.seeds]
         (out / "r1-zero.json").write_text(
             json.dumps({"runs": runs}, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -504,7 +526,7 @@ def main() -> int:
     show(runs, prefix)
     print(out / "r1-zero.png" if drawn else "no picture: it needs matplotlib (pip install 'hadal[train]')")
     if args.save:
-        found = result(runs, prefix, "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+        found = result(runs, prefix)
         common.save(name.replace("-", "_"), found)
         KEPT.mkdir(parents=True, exist_ok=True)
         (KEPT / f"{name}.json").write_text(
