@@ -190,6 +190,20 @@ def fp8_training(width: int, power: bool) -> None:
     op.transposed(op.quantise_weight(torch.empty(4, 2 * width, 2048, dtype=BF16), power))
 
 
+def fp8_training_swiglu(power: bool) -> None:
+    from hadal.ops import fp8_tiles
+    from hadal.ops.triton import fp8_swiglu_gluon
+    from hadal.ops.triton.fp8_train import _empty
+
+    rows, width = fp8_tiles.sort_rows(torch.zeros(256, 1, dtype=torch.int64), 4), 1408
+    R, device = rows.token_R.numel(), rows.used.device
+    kept = fp8_tiles.Codes(torch.empty(R, 2 * width, dtype=FP8), torch.empty(22, R), True)
+    for where, w in ((rows, torch.empty(R)), (None, None)):
+        out = (_empty(2 * width, R, power, device), _empty(width, R, power, device), torch.empty(11, R))
+        dh, d = torch.empty(R, width, dtype=BF16), _empty(R, 2 * width, power, device)
+        fp8_swiglu_gluon.swiglu_backward(kept, dh, w, where, d, *out)
+
+
 def fp8_training_products() -> None:
     from hadal.ops import fp8_tiles
     from hadal.ops.triton import fp8_outer_gluon
@@ -384,6 +398,8 @@ CASES: dict[str, tuple[Callable[..., None], tuple[Any, ...], int]] = {
     "FP8 training, experts": (fp8_training, (1408, True), 11),
     "FP8 training, V3's scales": (fp8_training, (1408, False), 11),
     "FP8 training, odd widths": (fp8_training, (10944, True), 13),
+    "FP8 training, SwiGLU in Gluon": (fp8_training_swiglu, (True,), 2),
+    "FP8 training, SwiGLU in Gluon, scales as they come": (fp8_training_swiglu, (False,), 2),
     "FP8 training, products": (fp8_training_products, (), 8),
     "FP8 training, small layers": (fp8_training_small, (), 4),
     "gate": (gate, (), 5),

@@ -129,13 +129,15 @@ def close(codes, want, rows: slice | None = None, columns: slice | None = None) 
 
 @needs_triton
 @pytest.mark.parametrize("power", POWERS)
-@pytest.mark.parametrize("width", [96, 128, 256])
+@pytest.mark.parametrize(
+    "width,tokens", [(96, 150), (128, 150), (256, 150), pytest.param(512, 2048, marks=needs_hopper)]
+)  # the last: on Hopper in Gluon, several tiles a program
 @pytest.mark.parametrize("experts", [False, True])
-def test_swiglu_both_ways(width, experts, power):
+def test_swiglu_both_ways(width, tokens, experts, power):
     from hadal.ops.triton import fp8_train
 
-    rows = sorted_rows(150) if experts else None
-    R = 150 if rows is None else rows.token_R.numel()
+    rows = sorted_rows(tokens) if experts else None
+    R = tokens if rows is None else rows.token_R.numel()
     used = slice(0, R if rows is None else int(rows.used) * 128)
     weight_R = None if rows is None else torch.rand(R, device=DEVICE).masked_fill_(rows.token_R < 0, 0)
     x, dh = draw(R, 2 * width), draw(R, width, scale=1e-7)

@@ -26,6 +26,7 @@ from hadal.ops.fp8_tiles import Codes, Rows, Weight
 from hadal.ops.triton.fp8_train_products import matmul as matmul
 from hadal.ops.triton.fp8_train_products import outer as outer
 from hadal.ops.triton.fp8_train_products import outer_into as outer_into
+from hadal.ops.triton.pdl import on_hopper
 from hadal.ops.triton.sizes import ceil_div, power_of_2
 
 GROUP = tl.constexpr(128)
@@ -400,6 +401,14 @@ def _swiglu_backward_kernel(
         )  # fmt: skip
 
 
+def _in_gluon(dh_RI: Tensor) -> bool:
+    if not on_hopper(dh_RI.device):
+        return False
+    from hadal.ops.triton import fp8_swiglu_gluon
+
+    return fp8_swiglu_gluon.takes(dh_RI)
+
+
 def swiglu_backward(
     kept: Codes, dh_RI: Tensor, weight_R: Tensor | None, power: bool, rows: Rows | None
 ) -> tuple[Codes, Codes, Codes, Tensor | None]:
@@ -419,7 +428,11 @@ def swiglu_backward(
     else:
         plain = torch.empty((R, 2 * width), dtype=dh_RI.dtype, device=device)
         out = (plain,) * 4
-    if R:
+    if whole and _in_gluon(dh_RI):
+        from hadal.ops.triton import fp8_swiglu_gluon
+
+        fp8_swiglu_gluon.swiglu_backward(kept, dh_RI, weight_R, rows, d, across, hidden, dweight)
+    elif R:
         _swiglu_backward_kernel[(padded // TILE, groups)](
             *kept[:2], dh_RI, dweight if weight_R is None else weight_R,
             dweight if rows is None else rows.used, *out, *hidden[:2], dweight, width, R, padded,
