@@ -158,6 +158,28 @@ def test_an_update_is_the_gradient_of_the_whole_mini_batch(tmp_path: Path) -> No
     assert found[0].abs().max() > 1e-4
 
 
+def test_nothing_but_the_temperature_stands_between_sampler_and_trainer(tmp_path: Path) -> None:
+    """A folder's settings for its users (top_p, top_k, a temperature) are not those of roll-outs, and no
+    recipe can ask for a cut: the trainer would score another distribution than the one drawn from."""
+    start = base(tmp_path / "base")
+    settings = {"do_sample": True, "temperature": 0.3, "top_p": 0.2, "top_k": 1, "min_p": 0.5}
+    (start / "generation_config.json").write_text(json.dumps(settings))
+    path = recipe(tmp_path / "r", start, sample={"temperature": 0.8})
+    for key in ("top_p", "top_k", "min_p", "repetition_penalty"):
+        with pytest.raises(RecipeError, match=key):
+            load(path, [f"sample.{key}=1"])
+    with open_run(path, False, (), tmp_path / "run", "cpu", QUIET) as one:
+        sampler = one.policy.sampler
+        params = sampler._params(4, 1)
+        assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.8, 1.0, 0, 0.0)
+        assert not params.has_penalties and not params.logit_bias
+        assert (sampler.law.temperature, sampler.law.bias) == (0.8, ())
+        rollout, stats = one.policy.step()
+        first = {answer.token_ids[0] for group in rollout.groups for answer in group.answers}
+    assert len(first) > 4, "top_k of the folder's settings would leave one token a prompt"
+    assert stats.gap_max is not None and stats.gap_max < 1e-3
+
+
 def test_the_recipe_teaches(tmp_path: Path) -> None:
     path = recipe(tmp_path / "r", base(tmp_path / "base"))
     for override, words in (
