@@ -14,7 +14,7 @@ from hadal.ops.recompute import KINDS
 from hadal.post import rewards
 from hadal.post.lora import LoraRecipe
 from hadal.post.objectives import VARIANTS, PolicyObjective
-from hadal.post.sft_recipe import FORMATS, BaseRecipe
+from hadal.post.sft_recipe import BaseRecipe, TunedExportRecipe, TunedMtpRecipe
 from hadal.post.tasks import TaskRecipe
 from hadal.train.recipe import OptimizerRecipe, RunRecipe
 
@@ -146,16 +146,6 @@ class GrpoOptimizerRecipe(OptimizerRecipe):
 
 
 @dataclass(frozen=True)
-class GrpoMtpRecipe:
-    """`[mtp]`: the modules learn the policy's completions, so that their drafts keep up."""
-
-    weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        require(self.weight >= 0, "mtp.weight", self.weight, "0 or more")
-
-
-@dataclass(frozen=True)
 class GrpoLogRecipe:
     """`[log]`."""
 
@@ -181,20 +171,6 @@ class GrpoCheckpointRecipe:
 
 
 @dataclass(frozen=True)
-class GrpoExportRecipe:
-    """`[export]`."""
-
-    format: str = "auto"
-    adapters: bool = False
-    max_shard_mib: int = 5120
-
-    def __post_init__(self) -> None:
-        known = " or ".join(f'"{name}"' for name in FORMATS)
-        require(self.format in FORMATS, "export.format", self.format, known)
-        require(self.max_shard_mib >= 1, "export.max_shard_mib", self.max_shard_mib, "at least 1")
-
-
-@dataclass(frozen=True)
 class GrpoRecipe:
     """A whole run of `hadal grpo`. `reward`: the [[reward]] tables as given (docs/rewards.md)."""
 
@@ -208,10 +184,10 @@ class GrpoRecipe:
     sample: SampleRecipe = field(default_factory=SampleRecipe)
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     optimizer: GrpoOptimizerRecipe = field(default_factory=GrpoOptimizerRecipe)
-    mtp: GrpoMtpRecipe = field(default_factory=GrpoMtpRecipe)
+    mtp: TunedMtpRecipe = field(default_factory=TunedMtpRecipe)
     log: GrpoLogRecipe = field(default_factory=GrpoLogRecipe)
     checkpoint: GrpoCheckpointRecipe = field(default_factory=GrpoCheckpointRecipe)
-    export: GrpoExportRecipe = field(default_factory=GrpoExportRecipe)
+    export: TunedExportRecipe = field(default_factory=TunedExportRecipe)
 
     def __post_init__(self) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "at least one [[tasks]] table (docs/rewards.md)")

@@ -102,8 +102,8 @@ class SftRateRecipe:
 
 
 @dataclass(frozen=True)
-class SftMtpRecipe:
-    """`[mtp]`: the modules go on being trained, so that their drafts keep up."""
+class TunedMtpRecipe:
+    """`[mtp]`: the modules learn the same answers, so that their drafts keep up."""
 
     weight: float = 0.1  # λ; V3's at its end
 
@@ -120,17 +120,24 @@ class SftBalanceRecipe:
 
 
 @dataclass(frozen=True)
-class SftExportRecipe:
-    """`[export]`."""
+class TunedExportRecipe:
+    """`[export]`: how a tuned model is written."""
 
     format: str = "auto"  # "fp8", "bfloat16" or "float32"; "auto": as the model came
     adapters: bool = False  # with LoRA: A and B too, as PEFT's files in export-adapters/
-    every_steps: int = 0
     max_shard_mib: int = 5120
 
     def __post_init__(self) -> None:
         known = " or ".join(f'"{name}"' for name in FORMATS)
         require(self.format in FORMATS, "export.format", self.format, known)
+        require(self.max_shard_mib >= 1, "export.max_shard_mib", self.max_shard_mib, "at least 1")
+
+
+@dataclass(frozen=True)
+class SftExportRecipe(TunedExportRecipe):
+    """`[export]`, also on the way."""
+
+    every_steps: int = 0  # 0: only at the end
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class SftRecipe:
     lora: LoraRecipe = field(default_factory=LoraRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     balance: SftBalanceRecipe = field(default_factory=SftBalanceRecipe)
-    mtp: SftMtpRecipe = field(default_factory=SftMtpRecipe)
+    mtp: TunedMtpRecipe = field(default_factory=TunedMtpRecipe)
     ema: EmaRecipe = field(default_factory=EmaRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)

@@ -16,9 +16,10 @@ import gradio as gr
 
 from hadal.ui import models as about
 from hadal.ui.answer import Runs
-from hadal.ui.api import Client, Model, ServerError, presented_key
+from hadal.ui.api import Client, Model, ServerError
 from hadal.ui.conversation import UNTITLED, Conversation, ConversationError, messages, title_of, turn_at
 from hadal.ui.settings import DEFAULTS, SettingsError, from_panel
+from hadal.ui.visit import RAW, key_of
 
 LATEX: list[dict[str, str | bool]] = [
     {"left": "$$", "right": "$$", "display": True},
@@ -35,9 +36,6 @@ WELCOME = (
     '<div class="hadal-welcome"><span class="hadal-mark"></span><h1>Hadal</h1>'
     "<p>A DeepSeek model that shows its reasoning.</p></div>"
 )
-# preprocess=False: values are checked here (read, from_panel). Gradio would check them against a session that
-# forgets the list of models when the server restarts.
-HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
 
 Update = tuple[Any, Any, Any]
 
@@ -188,18 +186,18 @@ class ChatPage:
             self.settings,
             [self.current, self.left, *self.settings],
             js="(...v) => window.hadal.boot(v)",
-            **HIDDEN,
+            **RAW,
         )
-        shown = start.then(self.show, self.current, [self.chat], **HIDDEN)
-        shown = shown.then(None, None, [], js="() => window.hadal.settled()", **HIDDEN)
-        shown.then(self.connect, [self.model, self.key], facts, **HIDDEN)
-        gr.on([self.key.submit, self.key.blur], self.connect, [self.model, self.key], facts, **HIDDEN)
-        self.model.input(self.connect, [self.model, self.key], facts, **HIDDEN)
-        keep: dict[str, Any] = {"js": "(...v) => { window.hadal.keep(v); return []; }", **HIDDEN}
+        shown = start.then(self.show, self.current, [self.chat], **RAW)
+        shown = shown.then(None, None, [], js="() => window.hadal.settled()", **RAW)
+        shown.then(self.connect, [self.model, self.key], facts, **RAW)
+        gr.on([self.key.submit, self.key.blur], self.connect, [self.model, self.key], facts, **RAW)
+        self.model.input(self.connect, [self.model, self.key], facts, **RAW)
+        keep: dict[str, Any] = {"js": "(...v) => { window.hadal.keep(v); return []; }", **RAW}
         gr.on([c.input for c in self.settings], None, self.settings, [], **keep)
         back = [c for c in self.settings if c not in (self.model, self.key)]
         self.reset.click(
-            lambda: [v if v is not None else "" for v in astuple(DEFAULTS)[1:-1]], None, back, **HIDDEN
+            lambda: [v if v is not None else "" for v in astuple(DEFAULTS)[1:-1]], None, back, **RAW
         ).then(None, self.settings, [], **keep)
 
     def _wire_talk(self) -> None:
@@ -211,34 +209,32 @@ class ChatPage:
             (self.chat.edit, self.edit, []),
         )
         for event, handler, extra in streams:
-            event(handler, [*extra, self.current, *self.settings], outputs, concurrency_limit=None, **HIDDEN)
-        self.box.stop(self.halt, None, None, **HIDDEN)
-        self.chat.undo(self.undo, self.current, outputs, **HIDDEN)
-        self.chat.clear(self.halt, None, None, **HIDDEN).then(self.clear, self.current, outputs, **HIDDEN)
+            event(handler, [*extra, self.current, *self.settings], outputs, concurrency_limit=None, **RAW)
+        self.box.stop(self.halt, None, None, **RAW)
+        self.chat.undo(self.undo, self.current, outputs, **RAW)
+        self.chat.clear(self.halt, None, None, **RAW).then(self.clear, self.current, outputs, **RAW)
 
     def _wire_list(self) -> None:
-        self.current.change(None, self.current, self.list, js="(c) => window.hadal.save(c)", **HIDDEN)
+        self.current.change(None, self.current, self.list, js="(c) => window.hadal.save(c)", **RAW)
 
         def switch(event: Any, js: str, inputs: Any) -> None:
             """Stop what runs, let the browser choose the conversation, show it."""
-            step = event(self.halt, None, None, **HIDDEN)
-            step = step.then(None, inputs, [self.current, self.list, self.title], js=js, **HIDDEN)
-            step = step.then(self.show, self.current, self.chat, **HIDDEN)
-            step.then(None, None, [], js="() => window.hadal.settled()", **HIDDEN)
+            step = event(self.halt, None, None, **RAW)
+            step = step.then(None, inputs, [self.current, self.list, self.title], js=js, **RAW)
+            step = step.then(self.show, self.current, self.chat, **RAW)
+            step.then(None, None, [], js="() => window.hadal.settled()", **RAW)
 
         switch(self.new.click, "() => window.hadal.fresh()", None)
         switch(self.list.input, "(id) => window.hadal.open(id)", self.list)
         switch(self.delete.click, "(c) => window.hadal.remove(c)", self.current)
-        self.export.click(
-            None, self.current, [], js="(c) => { window.hadal.download(c); return []; }", **HIDDEN
-        )
-        self.rename.click(None, self.current, self.title, js="(c) => window.hadal.askTitle(c)", **HIDDEN)
+        self.export.click(None, self.current, [], js="(c) => { window.hadal.download(c); return []; }", **RAW)
+        self.rename.click(None, self.current, self.title, js="(c) => window.hadal.askTitle(c)", **RAW)
         self.title.submit(
             None,
             [self.current, self.title],
             [self.current, self.title],
             js="(c, title) => window.hadal.rename(c, title)",
-            **HIDDEN,
+            **RAW,
         )
 
     # ── handlers ──
@@ -246,7 +242,7 @@ class ChatPage:
     async def connect(self, request: gr.Request, chosen: str | None, key: str | None) -> tuple[Any, ...]:
         """Ask the server for its models; say what the chosen one is."""
         try:
-            offered = await self.client.models(_key(key, request))
+            offered = await self.client.models(key_of(key, request))
         except ServerError as error:
             alarm = gr.HTML(value=f'<span class="hadal-alarm">{html.escape(str(error))}</span>')
             wanted = ["hadal-wanted"] if error.status == 401 else []
@@ -313,7 +309,7 @@ class ChatPage:
     ) -> AsyncIterator[Update]:
         try:
             settings = from_panel(values)
-            settings = replace(settings, key=_key(settings.key, request))
+            settings = replace(settings, key=key_of(settings.key, request))
             model = self.offered.get(settings.model or "")
             if model and not model.lets_choose_thinking:
                 settings = replace(settings, thinking=None)
@@ -345,8 +341,3 @@ class ChatPage:
         conversation.turns.clear()
         conversation.updated = time.time()
         return [], conversation.to_dict(), gr.skip()
-
-
-def _key(typed: str | None, request: gr.Request) -> str:
-    """The visitor's key: typed into the panel, or else the one with which the browser opened this page."""
-    return (typed or "").strip() or presented_key(str(request.headers.get("authorization") or ""))

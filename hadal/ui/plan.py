@@ -9,18 +9,12 @@ from typing import Any
 import gradio as gr
 
 from hadal.ui import plan_view as view
-from hadal.ui.api import Client, ServerError, presented_key
+from hadal.ui.api import Client, ServerError
 from hadal.ui.plan_view import QuestionError
+from hadal.ui.visit import RAW, key_of
 
-# As in chat.py: raw values, which the planner itself judges. "always_last": of a slider's many values while
-# one answer is being made, the last is asked for next.
-LIVE: dict[str, Any] = {
-    "show_progress": "hidden",
-    "api_visibility": "private",
-    "preprocess": False,
-    "trigger_mode": "always_last",
-    "concurrency_limit": None,
-}
+# "always_last": of a slider's many values while one answer is being made, the last is asked for next.
+LIVE: dict[str, Any] = {**RAW, "trigger_mode": "always_last", "concurrency_limit": None}
 FIRST: dict[str, Any] = {"model": "deepseek-v3", "device": "h200", "count": 8, "batch": 32}
 WAITING = '<p class="hadal-small">Reckoning …</p>'
 
@@ -217,8 +211,3 @@ class PlanPage:
             return view.training_html(await self._answer(request, key, question))
         except (QuestionError, ServerError) as error:
             return view.alarm(str(error))
-
-
-def key_of(kept: str | None, request: gr.Request) -> str:
-    """The visitor's key: kept by the chat page in the browser, or the one that opened this page."""
-    return (kept or "").strip() or presented_key(str(request.headers.get("authorization") or ""))

@@ -14,11 +14,11 @@ import gradio as gr
 
 from hadal.ui import probe_view as view
 from hadal.ui.api import Client, ServerError
-from hadal.ui.plan import key_of
 from hadal.ui.probe_view import ProbeInputError, Seen
+from hadal.ui.visit import QUIET, key_of
 
 KEPT_S = 3600
-LIVE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+LIVE: dict[str, Any] = {**QUIET, "concurrency_limit": None}
 POOLINGS = (("mean of the tokens", "mean"), ("last token", "last"), ("later tokens weigh more", "weighted"))
 NOTHING = '<p class="hadal-small">Write texts, one a line, and press Look.</p>'
 Shown = tuple[str, str, str]
