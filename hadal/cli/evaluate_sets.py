@@ -76,8 +76,16 @@ def sampled_puzzles(asked: Asked, load: Load) -> None:
 
 def _judging(asked: Asked, chat: bool = True) -> Judging:
     from hadal.evals.judges import EXTRACT, Judging
+    from hadal.post.rewards import RewardError
+    from hadal.post.rewards.text import check_rules
 
-    rules = tuple(rule.strip() for rule in asked.extract.split(",")) if asked.extract else EXTRACT
+    rules: tuple[str, ...] = EXTRACT
+    if asked.extract is not None:
+        rules = tuple(rule.strip() for rule in asked.extract.split(","))
+        try:
+            check_rules(rules)
+        except RewardError as error:
+            raise CliError(f"--{error}", 2) from None
     return Judging(rules, "block" if chat else "raw", asked.timeout, asked.isolation)
 
 

@@ -32,6 +32,18 @@ def require(ok: bool, key: str, value: object, want: str) -> None:
         raise RecipeError(f"{key} is {value!r}; it must be {want}")
 
 
+def half_character(value: Any) -> str:
+    r"""Which half of a character some text in plain data holds, and what to do; empty if none. JSON can write
+    one ("\ud800", cut out of a pair), but it is no Unicode, and no tokenizer reads it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        before = error.object[max(0, error.start - 20) : error.start]
+        code = ord(error.object[error.start])
+        return f"a lone surrogate U+{code:04X} behind {before!r}: half a character; write the whole one"
+    return ""
+
+
 def read_toml(
     path: Path, overrides: Sequence[str] = (), example: str = "data-example", *, sections_only: bool = False
 ) -> dict[str, Any]:

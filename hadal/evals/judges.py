@@ -75,10 +75,12 @@ class Judge:
             self.close()
             raise
 
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Hold the problems against what their rewards need. Raises RewardError."""
+    def check(self, problems: Sequence[Problem], *, golds: bool = True) -> None:
+        """Hold the problems against what their rewards need and (golds) can read. Raises RewardError, naming
+        place and value."""
         for kind, rewards in self._rewards.items():
-            rewards.check(_record(problem) for problem in problems if problem.kind == kind)
+            mine = ((problem.place, _record(problem)) for problem in problems if problem.kind == kind)
+            rewards.check_set(mine, golds=golds)
 
     def judge(
         self, asked: Sequence[Problem], completions: Sequence[Completion], progress: Progress | None = None

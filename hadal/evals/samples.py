@@ -342,5 +342,5 @@ def own_solutions(
     with contextlib.ExitStack() as stack:
         if judge is None:  # HumanEval's own continue the prompt
             judge = stack.enter_context(Judge(kinds, replace(judging, code="raw")))
-        judge.check(problems)
+        judge.check(problems, golds=False)  # what cannot be read is judged wrong, each by its name
         return judge.judge(problems, asked, progress)

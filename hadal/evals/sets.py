@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class SetError(RecipeError):
 class Problem:
     """One problem. messages: what is asked, in a chat. text: the same as text to continue. record: for the
     reward. group: the row of the results that it belongs to. solution: the set's own answer as a completion,
-    None where it has none."""
+    None where it has none. place: where it stands."""
 
     number: int
     name: str
@@ -53,6 +53,7 @@ class Problem:
     text: str
     record: Mapping[str, Any]
     solution: str | None
+    place: str = ""
 
 
 def read_set(path: str | Path, *, instruction: str | None = None, limit: int = 0) -> list[Problem]:
@@ -65,10 +66,12 @@ def read_set(path: str | Path, *, instruction: str | None = None, limit: int = 0
         raise SetError(str(error)) from None
     found = []
     for number, (line, record) in enumerate(records):
+        place = f"{path}, line {line}"
         try:
-            found.append(_problem(number, record, instruction, path.name.partition(".")[0]))
+            problem = _problem(number, record, instruction, path.name.partition(".")[0])
         except (RecipeError, KeyError, TypeError, AttributeError) as error:
-            raise SetError(f"{path}, line {line}: {error}") from None
+            raise SetError(f"{place}: {error}") from None
+        found.append(replace(problem, place=place))
     return found
 
 
@@ -93,6 +96,7 @@ def puzzle_problems(samples: Sequence[Sample]) -> list[Problem]:
             text=one.prompt,
             record={"puzzle": as_record(one)},
             solution=one.completion,
+            place=f"puzzle {one.task}/{number}",
         )
         for number, one in enumerate(samples)
     ]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hadal.data.reading import DataError
+from hadal.data.strict import half_character
 from hadal.text.messages import TemplateError
 from hadal.text.templates import Part, Parts, Template
 from hadal.text.tokenizer import Tokenizer
@@ -83,6 +84,8 @@ def _conversation(line: bytes, place: str) -> Conversation:
         held = list(row)[:8] if isinstance(row, dict) else type(row).__name__
         hint = next((f"; {h}" for key, h in _OTHER_FORMS.items() if isinstance(row, dict) and key in row), "")
         raise DataError(f'{place} has no list "messages"; it holds {held}{hint}')
+    if half := half_character(row):
+        raise DataError(f"{place} holds {half}")
     return Conversation(place, row["messages"], row.get("tools"))
 
 

@@ -85,6 +85,7 @@ def open_run(
     resolved = recipe.to_dict() | {"started": dataclasses.asdict(started)}
     changed = changed_since(recipe, started, from_dict)
     with rewards.Rewards(rewards.read(recipe.reward), judge=judge, model=model) as judged:
+        judged.check_set(prompts.placed())
         make = partial(GrpoRun, recipe, base, folder, device_of(device), prompts, judged, console)
         with opened(folder, resolved, resume, changed, make, console) as run:
             yield run

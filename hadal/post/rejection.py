@@ -278,6 +278,7 @@ def sampled(
     """The whole stage, with an engine that is open. `model`: its digest. Returns the report."""
     prompts: Prompts = Prompts(recipe.tasks, recipe.seed)
     with Rewards(rewards.read(recipe.reward)) as judge:
+        judge.check_set(prompts.placed())
         return write(name, folder, draw(engine, recipe, prompts, judge, tell), recipe, model)
 
 

@@ -24,14 +24,14 @@ import gzip
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from hadal.data.puzzles import LANGUAGES, SPLITS, sample
 from hadal.data.puzzles.mixture import check_name
-from hadal.data.strict import RecipeError, build, require
+from hadal.data.strict import RecipeError, build, half_character, require
 from hadal.post.rewards import gym
 from hadal.post.rewards.protocol import RewardError
 from hadal.post.rewards.rules import as_record
@@ -149,6 +149,8 @@ def read_jsonl(path: str | Path) -> list[tuple[int, Record]]:
                 raise RecipeError(f"{path}, line {number} is not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise RecipeError(f"{path}, line {number} is no JSON object")
+            if half := half_character(record):
+                raise RecipeError(f"{path}, line {number} holds {half}")
             found.append((number, record))
     if not found:
         raise RecipeError(f"{path} holds no record")
@@ -184,9 +186,9 @@ class Listed:
     def __init__(self, recipe: TaskRecipe) -> None:
         raw = read_jsonl(recipe.path)[: recipe.size or None]
         form = _FORMS.get(recipe.source, lambda record: record)
-        self.records = []
-        for line, record in raw:
-            where = f"{recipe.path}, line {line}"
+        self.records: list[Record] = []
+        self.places = [f"{recipe.path}, line {line}" for line, _ in raw]
+        for where, (_, record) in zip(self.places, raw, strict=True):
             try:
                 self.records.append(check(form(record), where))
             except RecipeError as error:
@@ -266,14 +268,24 @@ class Prompts:
     def record(self, number: int) -> Record:
         """Prompt number `number`; a function of the recipe and the number."""
         table, place = self._place(number)
-        source, recipe = self.sources[table], self.recipes[table]
+        source = self.sources[table]
         epoch, index = divmod(place, len(source))
         if isinstance(source, Listed):
             index = self._shuffled(table, epoch)[index]
-        record = source[index]
-        name = recipe.task or recipe.name or recipe.source
-        record["task"] = recipe.task or record.get("task") or name
-        return _with_instruction(record, recipe.instruction)
+        return self._asked(table, source[index])
+
+    def _asked(self, table: int, record: Record) -> Record:
+        """A record of a table with its task and instruction."""
+        recipe = self.recipes[table]
+        task = recipe.task or record.get("task") or recipe.name or recipe.source
+        return _with_instruction({**record, "task": task}, recipe.instruction)
+
+    def placed(self) -> Iterator[tuple[str, Record]]:
+        """(where it stands, record) of all records of files; what is procedural is sound by its making."""
+        for table, source in enumerate(self.sources):
+            if isinstance(source, Listed):
+                for place, record in zip(source.places, source.records, strict=True):
+                    yield place, self._asked(table, dict(record))
 
     def records(self, first: int, count: int) -> list[Record]:
         """Prompts `first` to `first + count − 1`."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from hadal.data.strict import half_character
 from hadal.probe.backends import Item
 from hadal.probe.extract import ProbeError
 from hadal.probe.pooling import Spans, find_span
@@ -43,6 +44,8 @@ def read_items(
         if line.strip():
             try:
                 row = json.loads(line)
+                if half := half_character(row):
+                    raise ProbeError(f"it holds {half}")
                 items.append(_item(row, len(items), text_field, id_field, span_field))
             except (ProbeError, ValueError, RecursionError) as error:
                 raise ProbeError(f"{path.name}, line {number}: {error}") from None

@@ -126,6 +126,7 @@ def test_faults_are_one_line(
         ('{"text": "I know", "word": null}', "a span is"),
         ('{"txt": "I know", "word": "I"}', "no text under 'text'"),
         ("{", "line 1"),
+        ('{"text": "\\ud800"}', "line 1: it holds a lone surrogate U+D800"),
         ("[1]", "no text"),
     ],
 )

@@ -232,6 +232,9 @@ def test_puzzles_are_sampled_on_demand(loaded: Engine, capsys: pytest.CaptureFix
 def test_a_sets_own_answers(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = hadal(capsys, "eval", "--set", str(own), "--check")
     assert shown.status == 0 and "3 of 3 own answers are judged right" in shown.out
+    for rules, named in (("boxed,first", "'first'"), ("", "''")):
+        refused = hadal(capsys, "eval", "--set", str(own), "--check", "--extract", rules)
+        assert refused.status == 2 and f"hadal: --extract names {named}; rules: boxed," in refused.err
 
 
 @pytest.mark.parametrize(

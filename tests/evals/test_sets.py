@@ -98,6 +98,12 @@ def test_what_cannot_be_asked_is_named(record: dict[str, Any], complaint: str, t
     assert complaint in str(caught.value)
 
 
+def test_half_a_character_is_named_with_its_line(tmp_path: Path) -> None:
+    path = written(tmp_path / "half.jsonl", [GSM8K, {"prompt": "a \ud83d?", "answer": "2"}])
+    with pytest.raises(SetError, match=r"half\.jsonl, line 2 holds a lone surrogate U\+D83D behind .*a '"):
+        read_set(path)
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(SetError, match="cannot be read"):
         read_set(tmp_path / "none.jsonl")
@@ -125,6 +131,19 @@ def test_own_answers_are_judged_by_the_verifiers(tmp_path: Path, judge: Judge) -
     nothing = written(tmp_path / "io.jsonl", [{"prompt": "1", "io": [{"input": "", "output": "1"}]}])
     with pytest.raises(EvaluationError, match="problem 0 has no solution"):
         own_solutions(read_set(nothing), Judging(workers=1))
+
+
+def test_answers_that_cannot_be_read_are_named_beforehand(tmp_path: Path, judge: Judge) -> None:
+    sound = [GSM8K, {"prompt": "1+1?", "answer": ["2", "two"]}, HUMANEVAL]
+    judge.check(read_set(written(tmp_path / "sound.jsonl", sound)))
+    torn = {"prompt": "A half?", "answer": "\\frac{1}{"}
+    path = written(tmp_path / "torn.jsonl", [GSM8K, torn, {**torn, "answer": "(("}, torn])
+    with pytest.raises(RewardError) as caught:
+        judge.check(read_set(path))
+    fault = r"line 2: the record's answer '\\frac{1}{' cannot be parsed (reward math), the first of 2;"
+    assert str(caught.value).startswith(f"{path}, {fault}")  # line 4 says the same as line 2
+    verdicts = own_solutions(read_set(path), judge.judging, judge=judge)
+    assert [verdict.right for verdict in verdicts] == [True, False, False, False]
 
 
 def test_the_answer_in_a_block_of_code(tmp_path: Path, judge: Judge) -> None:

@@ -105,6 +105,7 @@ def test_remainder_by_hand():
 def test_lines_that_are_none_are_named(tmp_path):
     for line, complaint in (
         ("{", "a.jsonl:2 is not JSON"),
+        ('{"messages": [{"content": "\\ud800"}]}', "a.jsonl:2 holds a lone surrogate U\\+D800"),
         ("[]", "has no list"),
         ('{"conversations": []}', '"from"/"value" pairs become'),
         ('{"prompt": "x", "completion": "y"}', "become two messages"),

@@ -19,7 +19,7 @@ from hadal.model.transformer import Transformer
 from hadal.post.grpo import grpo, open_run
 from hadal.post.objectives import VARIANTS
 from hadal.post.policy import Rollout, Sums
-from hadal.post.rewards import Completion, sandbox
+from hadal.post.rewards import Completion, RewardError, sandbox
 from hadal.post.rewards.judge import Messages
 from hadal.post.score import Sample, pack, score
 from tests.post.bases import SHAPES, base, user
@@ -337,3 +337,13 @@ def test_gates_score_in_fp32_whatever_the_weights_are() -> None:
     for one in found:
         assert one.score_TE.dtype == torch.float32
         assert not torch.equal(one.score_TE, one.score_TE.bfloat16().float())
+
+
+def test_a_prompt_whose_gold_cannot_be_read_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    path = recipe(tmp_path / "r", base(tmp_path / "base"))
+    rows = [{"prompt": "x?", "equation": "x = 1"}, {"prompt": "y?", "equation": "y"}]
+    path.with_suffix(".jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reward": [{"kind": "equation"}]}))
+    with pytest.raises(RewardError, match=r"r\.jsonl, line 2: the record's equation is 'y'; one = and"):
+        grpo(path, out=tmp_path / "run", device="cpu", console=QUIET)
+    assert not (tmp_path / "run").exists()

@@ -376,6 +376,44 @@ def test_records_are_held_against_their_rewards() -> None:
         read([{"kind": "code"}])[0].reward and _check_code()
 
 
+@pytest.mark.parametrize(
+    ("kind", "record", "why"),
+    [
+        ("countdown", {"numbers": [1, "two"], "target": 3}, "numbers [1, 'two'] and target 3 are no numbers"),
+        ("countdown", {"numbers": 12, "target": 3}, "numbers 12 and target 3 are no numbers"),
+        ("equation", {"equation": "3x + 5"}, "the record's equation is '3x + 5'; one = and an unknown"),
+        ("equation", {"equation": "f(x) ? 2 = 5"}, "it holds a character that arithmetic has no use for"),
+        ("puzzle", {"puzzle": {"task": "addition"}}, "the record's puzzle lacks 'kind'"),
+        ("code", {"io": [{"input": 1, "output": "1"}]}, "the record's io is [{'input': 1, 'output': '1'}]"),
+        ("code", {"tests": []}, "the record's tests are empty"),
+    ],
+)
+def test_what_cannot_be_read_is_told_before_anything_is_judged(
+    kind: str, record: dict[str, Any], why: str
+) -> None:
+    (one,) = read([{"kind": kind}])
+    found = one.reward.check_gold(record)  # type: ignore[attr-defined]
+    assert why in found
+    if one.reward.where == "here":
+        with Rewards([one]) as rewards, pytest.raises(RewardError) as caught:
+            rewards.check_set([("a.jsonl, line 7", record)])
+        where = f"a.jsonl, line 7: {found} (reward {kind})"
+        assert str(caught.value) == f"{where}; mend such lines, or leave them out"
+
+
+@pytest.mark.parametrize(
+    ("kind", "record"),
+    [
+        ("countdown", {"numbers": ["1/2", 3], "target": "1.5"}),
+        ("equation", {"equation": "1/(x - 1) = 2"}),
+        ("code", {"io": [{"input": "", "output": "1"}]}),
+        ("code", {"tests": ["assert f() == 1"]}),
+    ],
+)
+def test_what_can_be_read_is_taken(kind: str, record: dict[str, Any]) -> None:
+    assert not read([{"kind": kind}])[0].reward.check_gold(record)  # type: ignore[attr-defined]
+
+
 def _check_code() -> None:
     recipe = read([{"kind": "code"}])[0]
     missing = recipe.lacks({"prompt": "x"})

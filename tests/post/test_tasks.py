@@ -63,6 +63,16 @@ def test_puzzles_come_with_what_their_rewards_need() -> None:
     )
 
 
+def test_all_records_of_files_with_their_lines(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b", "task": "t"}\n')
+    path = str(tmp_path / "p.jsonl")
+    tables = [{"source": "puzzles"}, {"source": "jsonl", "path": path, "instruction": "Box it."}]
+    assert list(Prompts(read(tables)).placed()) == [
+        (f"{path}, line 1", {"prompt": "a\n\nBox it.", "task": "jsonl"}),
+        (f"{path}, line 3", {"prompt": "b\n\nBox it.", "task": "t"}),
+    ]
+
+
 def test_gsm8k_and_humaneval_files(tmp_path: Path) -> None:
     gsm = write(tmp_path / "g.jsonl", [{"question": "How many?", "answer": "2*600=<<..>>\n#### 1,200"}])
     record = Prompts(read([{"source": "gsm8k", "path": gsm}])).record(0)
@@ -97,7 +107,12 @@ def test_records_are_checked(record: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "holds no record"), ('{"a": 1}\n{', "line 2 is not JSON"), ("[1]", "line 1 is no JSON object")],
+    [
+        ("", "holds no record"),
+        ('{"a": 1}\n{', "line 2 is not JSON"),
+        ("[1]", "line 1 is no JSON object"),
+        ('{"prompt": "a"}\n{"prompt": "\\ud800"}', r"line 2 holds a lone surrogate U\+D800"),
+    ],
 )
 def test_files_are_checked(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"

@@ -75,6 +75,21 @@ class Code:
             return ""
         return "`tests`, or `io`, or `prompt`, `test` and `entry_point`"
 
+    def check_gold(self, record: Mapping[str, Any]) -> str:
+        """Why the tests cannot be run; empty if they can."""
+        if "io" in record:
+            sound = isinstance(record["io"], list) and record["io"] and all(
+                isinstance(one, dict) and isinstance(one.get("input"), str)
+                and isinstance(one.get("output"), str)
+                for one in record["io"]
+            )  # fmt: skip
+            return "" if sound else f"the record's io is {record['io']!r}; objects of `input` and `output`"
+        try:
+            program("", record)
+        except RewardError as error:
+            return str(error)
+        return ""
+
     def __call__(self, completion: Completion, others: Mapping[str, Score]) -> Score:
         code = self.code(completion)
         if code is None:

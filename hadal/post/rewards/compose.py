@@ -5,6 +5,7 @@ total = Σ weight · value, over the rewards that apply to the completion's prom
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,13 +76,55 @@ class Rewards:
     def check(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Hold prompts against what their rewards need of them. Raises RewardError, naming the record."""
         for number, record in enumerate(records):
-            applying = [one for one in self.recipes if one.applies(record, one.common.since)]
-            if not applying:
-                raise RewardError(f"record {number} (task {record.get('task')!r}) has no reward")
-            for one in applying:
-                missing = one.lacks(record)
-                if missing:
-                    raise RewardError(f"record {number} lacks {missing}, which the reward {one.name} needs")
+            self._applying(f"record {number}", record)
+
+    def check_set(self, placed: Iterable[tuple[str, Mapping[str, Any]]], *, golds: bool = True) -> None:
+        """Hold a whole set against its rewards, before anything is sampled: `check`, and (golds) whether what
+        is right by each record can be read. placed: (where the record stands, record). Raises RewardError,
+        naming place and value."""
+        asked: dict[tuple[str, str], tuple[str, RewardRecipe, Mapping[str, Any]]] = {}
+        for place, record in placed:
+            for one in self._applying(place, record):
+                if golds and hasattr(one.reward, "check_gold"):
+                    seen = {key: record[key] for key in one.reward.needs} or record
+                    digest = json.dumps(seen, sort_keys=True, default=str)
+                    asked.setdefault((one.name, digest), (place, one, seen))
+        faults = [
+            f"{place}: {why} (reward {one.name})"
+            for (place, one, _), why in zip(asked.values(), self._gold_faults(asked.values()), strict=True)
+            if why
+        ]
+        if faults:
+            more = f", the first of {len(faults)}" if len(faults) > 1 else ""
+            raise RewardError(f"{faults[0]}{more}; mend such lines, or leave them out")
+
+    def _applying(self, place: str, record: Mapping[str, Any]) -> list[RewardRecipe]:
+        """The rewards of a record, which has what they need. Raises RewardError."""
+        applying = [one for one in self.recipes if one.applies(record, one.common.since)]
+        if not applying:
+            raise RewardError(f"{place} (task {record.get('task')!r}) has no reward")
+        for one in applying:
+            if missing := one.lacks(record):
+                raise RewardError(f"{place} lacks {missing}, which the reward {one.name} needs")
+        return applying
+
+    def _gold_faults(self, asked: Iterable[tuple[str, RewardRecipe, Mapping[str, Any]]]) -> list[str]:
+        """For each, why it cannot be read, or ""; told by the reward where it runs."""
+        faults: dict[int, str] = {}
+        jobs: dict[str, dict[int, Job]] = {where: {} for where in self._pools}
+        for number, (_, one, record) in enumerate(asked):
+            where = one.reward.where
+            if where in jobs:
+                place = self._at(where).index(one)
+                jobs[where][number] = Job(place, Completion(record, "", 0), one.timeout, check=True)
+            else:
+                faults[number] = cast(Any, one.reward).check_gold(record)
+        for where, mine in jobs.items():
+            scores = self._pools[where].run(list(mine.values()))
+            for (number, job), score in zip(mine.items(), scores, strict=True):
+                shown = json.dumps(job.completion.record, default=str)[:120]
+                faults[number] = f"{shown} {score.failed}" if score.failed else score.verdict["why"]
+        return [faults[number] for number in sorted(faults)]
 
     def score(self, completions: Sequence[Completion], progress: float = 1.0) -> list[Total]:
         """A total for each completion, in order. progress: the share of the run that is over."""

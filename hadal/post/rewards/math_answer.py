@@ -54,9 +54,16 @@ class Math:
         _parse("1/2")
         _parse(r"\frac{x}{2}+\sqrt{3}")
 
+    def check_gold(self, record: Mapping[str, Any]) -> str:
+        """Why the record's answer cannot be read; empty if it can."""
+        try:
+            _golds(record)
+        except RewardError as error:
+            return str(error)
+        return ""
+
     def __call__(self, completion: Completion, others: Mapping[str, Score]) -> Score:
-        gold = completion.record["answer"]
-        golds = [_gold(str(one)) for one in (gold if isinstance(gold, list) else [gold])]
+        golds = _golds(completion.record)
         found = extract(split(completion).answer, self.extract)
         if found is None:
             return Score(0.0, {"answer": None})
@@ -93,8 +100,13 @@ def refused(text: str) -> str:
     return ""
 
 
+def _golds(record: Mapping[str, Any]) -> list[list[Any]]:
+    """The record's answers, parsed. Raises RewardError: nothing is ever equal to what was not read."""
+    answer = record["answer"]
+    return [_gold(str(one)) for one in (answer if isinstance(answer, list) else [answer])]
+
+
 def _gold(text: str) -> list[Any]:
-    """The record's answer, parsed. Raises RewardError, so that nothing is ever equal to what was not read."""
     why = refused(text)
     parsed = [] if why else _parse(text)
     if not parsed:

@@ -33,11 +33,13 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One completion for reward number `reward` of the pool, within `timeout` seconds."""
+    """One completion for reward number `reward` of the pool, within `timeout` seconds. check: what is right
+    by its record is looked at, not the completion."""
 
     reward: int
     completion: Completion
     timeout: float
+    check: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,8 @@ class Pool:
         c = job.completion
         plain = {"record": dict(c.record), "text": c.text, "tokens": c.tokens,
                  "finish_reason": c.finish_reason, "opened": c.opened, "meta": dict(c.meta)}  # fmt: skip
-        worker.send({"id": number, "reward": job.reward, "timeout": job.timeout, "completion": plain})
+        worker.send({"id": number, "reward": job.reward, "timeout": job.timeout, "completion": plain,
+                     "check": job.check})  # fmt: skip
         worker.job, worker.deadline = number, time.monotonic() + job.timeout
 
     def _turn(self, done: dict[int, Score]) -> None:

@@ -82,7 +82,11 @@ class Reward(Protocol):
     accuracy, whether it says that an answer is right; where, in which process it runs:
     "here": in the caller's, quick and bounded by construction; "worker": in a worker process, killed at its
     timeout; "locked": in a worker that, once ready, can open no file for writing, no socket and no process;
-    "batch": in the caller's, all completions at once (see `BatchReward`)."""
+    "batch": in the caller's, all completions at once (see `BatchReward`).
+
+    May have, too: `prepare()`, called in a worker before it is locked; `check_record(record)`, what a record
+    lacks beside `needs`, or ""; `check_gold(record)`, called where the reward runs: why what is right by the
+    record cannot be read, or ""."""
 
     kind: ClassVar[str]
     where: ClassVar[str]

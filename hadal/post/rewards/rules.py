@@ -40,6 +40,14 @@ class Countdown:
         check_rules(self.extract)
         require(self.uses in ("all", "some"), "uses", self.uses, '"all" or "some"')
 
+    def check_gold(self, record: Mapping[str, Any]) -> str:
+        """Why numbers and target cannot be read; empty if they can."""
+        try:
+            _countdown(record)
+        except (ValueError, TypeError, ZeroDivisionError):
+            return f"numbers {record['numbers']!r} and target {record['target']!r} are no numbers"
+        return ""
+
     def __call__(self, completion: Completion, others: Mapping[str, Score]) -> Score:
         found = extract(split(completion).answer, self.extract)
         if found is None:
@@ -52,13 +60,18 @@ class Countdown:
             told = evaluate(right).value if equals else made.value
         except ArithmeticRefused as error:
             return Score(0.0, {**verdict, "why": str(error)})
-        given = Counter(Fraction(str(n)) for n in completion.record["numbers"])
-        used, target = Counter(made.numbers), Fraction(str(completion.record["target"]))
+        given, target = _countdown(completion.record)
+        used = Counter(made.numbers)
         if used != given if self.uses == "all" else used - given:
             return Score(0.0, {**verdict, "why": "the numbers are not those given"})
         if made.value != target or told != target:
             return Score(0.0, {**verdict, "why": f"it makes {made.value}"})
         return Score(1.0, verdict)
+
+
+def _countdown(record: Mapping[str, Any]) -> tuple[Counter[Fraction], Fraction]:
+    """(numbers, target) of a record. Raises ValueError, TypeError, ZeroDivisionError."""
+    return Counter(Fraction(str(n)) for n in record["numbers"]), Fraction(str(record["target"]))
 
 
 @dataclass(frozen=True)
@@ -78,23 +91,40 @@ class Equation:
     def __post_init__(self) -> None:
         check_rules(self.extract)
 
+    def check_gold(self, record: Mapping[str, Any]) -> str:
+        """Why the equation cannot be read; empty if it can."""
+        try:
+            sides, unknowns = _equation(record)
+            odd = {name: Fraction(7919 + n, 7907) for n, name in enumerate(unknowns)}  # no usual pole
+            for side in sides:
+                evaluate(side, odd)
+        except RewardError as error:
+            return str(error)
+        except ArithmeticRefused as error:
+            return f"the record's equation is {record['equation']!r}: {error}"
+        return ""
+
     def __call__(self, completion: Completion, others: Mapping[str, Score]) -> Score:
+        sides, unknowns = _equation(completion.record)
         found = extract(split(completion).answer, self.extract)
         if found is None:
             return Score(0.0, {"answer": None})
         verdict: dict[str, Any] = {"answer": found[0][:200], "rule": found[1]}
-        sides = str(completion.record["equation"]).split("=")
-        unknowns = sorted(set().union(*map(letters, sides)))
-        if len(sides) != 2 or not unknowns:
-            raise RewardError(
-                f"the record's equation is {completion.record['equation']!r}; one = and an unknown"
-            )
         try:
             values = solution(found[0], unknowns)
             left, right = (evaluate(side, values).value for side in sides)
         except ArithmeticRefused as error:
             return Score(0.0, {**verdict, "why": str(error)})
         return Score(float(left == right), verdict)
+
+
+def _equation(record: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(sides, unknowns) of a record. Raises RewardError."""
+    sides = str(record["equation"]).split("=")
+    unknowns = sorted(set().union(*map(letters, sides)))
+    if len(sides) != 2 or not unknowns:
+        raise RewardError(f"the record's equation is {record['equation']!r}; one = and an unknown")
+    return sides, unknowns
 
 
 def solution(text: str, unknowns: Sequence[str]) -> dict[str, Fraction]:
@@ -124,6 +154,14 @@ class Puzzle:
     where: ClassVar[str] = "here"
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
+
+    def check_gold(self, record: Mapping[str, Any]) -> str:
+        """Why the puzzle cannot be read; empty if it can."""
+        try:
+            from_record(record["puzzle"])
+        except RewardError as error:
+            return str(error)
+        return ""
 
     def __call__(self, completion: Completion, others: Mapping[str, Score]) -> Score:
         problem, language = from_record(completion.record["puzzle"])

@@ -44,7 +44,8 @@ def main() -> None:
     for line in reading:
         job = json.loads(line)
         faulthandler.dump_traceback_later(job["timeout"] + GRACE, exit=True, file=nowhere)
-        score = judge(rewards[job["reward"]], Completion(**job["completion"]), not config["locked"])
+        reward, completion = rewards[job["reward"]], Completion(**job["completion"])
+        score = judge(reward, completion, not config["locked"], job["check"])
         faulthandler.cancel_dump_traceback_later()
         send(writing, {"id": job["id"], "value": score.value, "verdict": score.verdict})
 
@@ -68,11 +69,15 @@ def prepare(config: dict[str, Any]) -> Sequence[Reward]:
     return rewards
 
 
-def judge(reward: Reward, completion: Completion, may_have_children: bool) -> Score:
-    """The reward's score. Whatever it raises is a failure; so are processes that it leaves behind."""
+def judge(reward: Any, completion: Completion, may_have_children: bool, check: bool = False) -> Score:
+    """The reward's score; with `check`, why it cannot read the record. Whatever it raises is a failure; so
+    are processes that it leaves behind."""
     me = os.getpid()
     try:
-        score = reward(completion, {})
+        if check:
+            score = Score(0.0, {"why": reward.check_gold(completion.record)})
+        else:
+            score = reward(completion, {})
         json.dumps([score.value, score.verdict])
     except MemoryError:
         score = failure("ran out of memory")
