@@ -150,6 +150,7 @@ class Run:
             raise RecipeError("--again is for --stage NAME; to begin anew, choose another --out")
         steps: list[Step] = []
         unsure: dict[str, str] = {}
+        missing: set[str] = set()
         for stage in self.recipe.stages:
             if wanted and stage.name not in wanted:
                 continue
@@ -161,20 +162,24 @@ class Run:
                 does, why = "perhaps", f"if {', '.join(before)} comes out otherwise"
             if does in ("run", "resume", "perhaps"):
                 unsure[stage.name] = does
-                self._has_inputs(stage, unsure)
+                missing |= self._missing(stage, unsure)
             steps.append(Step(stage, does, why, self._cost(stage, does)))
+        if missing:
+            names = [stage.name for stage in self.recipe.stages if stage.name in missing]
+            raise RecipeError(
+                f"--stage {', '.join(wanted)} is made of what is not there as the recipe has it: "
+                f"{', '.join(names)}; add --stage {' --stage '.join(names)}, or leave --stage out"
+            )
         return steps
 
-    def _has_inputs(self, stage: Stage, coming: Mapping[str, str]) -> None:
-        missing = [
-            name for name in stage.inputs
-            if name not in coming and self.state(self.recipe.stage(name))[0] not in ("keep", "measure")
-        ]  # fmt: skip
-        if missing:
-            raise RecipeError(
-                f"stage {stage.name} is made of {', '.join(missing)}, which is not there as the recipe has "
-                f"it; add --stage {missing[0]}, or leave --stage out"
-            )
+    def _missing(self, stage: Stage, coming: Mapping[str, str]) -> set[str]:
+        """All that must be made before a stage, back to the first link, and is not coming."""
+        names: set[str] = set()
+        for name in stage.inputs:
+            before = self.recipe.stage(name)
+            if name not in coming and self.state(before)[0] not in ("keep", "measure"):
+                names |= {name} | self._missing(before, coming)
+        return names
 
     def _cost(self, stage: Stage, does: str) -> r1_stages.Cost:
         before = self.manifest.get(stage.name, {})

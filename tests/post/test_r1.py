@@ -193,8 +193,13 @@ def test_a_stage_that_comes_out_as_it_was_leaves_the_others(done: Path, tmp_path
 
 def test_one_stage_alone_needs_what_it_is_made_of(done: Path, tmp_path: Path) -> None:
     path = done / "recipe.json"
-    with pytest.raises(RecipeError, match=r"base is made of nothing, corpus.*add --stage nothing"):
+    with pytest.raises(RecipeError, match=r"recipe has it: nothing, corpus; add --stage nothing --stage cor"):
         plan(path, stages=["base"], out=tmp_path / "none")
+    chain = "--stage nothing --stage corpus --stage base --stage sums, or"
+    with pytest.raises(RecipeError, match=chain):  # to the first link, not its parents alone
+        plan(path, stages=["rl"], out=tmp_path / "none")
+    with pytest.raises(RecipeError, match="it: corpus, sums, rl, kept; add --stage corpus"):
+        plan(path, stages=["nothing", "base", "student"], out=tmp_path / "none")
     assert does(path, done / "run", stages=["rl"]) == {"rl": "keep"}
     assert does(path, done / "run", stages=["rl"], again=True) == {"rl": "run"}
     with pytest.raises(RecipeError, match="no stage 'bse'; did you mean 'base'"):
