@@ -43,7 +43,8 @@ from hadal.engine.request import (
     resolve_max_tokens,
 )
 from hadal.engine.runner import Runner, StepOutput
-from hadal.engine.sampler import Sampled, Sampler
+from hadal.engine.sampled import Sampled
+from hadal.engine.sampler import Sampler
 from hadal.engine.scheduler import Schedule, Scheduler
 from hadal.engine.setup import Wishes, check_exact, choose_sizes
 from hadal.engine.speculation import SpeculationOptions, Speculator

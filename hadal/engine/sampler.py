@@ -12,7 +12,7 @@ and logit bias count them. hadal/ops/speculative.py says which drafts stand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hadal.engine.request import Request, TokenLogprob
+from hadal.engine.sampled import Logprobs, Sampled, by_row, entry_of
 from hadal.ops import sampling
 from hadal.ops.sampling import FAILED, Filters
 from hadal.ops.speculative import NO_DRAFT, matched, rejection, settle
@@ -28,51 +29,6 @@ _PYTHON_UNIFORMS = 16  # up to so many rows the hash is quicker in Python intege
 _ACCEPT = 1  # stream of the numbers that accept drafts; tokens are drawn from stream 0, drafts from DRAFT
 DRAFT = 2
 _NOT_FINITE = "the model's output is not finite (NaN or infinite logits)"
-
-
-@dataclass
-class Sampled:
-    """Tokens in the order of the requests. A token of FAILED (−1) has its reason in `errors` by row.
-
-    `counts`: new tokens of each request, where some have several; None: one each.
-    """
-
-    tokens: list[int]
-    logprobs: list[TokenLogprob | None] | None = None
-    errors: dict[int, str] = field(default_factory=dict)
-    counts: list[int] | None = None
-
-    def by_request(self) -> Iterator[tuple[list[int], Sequence[TokenLogprob | None]]]:
-        """Each request's new tokens and their log-probabilities, in order."""
-        if self.counts is None:
-            one = self.logprobs or [None] * len(self.tokens)
-            yield from (([token], [logprob]) for token, logprob in zip(self.tokens, one, strict=True))
-            return
-        begin = 0
-        for count in self.counts:
-            end = begin + count
-            logprobs = self.logprobs[begin:end] if self.logprobs else [None] * count
-            yield self.tokens[begin:end], logprobs
-            begin = end
-
-
-@dataclass
-class Logprobs:
-    """Log-probabilities of some rows, first on the device: of their tokens, and the likeliest with their
-    ids."""
-
-    rows: list[int]
-    value_B: Tensor
-    top_Bn: Tensor
-    id_Bn: Tensor
-
-    def to_host(self) -> None:
-        """Start their copies; who reads them waits for an event of the stream first."""
-
-        def copy(x: Tensor) -> Tensor:
-            return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.numel() > 0).copy_(x, non_blocking=True)
-
-        self.value_B, self.top_Bn, self.id_Bn = copy(self.value_B), copy(self.top_Bn), copy(self.id_Bn)
 
 
 @dataclass
@@ -231,7 +187,7 @@ class Sampler:
         errors: dict[int, str] = {}
         logprobs: list[TokenLogprob | None] = []
         found = verified.logprobs
-        entries = None if found is None else _rows_of(found)
+        entries = None if found is None else by_row(found)
         for s, (request, first, row) in enumerate(zip(verified.requests, verified.first, rows, strict=True)):
             new = [token for token in row if token >= FAILED]
             if first in verified.errors:
@@ -241,7 +197,7 @@ class Sampler:
             tokens += new
             counts.append(len(new))
             if entries is not None:
-                logprobs += [_entry(request, token, entries.get(first + j)) for j, token in enumerate(new)]
+                logprobs += [entry_of(request, token, entries.get(first + j)) for j, token in enumerate(new)]
         return Sampled(tokens, logprobs if entries is not None else None, errors, counts)
 
     def _read(
@@ -474,28 +430,11 @@ class Sampler:
     def _entries(self, found: list[Logprobs], batch: _Batch, tokens: list[int]) -> list[TokenLogprob | None]:
         if batch.top_n == 0 and len(batch.drawn_rows) == len(tokens):  # what a trainer asks
             return [TokenLogprob(*pair) for pair in zip(tokens, found[0].value_B.tolist(), strict=True)]
-        known = _rows_of(found)
+        known = by_row(found)
         return [
-            _entry(request, token, known.get(row))
+            entry_of(request, token, known.get(row))
             for row, (request, token) in enumerate(zip(batch.requests, tokens, strict=True))
         ]
 
 
 Found = tuple[float, list[float], list[int]]  # a token's log-probability; values and ids of the likeliest
-
-
-def _rows_of(found: list[Logprobs]) -> dict[int, Found]:
-    """Log-probabilities on the host, by row of the batch."""
-    known: dict[int, Found] = {}
-    for one in found:
-        columns = (tensor.tolist() for tensor in (one.value_B, one.top_Bn, one.id_Bn))
-        known |= dict(zip(one.rows, zip(*columns, strict=True), strict=True))
-    return known
-
-
-def _entry(request: Request, token: int, found: Found | None) -> TokenLogprob | None:
-    if found is None:
-        return None
-    value, top_values, top_ids = found
-    n = request.params.logprobs or 0
-    return TokenLogprob(token, value, list(zip(top_ids[:n], top_values[:n], strict=True)))

@@ -32,7 +32,8 @@ from hadal.config import ModelConfig
 from hadal.engine.drafters import Drafts, MtpDrafter, NgramDrafter
 from hadal.engine.request import EngineError, Request, Status
 from hadal.engine.runner import Runner, StepOutput
-from hadal.engine.sampler import Sampled, Sampler
+from hadal.engine.sampled import Sampled
+from hadal.engine.sampler import Sampler
 from hadal.engine.scheduler import Schedule, Scheduler
 
 Method = Literal["mtp", "ngram"]
