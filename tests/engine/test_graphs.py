@@ -82,7 +82,8 @@ def test_replayed_prompts_change_nothing(config: object, at_start: bool) -> None
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_steps_started_ahead_change_nothing(seed: int) -> None:
     """Requests of other lengths come, go and are aborted while the next step is already under way; seeded and
-    greedy outputs equal those of an engine without graphs, and no page is lost."""
+    greedy outputs and their log-probabilities equal those of an engine without graphs, and no page is
+    lost."""
     import random
 
     from hadal.engine.engine import Engine
@@ -95,26 +96,32 @@ def test_steps_started_ahead_change_nothing(seed: int) -> None:
     results = []
     for graphs in (False, True):
         engine = Engine(model, cuda_graphs=graphs, **options)  # type: ignore[arg-type]
-        arrivals, found = random.Random(seed), {}
+        arrivals, found, told = random.Random(seed), {}, {}
         pending = list(enumerate(work))
         while pending or engine.has_work():
             while pending and (not engine.has_work() or arrivals.random() < 0.15):
                 index, (prompt, length, greedy) = pending.pop(0)
                 params = SamplingParams(
-                    temperature=0.0 if greedy else 1.0, seed=index, max_tokens=length, ignore_eos=True
-                )
+                    temperature=0.0 if greedy else 1.0, seed=index, max_tokens=length, ignore_eos=True,
+                    logprobs=(None, 0, 2)[index % 3], logprobs_of="model" if greedy else "sampler",
+                )  # fmt: skip
                 found[engine.add(prompt, params, request_id=str(index))] = []
             for request_id, update in engine.step():
                 found[request_id] += update.token_ids
+                told.setdefault(request_id, []).extend(update.logprobs or ())
             if engine.has_work() and arrivals.random() < 0.02:
                 engine.abort(next(iter(engine._requests)))
         engine.check_integrity()
-        results.append(found)
-    for request_id, tokens in results[0].items():
-        other = results[1][request_id]
+        results.append((found, told))
+    for request_id, tokens in results[0][0].items():
+        other = results[1][0][request_id]
         n = min(len(tokens), len(other))  # an abort may fall on another step
         assert tokens[:n] == other[:n], request_id
-    assert sum(map(len, results[1].values())) > 100
+        for a, b in zip(results[0][1].get(request_id, ()), results[1][1].get(request_id, ()), strict=False):
+            assert a.token_id == b.token_id and a.logprob == pytest.approx(b.logprob, abs=1e-4)
+            assert len(a.top) == len(b.top)
+    assert sum(map(len, results[1][0].values())) > 100
+    assert sum(map(len, results[1][1].values())) > 50
 
 
 @pytest.mark.gpu
