@@ -1,18 +1,22 @@
 """A newly trained hadal-mini: measured, compared with the one on board, put in its place with all that tells
 of it.
 
-    python benchmarks/adopt_mini.py measure RUN       # accuracy of 4,500 problems, into RUN/accuracy.json
+    python benchmarks/adopt_mini.py measure RUN       # accuracy of 4,500 problems, into accuracy.json
     python benchmarks/adopt_mini.py compare RUN       # task by task; status 1 if the mean is lower
     python benchmarks/adopt_mini.py adopt RUN         # all below; refuses a lower mean
+    python benchmarks/adopt_mini.py adopt R1 --pretrained RUN
 
-RUN is the folder of `hadal train recipes/mini.toml`, whole or without its checkpoints. Of `export` and
-`export-ema` the one with the lower held-out loss is taken: never the one that does better in the examination.
-`measure` needs what training needs, and runs on the card where the model was trained; elsewhere it takes
-minutes. `adopt` without an accuracy.json measures first.
+R1 is the folder of `hadal r1 recipes/r1/mini.toml`: hadal-mini becomes its stage `r1`, hadal-mini-dense its
+stage `dense-distilled`, where that is finished; --pretrained is the run that its base came from. RUN is the
+folder of `hadal train recipes/mini.toml`, whole or without its checkpoints: a model without R1's stages. Of
+its `export` and `export-ema` the one with the lower held-out loss is taken: never the one that does better in
+the examination. `measure` needs what training needs, and runs on the card where the model was trained;
+elsewhere it takes minutes. `adopt` without an accuracy.json beside the export measures first.
 
-Written: hadal/assets/hadal-mini, docs/results/hadal-mini-*, docs/images/mini-training.png, the marked parts
-of docs/hadal-mini.md and docs/speculation.md, README's sentence, the quantisation table. Then the tests that
-look at the model on board. What only a person can rewrite is listed at the end.
+Written: hadal/assets/hadal-mini and hadal-mini-dense, docs/results/hadal-mini-* and stages-r1-mini.json,
+docs/images/mini-training.png, the marked parts of docs/hadal-mini.md, docs/r1.md and docs/speculation.md,
+README's sentence, the quantisation table. Then the tests that look at the models on board. What only a person
+can rewrite is listed at the end.
 """
 
 from __future__ import annotations
@@ -37,26 +41,28 @@ PAGE, SPECULATION, README = (
     ROOT / name for name in ("docs/hadal-mini.md", "docs/speculation.md", "README.md")
 )
 WEIGHTS = "model.safetensors"
-LARGEST = 16 * 2**20  # bytes of a file in the repository
+LARGEST = adopt_r1.LARGEST
 SAMPLES = 300
 TESTS = """
 test_docs.py config/test_docs.py engine/test_speculation.py engine/test_offload.py engine/test_defaults.py
 cli/test_models.py ui/test_real_server.py bench/test_load.py data/test_documents.py data/test_puzzle_source.py
 data/test_bpe.py data/test_prepare.py train/test_heldout.py train/test_recipe.py train/test_memory.py evals
-weights/test_info.py weights/test_hub.py
+weights/test_info.py weights/test_hub.py post/test_r1.py test_adopt_mini.py config plan/test_fit.py
 """.split()
 BY_HAND = (
     "docs/hadal-mini.md: what each run changed, and 'What it cannot do'; docs/lab-notes.md; CHANGELOG.md",
     "docs/speculation.md: the paragraph on the final norm tells of the model before",
+    "docs/probe.md, docs/embeddings.md: figures of hadal-mini are of the weights that their files name",
     "docs/images/chat.png, README's transcript: only if tests/test_docs.py finds another answer",
 )
 
 
 # --- a run ---
 def facts(export: Path) -> dict[str, Any]:
-    """What a run says of itself, from config.json."""
+    """What a run says of itself, from config.json; of a model with R1's stages, its pre-training."""
     found: dict[str, Any] = json.loads((export / "config.json").read_text("utf-8"))["hadal"]
-    return found
+    pretraining: dict[str, Any] = found.get("pretraining", found)
+    return pretraining
 
 
 def chosen(run: Path) -> Path:
@@ -203,7 +209,8 @@ def told(lines: Sequence[dict[str, Any]], run: dict[str, Any], recipe: dict[str,
     weights = " The weights are their moving average." if average else ""
     loss = f"from {late['loss']:.4f} to {now['loss']:.4f} nats a token"
     whole = f"from {late['exact']:.0%} to {now['exact']:.1%}"
-    return f"""The model on board: {what}, products in {dtype}, at {rate}; {minutes}.{weights}
+    lead = "Its pre-training" if "then" in run else "The model on board"
+    return f"""{lead}: {what}, products in {dtype}, at {rate}; {minutes}.{weights}
 
 - The last third, where the rate falls, brings the held-out loss {loss}, and the share of held-out documents \
 that greedy decoding writes without one wrong token {whole}.
@@ -256,25 +263,61 @@ def script(command: Sequence[str]) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
+def better(report: dict[str, Any], force: bool) -> None:
+    """Stop where the model on board has the higher mean."""
+    if not compare(report) and not force:
+        raise SystemExit("the model on board stays: it is better (--force takes the new one all the same)")
+
+
 def adopt(run: Path, device: str, *, force: bool, samples: int) -> None:
-    """Everything, in an order that can be broken off and begun again."""
+    """A model without R1's stages, in an order that can be broken off and begun again."""
     from hadal.evals.puzzles import accuracy_section
 
     export = chosen(run)
     report = measured(export, kept(export), device)
-    if not compare(report) and not force:
-        raise SystemExit("the model on board stays: it is better (--force takes the new one all the same)")
+    better(report, force)
     section = accuracy_section(report)  # type: ignore[arg-type]
     assets(export, section)
     results(run, report)
     between(PAGE, "accuracy", section)
+    pages(facts(ON_BOARD)["seconds"], report, samples)
+
+
+def adopt_stages(run: Path, pretrained: Path, device: str, *, force: bool, samples: int) -> None:
+    """hadal-mini and hadal-mini-dense of a run of `hadal r1`, in an order that can be broken off."""
+    from hadal.evals.puzzles import accuracy_section
+
+    stages, exports = adopt_r1.stages_of(run), adopt_r1.exports(run)
+    before = adopt_r1.pretraining(stages, pretrained)
+    reports = {stage: measured(export, kept(export), device) for stage, export in exports.items()}
+    better(reports["r1"], force)
+    for stage, export in exports.items():
+        complete(export)
+        name, section = adopt_r1.STAGES[stage], accuracy_section(reports[stage])  # type: ignore[arg-type]
+        text = adopt_r1.card(export, stages, stage, before, section)
+        adopt_r1.place(export, ON_BOARD.with_name(name), ON_BOARD, stages, stage, before)
+        (ON_BOARD.with_name(name) / "README.md").write_text(text, "utf-8")
+        print(f"{name}: {reports[stage]['accuracy']:.2%} of the examination")
+    results(pretrained, reports["r1"])
+    between(PAGE, "accuracy", accuracy_section(reports["r1"]))  # type: ignore[arg-type]
+    between(PAGE, "stages", adopt_r1.stages_section(stages))
+    if "dense-distilled" in reports:
+        dense = json.dumps(reports["dense-distilled"], ensure_ascii=False, indent=1) + "\n"
+        (RESULTS / "hadal-mini-dense-accuracy.json").write_text(dense, "utf-8")
+        between(PAGE, "dense", accuracy_section(reports["dense-distilled"]))  # type: ignore[arg-type]
+    script(["benchmarks/r1_report.py", str(run)])
+    pages(before["seconds"] + adopt_r1.seconds(stages, "r1"), reports["r1"], samples)
+
+
+def pages(seconds: float, report: dict[str, Any], samples: int) -> None:
+    """What tells of the model on board beside its card. seconds: what it took to make."""
     found = facts(ON_BOARD)
     log = (RESULTS / "hadal-mini-training.jsonl").read_text("utf-8").splitlines()
     recipe = json.loads((RESULTS / "hadal-mini-recipe.json").read_text("utf-8"))
     between(PAGE, "training", told([json.loads(line) for line in log], found, recipe))
     if (RESULTS / "hadal-mini-data.json").is_file():
         between(PAGE, "data", data_table(RESULTS / "hadal-mini-data.json"))
-    minutes = f"{found['seconds'] / 60:.1f} minutes"
+    minutes = f"{seconds / 60:.1f} minutes"
     for page in (PAGE, README):
         replaced(page, r"in (?:[a-z ]+|[\d.]+ )minutes on one H100", f"in {minutes} on one H100")
     replaced(
@@ -294,6 +337,10 @@ def main() -> None:
     parser.add_argument("what", choices=("measure", "compare", "adopt"))
     parser.add_argument("run", type=Path)
     parser.add_argument("--only", default="", help="of a run of `hadal r1`: r1 or dense-distilled alone")
+    parser.add_argument(
+        "--pretrained", type=Path, default=ROOT / "runs" / "hadal-mini",
+        help="the run of `hadal train recipes/mini.toml` that a run of `hadal r1` began with",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--force", action="store_true", help="take a model with a lower mean, too")
     parser.add_argument("--samples", type=int, default=100, help="problems a task, of the quantisation table")
@@ -306,6 +353,9 @@ def main() -> None:
     elif args.what == "compare":
         export = next(iter(candidates(run).values()))
         sys.exit(0 if compare(measured(export, kept(export), args.device)) else 1)
+    elif adopt_r1.is_r1(run):
+        pretrained = args.pretrained.resolve()
+        adopt_stages(run, pretrained, args.device, force=args.force, samples=args.samples)
     else:
         adopt(run, args.device, force=args.force, samples=args.samples)
 

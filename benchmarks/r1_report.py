@@ -19,15 +19,18 @@ KEPT = ("kind", "title", "seconds", "facts", "measured", "digest")
 
 
 def result(run: Path, device: str) -> dict[str, Any]:
-    """What is kept of a run: machine, recipe's name, figures of each stage."""
+    """What is kept of a run: machine (this one, or that of RUN/machine.json), recipe's name, figures of each
+    stage."""
     import common
 
+    told = run / "machine.json"
+    machine = json.loads(told.read_text("utf-8")) if told.is_file() else common.machine(device)
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     stages = {
         name: {key: entry[key] for key in KEPT if key in entry}
         for name, entry in manifest["stages"].items()
     }  # fmt: skip
-    return {"machine": common.machine(device), "recipe": manifest["recipe"], "stages": stages}
+    return {"machine": machine, "recipe": manifest["recipe"], "stages": stages}
 
 
 def percent(value: float | None) -> str:
@@ -54,15 +57,7 @@ def section(found: dict[str, Any]) -> list[str]:
         ]
         cells += [percent(row["form"]), f"{s['seconds']:.0f}"]
         lines.append(f"| {name} | {s['kind']} | {s['facts']['operations']:.1e} | {' | '.join(cells)} |")
-    tasks = list(next(iter(models.values()))["measured"]["tasks"])
-    lines += ["", f"By task, pass@1 / cons@{k} / mean length:", "", f"| model | {' | '.join(tasks)} |",
-              "|---" * (1 + len(tasks)) + "|"]  # fmt: skip
-    for name, s in models.items():
-        cells = [
-            f"{percent(r['pass@1'])} / {percent(r['cons'])} / {r['length']:.0f}"
-            for r in s["measured"]["tasks"].values()
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", f"By task, pass@1 / cons@{k} / mean length:", "", *by_task(models)]
     lines += ["", "| data | sampled (tokens) | kept (rows) | dropped |", "|---|---:|---:|---|"]
     for name, s in stages.items():
         if s["kind"] == "rejection":
@@ -81,6 +76,21 @@ def section(found: dict[str, Any]) -> list[str]:
         "",
         f"{where}; torch {m['torch']}; {m['date']}; {total / 60:.0f} minutes, measuring included.",
     ]
+
+
+def by_task(models: dict[str, Any]) -> list[str]:
+    """A line a model; of many tasks, a line a task."""
+    tasks = list(next(iter(models.values()))["measured"]["tasks"])
+    cells = {
+        (name, task): f"{percent(row['pass@1'])} / {percent(row['cons'])} / {row['length']:.0f}"
+        for name, s in models.items()
+        for task, row in s["measured"]["tasks"].items()
+    }
+    if len(tasks) > 8:
+        lines = [f"| task | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+        return lines + [f"| {task} | {' | '.join(cells[name, task] for name in models)} |" for task in tasks]
+    lines = [f"| model | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    return lines + [f"| {name} | {' | '.join(cells[name, task] for task in tasks)} |" for name in models]
 
 
 def markers(name: str) -> tuple[str, str]:
