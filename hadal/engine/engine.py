@@ -108,12 +108,9 @@ class Engine(OfflineApi):
         (MLA only). Raises EngineError when the cache cannot hold one context, for options that do not fit, or
         where exact mode cannot be kept."""
         options = SpeculationOptions(
-            speculation,
-            num_speculative_tokens,
-            speculation_max_batch,
-            speculation_adaptive,
+            speculation, num_speculative_tokens, speculation_max_batch, speculation_adaptive,
             speculation_forced_acceptance,
-        )
+        )  # fmt: skip
         method = options.resolve(model.config, model.device)
         if exact:
             check_exact(model)
@@ -129,32 +126,28 @@ class Engine(OfflineApi):
             page_size,
         )
         sizes = choose_sizes(model, wishes, stored, options, method)
-        self.exact, self.max_num_seqs, self.max_model_len = exact, sizes.max_num_seqs, sizes.max_model_len
         self._describe(model, tokenizer, template, name, folder)
         self._empty(seed)
+        seats, budget = sizes.max_num_seqs, sizes.max_num_batched_tokens
+        self.exact, self.max_num_seqs, self.max_model_len = exact, seats, sizes.max_model_len
+        limits = {"max_num_seqs": seats, "max_num_batched_tokens": budget}
         pages = PageAllocator(sizes.num_pages, page_size, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(
-            pages,
-            max_num_seqs=sizes.max_num_seqs,
-            max_num_batched_tokens=sizes.max_num_batched_tokens,
-            hash_ahead=sizes.extra_layers,
-        )
+        self.scheduler = Scheduler(pages, hash_ahead=sizes.extra_layers, **limits)
         cache = Cache(model.config, sizes.num_pages, page_size, stored, model.device, sizes.extra_layers)
         with exact_operations(exact):  # graphs captured at the start are of its operations, too
             self.runner = Runner(
                 model,
                 cache,
-                max_num_seqs=sizes.max_num_seqs,
-                max_num_batched_tokens=sizes.max_num_batched_tokens,
+                **limits,
                 max_model_len=sizes.max_model_len,
                 cuda_graphs=cuda_graphs,
                 capture_at_start=capture_at_start,
                 max_rows=sizes.max_rows,
             )
-        self.sampler = Sampler(self.vocab_size, sizes.max_num_seqs, model.device)
-        self.speculation = (
-            Speculator(options, method, self.runner, self.sampler, self.scheduler) if method else None
-        )
+        self.sampler = Sampler(self.vocab_size, seats, model.device)
+        self.speculation: Speculator | None = None
+        if method is not None:
+            self.speculation = Speculator(options, method, self.runner, self.sampler, self.scheduler)
 
     def _describe(
         self, model: Transformer, tokenizer: Tokenizer | None, template: Template | None, name: str,
@@ -453,6 +446,7 @@ class Engine(OfflineApi):
         return True
 
     def has_work(self) -> bool:
+        """Whether a step would do anything."""
         return self.scheduler.has_work
 
     def check_integrity(self) -> None:

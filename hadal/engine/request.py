@@ -51,6 +51,8 @@ __all__ = [
 
 
 class Status(Enum):
+    """Where a request stands with the scheduler."""
+
     WAITING = "waiting"  # in the queue, holds no page (new, or preempted)
     RUNNING = "running"  # holds pages and a slot
     FINISHED = "finished"
@@ -109,14 +111,17 @@ class Request:
 
     @property
     def prompt_len(self) -> int:
+        """Tokens."""
         return len(self.prompt_ids)
 
     @property
     def num_generated(self) -> int:
+        """New tokens so far, one that ended the text included."""
         return len(self.token_ids) - len(self.prompt_ids)
 
     @property
     def output_ids(self) -> list[int]:
+        """The new tokens."""
         return self.token_ids[len(self.prompt_ids) :]
 
     @property

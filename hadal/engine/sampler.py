@@ -65,10 +65,12 @@ class _Batch:
 
     @property
     def wants_logprobs(self) -> bool:
+        """Whether any row does."""
         return bool(self.model_rows or self.drawn_rows)
 
     @property
     def changes_logits(self) -> bool:
+        """Whether any row's logits are changed before the filters."""
         return bool(self.penalized or self.bias is not None or self.min_tokens or self.grammars)
 
 

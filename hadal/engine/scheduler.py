@@ -102,6 +102,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether anybody runs or waits."""
         return bool(self.running or self.waiting)
 
     # --- requests come and go ----------------------------------------------------------------------

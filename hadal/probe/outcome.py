@@ -105,6 +105,7 @@ class StudyOutcome:
 
     @property
     def is_simulation(self) -> bool:
+        """Whether any vector was made up: then nothing here is of a model alone."""
         return any(made.identity.is_simulation for made in self.made)
 
     def found(self, model: str, language: str, test: str) -> Result | None:

@@ -15,7 +15,9 @@ class Template(Protocol):
     """What a template offers. `thinking` None means the model's own default."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """As in `hadal.text.TEMPLATES`."""
+
     @property
     def supports_thinking(self) -> bool:
         """Whether the model reasons before it answers, always or when asked to."""
@@ -25,7 +27,9 @@ class Template(Protocol):
         """Whether it reasons before every answer and cannot be told not to: `thinking=False` is refused."""
 
     @property
-    def supports_tools(self) -> bool: ...
+    def supports_tools(self) -> bool:
+        """Whether the model was trained to call tools."""
+
     @property
     def tool_format(self) -> str | None:
         """Which form of tool calls the model writes ("v3" or "v3.1", for `ToolParser`), or None."""
