@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -90,6 +89,8 @@ def serve(
         hadal bench serve --url http://127.0.0.1:11435 --rate inf --requests 100 --json
         hadal bench serve --dataset questions.jsonl --slo-ttft 500 --slo-token 50
     """
+    import asyncio
+
     from hadal.bench import client, load
 
     rates = [_rate(text) for text in rate or ["1", "4"]]
@@ -159,6 +160,8 @@ def _prompts(
 async def _ready(endpoint: Endpoint, started: Started | None) -> Endpoint:
     """The endpoint with a model's name, after one small request that warms up; a server that is just starting
     gets ten seconds. A server that cannot count tokens in each event is not asked to."""
+    import asyncio
+
     from hadal.bench import client
 
     deadline = time.monotonic() + (10 if started is not None else 0)

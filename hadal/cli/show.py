@@ -8,9 +8,9 @@ import typer
 
 from hadal.cli import options as o
 from hadal.cli.terminal import BOLD, fields, human_bytes, human_count, note, paint, print_json, say, table
-from hadal.config import PRESETS, Gqa, Mla, ModelConfig
 
 if TYPE_CHECKING:
+    from hadal.config import Gqa, ModelConfig
     from hadal.weights.info import ModelInfo
 
 
@@ -85,6 +85,8 @@ def describe(info: ModelInfo) -> dict[str, Any]:
 
 def architecture(config: ModelConfig) -> str:
     """One line: attention and feed-forward, with their sizes."""
+    from hadal.config import Mla
+
     a, m = config.attention, config.moe
     if isinstance(a, Mla):
         query = f"query latent {a.q_lora_rank}" if a.q_lora_rank else "no query latent"
@@ -139,6 +141,7 @@ def _print(facts: dict[str, Any]) -> None:
 
 def _show_all(json: bool) -> None:
     from hadal.cli.loading import installed_names
+    from hadal.config import PRESETS
     from hadal.weights.info import inspect
 
     here = installed_names()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 from hadal import __version__
 from hadal.cli.options import Json
@@ -25,6 +24,8 @@ LIBRARIES = (
 
 def versions() -> dict[str, str | None]:
     """Name and version of each library, None where it is not installed; none of them is imported."""
+    from importlib import metadata
+
     found: dict[str, str | None] = {"hadal": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
