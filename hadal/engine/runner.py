@@ -32,6 +32,7 @@ from hadal.ops.exact import is_exact
 
 Array = npt.NDArray[np.int64]
 
+_FEW_ROWS = 4  # of the block table: more of them cross in one copy of it all
 _LOGIT_ELEMENTS = 2**24  # at most so many logits at once for prompt log-probabilities (64 MiB)
 
 
@@ -57,18 +58,20 @@ class StepOutput:
 class Ahead:
     """Hidden states of a decode step started before it was planned, on tokens still on the device."""
 
-    rows: dict[str, tuple[int, int, list[int]]]  # request id -> row, position computed, its pages at the time
+    rows: list[tuple[Request, int, list[int]]]  # of each row: position computed, its pages at the time
     hidden_BD: Tensor
 
     def rows_of(self, sequences: list[ScheduledSequence]) -> list[int] | None:
         """Where a plan's sequences stand in it; None unless all are there, with the same pages."""
-        rows = []
-        for s in sequences:
-            row, start, pages = self.rows.get(s.request.request_id, (-1, -1, None))
-            if start != s.start or pages is not s.pages:
+        found, row, known = [], -1, self.rows
+        for s in sequences:  # in the same order, some of them gone
+            row += 1
+            while row < len(known) and known[row][0] is not s.request:
+                row += 1
+            if row == len(known) or known[row][1] != s.start or known[row][2] is not s.pages:
                 return None
-            rows.append(row)
-        return rows
+            found.append(row)
+        return found
 
 
 class Runner:
@@ -200,7 +203,7 @@ class Runner:
         hidden_BD = self.graphs.run_ahead(
             size, host_long[: 3 * size], host_int[: 2 * size], token_n.clamp(min=0)
         )
-        rows = {s.request.request_id: (row, s.start + 1, s.pages) for row, s in enumerate(sequences)}
+        rows = [(s.request, s.start + 1, s.pages) for s in sequences]
         self._ahead = Ahead(rows, hidden_BD)
 
     def can_look_ahead(self, plan: Schedule) -> bool:
@@ -214,14 +217,14 @@ class Runner:
 
     def _fill_next(self, sequences: list[ScheduledSequence], size: int, longs: Array, ints: Array) -> None:
         """As `_fill_padded`, for the tokens after these; the tokens themselves are left to the caller."""
-        n, page = len(sequences), self.page_size
+        n = len(sequences)
         token, position, slot = longs[: 3 * size].reshape(3, size)
         length, row = ints[: 2 * size].reshape(2, size)
         token[:] = 0
         position[n:] = slot[n:] = 0
         position[:n] = [s.start + 1 for s in sequences]
-        slot[:n] = [s.pages[(s.start + 1) // page] * page + (s.start + 1) % page for s in sequences]
         row[:n] = [s.request.slot for s in sequences]
+        slot[:n] = self._places(row[:n], position[:n])
         row[n:] = self.max_num_seqs
         np.add(position, 1, out=length, casting="unsafe")
 
@@ -240,7 +243,11 @@ class Runner:
         )
 
     def update_table(self, sequences: list[ScheduledSequence]) -> None:
-        """Write what is new of each sequence's pages into its row, and send changed rows to the GPU."""
+        """Write what is new of each sequence's pages into its row, and send changed rows to the GPU.
+
+        The copy may read a row later than it was asked to: rows of running sequences only grow.
+        """
+        changed: list[tuple[int, int, int]] = []  # row, from … to
         for s in sequences:
             slot, pages = s.request.slot, s.pages
             if (
@@ -252,19 +259,31 @@ class Runner:
             if len(pages) > filled:
                 self._table[slot, filled : len(pages)] = pages[filled:]
                 self._filled[slot] = len(pages)
-                if self._device_table is not self._host_table:
-                    row, end = self._host_table[slot], len(pages)
-                    self._device_table[slot, filled:end].copy_(row[filled:end], non_blocking=True)
+                changed.append((slot, filled, len(pages)))
+        if self._device_table is self._host_table:
+            return
+        if len(changed) > _FEW_ROWS:
+            self._device_table.copy_(self._host_table, non_blocking=True)
+            return
+        for row, begin, end in changed:
+            new = self._host_table[row, begin:end]
+            self._device_table[row, begin:end].copy_(new, non_blocking=True)
 
     def _fill_singles(
         self, sequences: list[ScheduledSequence], token: Array, position: Array, slot: Array
-    ) -> None:
-        """Inputs of sequences with one token each."""
-        n, size = len(sequences), self.page_size
-        starts = [s.start for s in sequences]
-        token[:n] = [s.request.token_ids[start] for s, start in zip(sequences, starts, strict=True)]
-        position[:n] = starts
-        slot[:n] = [s.pages[at // size] * size + at % size for s, at in zip(sequences, starts, strict=True)]
+    ) -> list[int]:
+        """Inputs of sequences with one token each; their pages are in the table. Returns their rows of it."""
+        n = len(sequences)
+        rows = [s.request.slot for s in sequences]
+        token[:n] = [s.request.token_ids[s.start] for s in sequences]
+        position[:n] = [s.start for s in sequences]
+        slot[:n] = self._places(rows, position[:n])
+        return rows
+
+    def _places(self, rows: list[int] | Array, position_n: Array) -> Array:
+        """Cache slots of one position for each of these rows of the table."""
+        page_n, offset_n = np.divmod(position_n, self.page_size)
+        return self._table[rows, page_n].astype(np.int64) * self.page_size + offset_n
 
     def _fill_tokens(self, s: ScheduledSequence, token: Array, position: Array, slot: Array) -> None:
         """Inputs of one sequence's tokens, drafts last, into arrays of their number."""
@@ -283,8 +302,7 @@ class Runner:
     def _fill_decodes(self, plan: Schedule, token: Array, position: Array, slot: Array) -> list[int]:
         """Inputs of single tokens and drafts; returns each row's row of the block table."""
         d = plan.num_decodes
-        self._fill_singles(plan.sequences[:d], token, position, slot)
-        rows = [s.request.slot for s in plan.sequences[:d]]
+        rows = self._fill_singles(plan.sequences[:d], token, position, slot)
         for s in plan.sequences[d : d + plan.num_drafted]:
             at = slice(len(rows), len(rows) + s.num_tokens)
             self._fill_tokens(s, token[at], position[at], slot[at])
