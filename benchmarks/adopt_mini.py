@@ -41,7 +41,6 @@ PAGE, SPECULATION, README = (
     ROOT / name for name in ("docs/hadal-mini.md", "docs/speculation.md", "README.md")
 )
 WEIGHTS = "model.safetensors"
-LARGEST = adopt_r1.LARGEST
 SAMPLES = 300
 TESTS = """
 test_docs.py config/test_docs.py engine/test_speculation.py engine/test_offload.py engine/test_defaults.py
@@ -154,14 +153,8 @@ def assets(export: Path, section: str) -> None:
     from hadal.train.export import set_accuracy
 
     complete(export)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (export / name).read_bytes() != (ON_BOARD / name).read_bytes():
-            raise SystemExit(f"{export / name} is not the one on board: the prompts of others would change")
+    adopt_r1.fits(export, ON_BOARD)
     for path in sorted(export.iterdir()):
-        if path.stat().st_size >= LARGEST:
-            raise SystemExit(
-                f"{path} has {path.stat().st_size:,} bytes; files of the repository have less than 16 MiB"
-            )
         if export.resolve() != ON_BOARD.resolve():
             shutil.copyfile(path, ON_BOARD / path.name)
     set_accuracy(ON_BOARD / "README.md", section)
@@ -291,11 +284,13 @@ def adopt_stages(run: Path, pretrained: Path, device: str, *, force: bool, sampl
     before = adopt_r1.pretraining(stages, pretrained)
     reports = {stage: measured(export, kept(export), device) for stage, export in exports.items()}
     better(reports["r1"], force)
-    for stage, export in exports.items():
+    for export in exports.values():
         complete(export)
+        adopt_r1.fits(export, ON_BOARD)
+    for stage, export in exports.items():
         name, section = adopt_r1.STAGES[stage], accuracy_section(reports[stage])  # type: ignore[arg-type]
         text = adopt_r1.card(export, stages, stage, before, section)
-        adopt_r1.place(export, ON_BOARD.with_name(name), ON_BOARD, stages, stage, before)
+        adopt_r1.place(export, ON_BOARD.with_name(name), stages, stage, before)
         (ON_BOARD.with_name(name) / "README.md").write_text(text, "utf-8")
         print(f"{name}: {reports[stage]['accuracy']:.2%} of the examination")
     results(pretrained, reports["r1"])

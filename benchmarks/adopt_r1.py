@@ -210,21 +210,29 @@ def card(
 
 
 # --- into the package ---
+def fits(export: Path, tokenizer: Path) -> None:
+    """Refuse an export that the package cannot take. tokenizer: the folder of the one on board."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (export / name).read_bytes() != (tokenizer / name).read_bytes():
+            raise SystemExit(f"{export / name} is not the one on board: the prompts of others would change")
+    for path in sorted(export.iterdir()):
+        if path.stat().st_size >= LARGEST:
+            raise SystemExit(
+                f"{path} has {path.stat().st_size:,} bytes; files of the repository have less than 16 MiB"
+            )
+
+
 def place(
     export: Path,
     target: Path,
-    tokenizer: Path,
     stages: Mapping[str, Any],
     stage: str,
     before: Mapping[str, Any],
 ) -> None:
     """The files of an export into the package: what config.json says of its making names no place of the
-    machine where it was made. tokenizer: the folder of the tokenizer on board."""
+    machine where it was made."""
     from hadal.weights.manifest import FileHash, hash_file, write_manifest
 
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (export / name).read_bytes() != (tokenizer / name).read_bytes():
-            raise SystemExit(f"{export / name} is not the one on board: the prompts of others would change")
     table = json.loads((export / "config.json").read_text("utf-8"))
     table["hadal"] = {
         "name": STAGES[stage], "trained_by": "hadal r1", "recipe": RECIPE, "stage": stage,
@@ -233,11 +241,6 @@ def place(
         "pretraining": {**before, "then": RECIPE},
     }  # fmt: skip
     files = [path for path in sorted(export.iterdir()) if path.name not in ("manifest.json", "README.md")]
-    for path in files:
-        if path.stat().st_size >= LARGEST:
-            raise SystemExit(
-                f"{path} has {path.stat().st_size:,} bytes; files of the repository have less than 16 MiB"
-            )
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,8 @@ def test_the_pages_tell_of_the_run_that_is_kept(script: ModuleType) -> None:
     told = script.told([json.loads(line) for line in log], script.facts(script.ON_BOARD), recipe)
     assert told in script.PAGE.read_text("utf-8")
     for page, names in (
-        (script.PAGE, ("accuracy", "training", "data")),
+        (script.PAGE, ("accuracy", "training", "data", "stages", "dense")),
+        (ROOT / "docs" / "r1.md", ("stages-r1-mini",)),
         (script.SPECULATION, ("acceptance",)),
     ):
         text = page.read_text("utf-8")
@@ -111,3 +113,84 @@ def test_a_data_report_becomes_a_table(script: ModuleType, tmp_path: Path) -> No
     table = script.data_table(tmp_path / "set" / "report.json")
     assert "| countdown-4 |" in table and "| all |" in table
     assert table.endswith("Of the 45 questions of the examination 0 remain.")
+
+
+# --- a run of `hadal r1` ---
+def figures(right: float) -> dict[str, Any]:
+    row = {"problems": 1, "pass@1": right, "cons": 1.0, "length": 50.4, "language": 1.0, "form": 1.0}
+    settings = {"samples": 16, "temperature": 0.6, "top_p": 0.95, "max_tokens": 99}
+    return {"all": row, "tasks": {"chat": row}, "settings": settings}
+
+
+def stage(inputs: str, seconds: float, **more: Any) -> dict[str, Any]:
+    material = {"inputs": dict.fromkeys(inputs.split(), "digest"), "files": more.pop("files", {})}
+    facts = {"trained_tokens": 10, "sampled_tokens": 5, "rows": 3} | more.pop("facts", {})
+    return {"finished": True, "material": material, "seconds": seconds, "facts": facts, **more}
+
+
+@pytest.fixture
+def run(script: ModuleType, tmp_path: Path) -> Path:
+    """An R1 run with the model on board in the place of its results, and its pre-training beside it."""
+    from hadal.weights import hub
+
+    before = tmp_path / "before" / "export-ema"
+    shutil.copytree(script.ON_BOARD, before)
+    told = json.loads((before / "config.json").read_text()) | {"hadal": script.facts(script.ON_BOARD)}
+    (before / "config.json").write_text(json.dumps(told))
+    stages = {
+        "base": stage("", 60.0, files={"x": hub.digest(before)}, measured=figures(0.5)),
+        "aside": stage("base", 1000.0),
+        "sft": stage("base", 120.0, measured=figures(0.75)),
+        "r1": stage("sft", 30.0, measured=figures(1.0)),
+        "dense-distilled": stage("r1", 5.0, measured=figures(0.875)),
+        "moe-base": stage("", 5.0) | {"finished": False},
+    }
+    for name in ("r1", "dense-distilled"):
+        shutil.copytree(script.ON_BOARD, tmp_path / "run" / name / "export")
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"stages": stages}))
+    return tmp_path / "run"
+
+
+def test_a_run_of_r1_gives_two_models(script: ModuleType, run: Path) -> None:
+    assert list(script.candidates(run)) == ["r1", "dense-distilled"]
+    stages = script.adopt_r1.stages_of(run)
+    assert "moe-base" not in stages
+    assert script.adopt_r1.way(stages, "dense-distilled") == ["base", "sft", "r1", "dense-distilled"]
+    assert script.adopt_r1.seconds(stages, "r1") == 210.0
+    assert script.adopt_r1.pretraining(stages, run.parent / "before")["seconds"] > 0
+    (run.parent / "before" / "export-ema" / "manifest.json").write_text("{}")
+    with pytest.raises(SystemExit, match="no model that stage `base` began with"):
+        script.adopt_r1.pretraining(stages, run.parent / "before")
+    (run / "manifest.json").write_text(json.dumps({"stages": {"r1": stages["r1"] | {"finished": False}}}))
+    with pytest.raises(SystemExit, match="stage r1 is not finished"):
+        script.candidates(run)
+
+
+def test_cards_have_figures_by_stage_and_task(script: ModuleType, run: Path) -> None:
+    stages, export = script.adopt_r1.stages_of(run), run / "r1" / "export"
+    before = script.adopt_r1.pretraining(stages, run.parent / "before")
+    card = script.adopt_r1.card(export, stages, "r1", before, "| Addition | 300/300 |")
+    assert card.startswith("# hadal-mini\n") and "| Addition | 300/300 |" in card
+    assert "| sft | the base anew, on accepted samples and general data | 75.0% | 100.0% | 50 |" in card
+    assert "| task | base | sft | r1 |" in card and "| chat | 50.0% / 100.0% / 50 | 75.0%" in card
+    assert "30 tokens trained on, 15 sampled, 3.5 minutes" in card
+    student = script.adopt_r1.card(export, stages, "dense-distilled", before, "x")
+    assert student.startswith("# hadal-mini-dense\n") and "| task | r1 | dense-distilled |" in student
+
+
+def test_what_goes_into_the_package_names_no_place(script: ModuleType, run: Path, tmp_path: Path) -> None:
+    from hadal.weights import hub
+    from hadal.weights.manifest import read_manifest, verify_files
+
+    stages, export = script.adopt_r1.stages_of(run), run / "r1" / "export"
+    before = script.adopt_r1.pretraining(stages, run.parent / "before")
+    script.adopt_r1.fits(export, script.ON_BOARD)
+    script.adopt_r1.place(export, tmp_path / "hadal-mini", stages, "r1", before)
+    placed = json.loads((tmp_path / "hadal-mini" / "config.json").read_text())
+    assert placed["hadal"]["stage"] == "r1" and "base" not in placed["hadal"]
+    assert script.facts(tmp_path / "hadal-mini") == {**before, "then": "recipes/r1/mini.toml"}
+    verify_files(tmp_path / "hadal-mini", sorted(read_manifest(tmp_path / "hadal-mini") or {}))
+    assert hub.entry_of("hadal-mini", tmp_path / "hadal-mini").config == hub.entry_of("x", export).config
+    (export / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="is not the one on board"):
+        script.adopt_r1.fits(export, script.ON_BOARD)
