@@ -225,10 +225,12 @@ class Engine(OfflineApi):
             return None
         if self.speculation is not None and self.speculation.expects_drafts():
             return None
+        size, reserve = self.scheduler.pages.page_size, self.scheduler.reserve
         goes_on = [
             row
             for row, s in enumerate(plan.sequences)
-            if s.start + 2 <= s.request.max_len and self.scheduler.reserve(s.request, s.start + 2)
+            if s.start + 2 <= s.request.max_len
+            and (s.start + 2 <= len(s.pages) * size or reserve(s.request, s.start + 2))
         ]
         return partial(self.runner.look_ahead, plan, goes_on) if goes_on else None
 
@@ -241,9 +243,9 @@ class Engine(OfflineApi):
         rejected: dict[str, int] = {}
         new = zip(output.requests, output.num_drafts, sampled.by_request(), strict=True)
         for row, (request, drafted, (tokens, logprobs)) in enumerate(new):
-            known = request.num_generated
+            known = len(request.token_ids)
             updates.append((request, self._advance(request, tokens, logprobs, sampled.errors.get(row), now)))
-            emitted = request.num_generated - known
+            emitted = len(request.token_ids) - known
             self._totals.generation_tokens += emitted
             if drafted and self.speculation is not None:
                 rejected[request.request_id] = self.speculation.count(request, drafted, emitted)
