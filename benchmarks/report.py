@@ -49,7 +49,7 @@ def table(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 def races(result: dict[str, Any]) -> list[str]:
     """One table a race: median rates of both, and the ratio."""
-    lines: list[str] = []
+    lines: list[str] = ["", f"{result['title']}."] if "title" in result else []
     for race in result["races"]:
         peer = race.get("against", "transformers")
         rows = [
