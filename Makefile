@@ -29,7 +29,10 @@ SERVE_READY := $(VENV)/.ready-serve
 TEST_READY := $(VENV)/.ready-test
 endif
 
-INSTALL = $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt \
+# Python compiles a library at its first import; pip would compile all that is there, which takes longer than to
+# install it.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL = $(PY) -m pip install --disable-pip-version-check --quiet --no-compile -c constraints.txt \
   $(if $(HADAL_TORCH_INDEX),--extra-index-url $(HADAL_TORCH_INDEX))
 
 .PHONY: help run chat serve r1-zero test lint bench test-gpu lock clean
@@ -76,6 +79,7 @@ clean: ## remove .venv and the caches of the tools
 $(VENV)/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "Hadal needs Python 3.11 or later, and none was found: install one, or name it: make run PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "'$(PYTHON) -m venv' failed: on Debian and Ubuntu, 'apt install python3-venv' gives it" >&2; exit 1; }
+	@$(PY) -m pip install --disable-pip-version-check --quiet 'pip>=25.1' || echo "Older versions of pip take minutes more" >&2
 
 $(VENV)/.ready-run: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing Hadal into $(VENV) (once; a minute or two, most of it torch) ..."
