@@ -6,6 +6,8 @@
     OUT/manifest.json       for each stage: what it was made of, by digests, and what came out
     OUT/README.md           the table of stages
 
+Calls with --stage may work at different stages of a folder at the same time.
+
 A stage is done again when its section of the recipe, or what it is made of, has changed; the plan says so
 before anything starts. A stage that comes out as it was leaves those behind it alone. What was stopped goes
 on.
@@ -18,7 +20,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from hadal.post.r1_recipe import R1Recipe, RecipeError, Stage, load, plain
 
 VERSION = 1  # of what stages make; a change makes all anew
 MANIFEST = "manifest.json"
+ASKED = "asked to do it again"
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Run:
             does, why = self.state(stage)
             before = [name for name in stage.inputs if name in unsure]
             if again and does in ("keep", "measure", "resume"):
-                does, why = "run", "asked to do it again"
+                does, why = "run", ASKED
             elif does in ("keep", "measure") and before:
                 does, why = "perhaps", f"if {', '.join(before)} comes out otherwise"
             if does in ("run", "resume", "perhaps"):
@@ -198,10 +202,13 @@ class Run:
         ran: list[str] = []
         for step in steps:
             stage = step.stage
-            does, why = (step.does, step.why) if step.does == "run" else self.state(stage)
+            self.manifest = read_manifest(self.folder)  # another call may have worked there
+            does, why = (step.does, step.why) if step.why == ASKED else self.state(stage)
             if does == "keep":
                 if step.does == "perhaps":
                     self.say(f"{stage.name}: kept, since what it is made of came out as it was")
+                elif step.does != "keep":
+                    self.say(f"{stage.name}: kept, another call has made it")
                 continue
             if does in ("run", "resume"):
                 ran.append(stage.name)
@@ -258,20 +265,38 @@ class Run:
         self.say(f"{stage.name}: {r1_card.line(found)}")
 
     def _note(self, name: str, entry: Mapping[str, Any]) -> None:
-        """Put a stage into the manifest, whole or not at all; stages that the recipe has not are left out."""
-        self.manifest = {**self.manifest, name: dict(entry)}
-        ordered = [stage.name for stage in self.recipe.stages if stage.name in self.manifest]
-        self.manifest = {key: self.manifest[key] for key in ordered}
-        write_json(self.folder / MANIFEST, {"recipe": self.recipe.run.name, "stages": self.manifest})
+        """Put a stage into the manifest, whole or not at all; stages that the recipe has not are left out.
+        What another call has put there meanwhile stays."""
+        with alone(self.folder):
+            found = {**read_manifest(self.folder), name: dict(entry)}
+            ordered = [stage.name for stage in self.recipe.stages if stage.name in found]
+            self.manifest = {key: found[key] for key in ordered}
+            write_json(self.folder / MANIFEST, {"recipe": self.recipe.run.name, "stages": self.manifest})
 
     def _write_cards(self) -> None:
-        r1_card.write(self.recipe, self.manifest, self.folder, self.made)
+        with alone(self.folder):
+            self.manifest = read_manifest(self.folder)
+            r1_card.write(self.recipe, self.manifest, self.folder, self.made)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 # --- the manifest ---
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """While the manifest and the cards are written: other calls, which may work at other stages, wait."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The stages of a run; none where there is no run. Raises RecipeError for a file that is none."""
     path = folder / MANIFEST

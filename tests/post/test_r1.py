@@ -22,7 +22,7 @@ from hadal.data.puzzles import verify
 from hadal.data.puzzles.task import is_held_out
 from hadal.post import preference, r1_stages, rejection
 from hadal.post import worked as worked_rows
-from hadal.post.r1 import Outcome, plan, r1
+from hadal.post.r1 import Outcome, Run, plan, r1
 from hadal.post.r1_card import overview
 from hadal.post.r1_measure import judged, problems, summary
 from hadal.post.r1_recipe import (
@@ -189,6 +189,16 @@ def test_a_stage_that_comes_out_as_it_was_leaves_the_others(done: Path, tmp_path
     (out / "sums" / "sums.jsonl").write_text("spoilt\n")
     steps = {step.stage.name: step for step in plan(path, out=out)[1]}
     assert steps["sums"].does == "run" and "is not what was written" in steps["sums"].why
+
+
+def test_calls_at_different_stages_share_a_folder(tmp_path: Path) -> None:
+    path, out = write(tmp_path / "recipe.json", table()), tmp_path / "run"
+    first = Run(load(path), out, "cpu", QUIET)
+    steps = first.plan(("nothing", "corpus", "sums"))
+    assert [step.does for step in steps] == ["run"] * 3
+    assert run(path, out, stages=("sums",)).ran == ("sums",)
+    assert first.go(steps).ran == ("nothing", "corpus")
+    assert list(json.loads((out / "manifest.json").read_text())["stages"]) == ["nothing", "corpus", "sums"]
 
 
 def test_one_stage_alone_needs_what_it_is_made_of(done: Path, tmp_path: Path) -> None:
