@@ -4,10 +4,11 @@ of it.
     python benchmarks/adopt_mini.py measure RUN       # accuracy of 4,500 problems, into accuracy.json
     python benchmarks/adopt_mini.py compare RUN       # task by task; status 1 if the mean is lower
     python benchmarks/adopt_mini.py adopt RUN         # all below; refuses a lower mean
-    python benchmarks/adopt_mini.py adopt R1 --pretrained RUN
+    python benchmarks/adopt_mini.py adopt R1 --pretrained RUN [--beside R1B …]
 
 R1 is the folder of `hadal r1 recipes/r1/mini.toml`: hadal-mini becomes its stage `r1`, hadal-mini-dense its
-stage `dense-distilled`, where that is finished; --pretrained is the run that its base came from. RUN is the
+stage `dense-distilled`, where that is finished; stages that it lacks are taken from the runs --beside it.
+--pretrained is the run that its base came from, if that is not the model on board. RUN is the
 folder of `hadal train recipes/mini.toml`, whole or without its checkpoints: a model without R1's stages. Of
 its `export` and `export-ema` the one with the lower held-out loss is taken: never the one that does better in
 the examination. `measure` needs what training needs, and runs on the card where the model was trained;
@@ -59,9 +60,7 @@ BY_HAND = (
 # --- a run ---
 def facts(export: Path) -> dict[str, Any]:
     """What a run says of itself, from config.json; of a model with R1's stages, its pre-training."""
-    found: dict[str, Any] = json.loads((export / "config.json").read_text("utf-8"))["hadal"]
-    pretraining: dict[str, Any] = found.get("pretraining", found)
-    return pretraining
+    return adopt_r1.told(export)
 
 
 def chosen(run: Path) -> Path:
@@ -276,12 +275,16 @@ def adopt(run: Path, device: str, *, force: bool, samples: int) -> None:
     pages(facts(ON_BOARD)["seconds"], report, samples)
 
 
-def adopt_stages(run: Path, pretrained: Path, device: str, *, force: bool, samples: int) -> None:
-    """hadal-mini and hadal-mini-dense of a run of `hadal r1`, in an order that can be broken off."""
+def adopt_stages(
+    run: Path, beside: Sequence[Path], pretrained: Path, device: str, *, force: bool, samples: int
+) -> None:
+    """hadal-mini and hadal-mini-dense of runs of `hadal r1`, in an order that can be broken off."""
     from hadal.evals.puzzles import accuracy_section
 
-    stages, exports = adopt_r1.stages_of(run), adopt_r1.exports(run)
-    before = adopt_r1.pretraining(stages, pretrained)
+    stages, exports = adopt_r1.stages_of(run, beside), adopt_r1.exports(run, beside)
+    if "r1" not in exports:
+        raise SystemExit(f"{run}: stage r1 is not finished; the same `hadal r1` goes on there")
+    before = adopt_r1.pretraining(stages, pretrained, ON_BOARD)
     reports = {stage: measured(export, kept(export), device) for stage, export in exports.items()}
     better(reports["r1"], force)
     for export in exports.values():
@@ -300,7 +303,7 @@ def adopt_stages(run: Path, pretrained: Path, device: str, *, force: bool, sampl
         dense = json.dumps(reports["dense-distilled"], ensure_ascii=False, indent=1) + "\n"
         (RESULTS / "hadal-mini-dense-accuracy.json").write_text(dense, "utf-8")
         between(PAGE, "dense", accuracy_section(reports["dense-distilled"]))  # type: ignore[arg-type]
-    script(["benchmarks/r1_report.py", str(run)])
+    script(["benchmarks/r1_report.py", str(run), "--beside", *map(str, beside)])
     pages(before["seconds"] + adopt_r1.seconds(stages, "r1"), reports["r1"], samples)
 
 
@@ -336,6 +339,7 @@ def main() -> None:
         "--pretrained", type=Path, default=ROOT / "runs" / "hadal-mini",
         help="the run of `hadal train recipes/mini.toml` that a run of `hadal r1` began with",
     )  # fmt: skip
+    parser.add_argument("--beside", nargs="*", type=Path, default=[], help="runs with stages that RUN lacks")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--force", action="store_true", help="take a model with a lower mean, too")
     parser.add_argument("--samples", type=int, default=100, help="problems a task, of the quantisation table")
@@ -349,8 +353,9 @@ def main() -> None:
         export = next(iter(candidates(run).values()))
         sys.exit(0 if compare(measured(export, kept(export), args.device)) else 1)
     elif adopt_r1.is_r1(run):
+        beside = [folder.resolve() for folder in args.beside]
         pretrained = args.pretrained.resolve()
-        adopt_stages(run, pretrained, args.device, force=args.force, samples=args.samples)
+        adopt_stages(run, beside, pretrained, args.device, force=args.force, samples=args.samples)
     else:
         adopt(run, args.device, force=args.force, samples=args.samples)
 

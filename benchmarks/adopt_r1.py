@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from r1_report import RECIPE, gathered, percent
+
 STAGES = {"r1": "hadal-mini", "dense-distilled": "hadal-mini-dense"}  # stage: the name on board
 MAIN = ("base", "zero", "cold", "rl1", "sft", "r1")
 STUDENTS = ("dense-base", "dense-distilled", "dense-alone", "moe-base", "moe-distilled", "moe-alone")
-RECIPE = "recipes/r1/mini.toml"
 LARGEST = 16 * 2**20  # bytes of a file in the repository
 SUMMARY = {
     "hadal-mini": "A small reasoning model of the DeepSeek-V3 architecture for number puzzles, asked in "
@@ -42,17 +43,17 @@ def is_r1(run: Path) -> bool:
     return (run / "manifest.json").is_file()
 
 
-def stages_of(run: Path) -> dict[str, dict[str, Any]]:
-    """The finished stages of a run, as its manifest has them."""
-    found = json.loads((run / "manifest.json").read_text("utf-8"))["stages"]
-    return {name: stage for name, stage in found.items() if stage["finished"]}
+def stages_of(run: Path, beside: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
+    """The finished stages of a run, as its manifest has them, and of the runs beside it."""
+    return gathered(run, beside)[0]
 
 
-def exports(run: Path) -> dict[str, Path]:
+def exports(run: Path, beside: Sequence[Path] = ()) -> dict[str, Path]:
     """The models of a run that are for the package, by the stage that made each."""
-    there = {name: run / name / "export" for name in STAGES if name in stages_of(run)}
-    if "r1" not in there:
-        raise SystemExit(f"{run}: stage r1 is not finished; the same `hadal r1` goes on there")
+    folders = gathered(run, beside)[1]
+    there = {name: folders[name] / "export" for name in STAGES if name in folders}
+    if not there:
+        raise SystemExit(f"{run}: no stage of {', '.join(STAGES)} is finished; the same `hadal r1` goes on")
     return there
 
 
@@ -71,27 +72,31 @@ def seconds(stages: Mapping[str, Any], name: str) -> float:
     return float(sum(stages[one]["seconds"] for one in way(stages, name)))
 
 
-def pretraining(stages: Mapping[str, Any], pretrained: Path) -> dict[str, Any]:
-    """What the run that the base came from says of itself. Refuses another one than the recipe began with."""
+def pretraining(stages: Mapping[str, Any], pretrained: Path, on_board: Path) -> dict[str, Any]:
+    """What the model that the run began with says of its training: it lies in the run `pretrained`, or is the
+    one on board, or that one was made from it. Refuses any other."""
     from hadal.weights import hub
 
-    there = [pretrained / name for name in ("export-ema", "export") if (pretrained / name).is_dir()]
-    began = set(stages["base"]["material"]["files"].values())
-    for export in there:
-        if hub.digest(export) in began:
-            found: dict[str, Any] = json.loads((export / "config.json").read_text("utf-8"))["hadal"]
-            return found
+    began = {digest for stage in stages.values() for digest in stage["material"]["files"].values()}
+    for export in (pretrained / "export-ema", pretrained / "export", on_board):
+        if export.is_dir() and (digest := hub.digest(export)) in began:
+            return told(export) | {"files": digest}
+    if told(on_board).get("files") in began:  # an adoption that was broken off
+        return told(on_board)
     raise SystemExit(
-        f"--pretrained {pretrained} holds no model that stage `base` began with ({', '.join(began)}); give "
-        "the folder of that `hadal train recipes/mini.toml`"
+        f"--pretrained {pretrained} holds no model that the run began with ({', '.join(sorted(began))}); "
+        "give the folder of that `hadal train recipes/mini.toml`"
     )
 
 
+def told(export: Path) -> dict[str, Any]:
+    """What an export says of its training in config.json; of a model with R1's stages, its pre-training."""
+    found: dict[str, Any] = json.loads((export / "config.json").read_text("utf-8"))["hadal"]
+    pretraining: dict[str, Any] = found.get("pretraining", found)
+    return pretraining
+
+
 # --- tables ---
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}%"
-
-
 def measured(stages: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The figures of those stages that have some."""
     return {name: stages[name]["measured"] for name in names if stages.get(name, {}).get("measured")}
@@ -108,7 +113,8 @@ def stage_table(stages: Mapping[str, Any], names: Sequence[str]) -> str:
         row = one["all"]
         cells = [percent(row["pass@1"]), percent(row["cons"]), f"{row['length']:.0f}",
                  percent(row["language"]), percent(row["form"])]  # fmt: skip
-        lines.append(f"| {name} | {ASIDE[name]} | {' | '.join(cells)} |")
+        words = ASIDE[name] + " (of a base that was made anew)" * bool(stages[name].get("apart"))
+        lines.append(f"| {name} | {words} | {' | '.join(cells)} |")
     problems = next(iter(found.values()))["all"]["problems"]
     return "\n".join([
         *lines, "",
@@ -180,7 +186,7 @@ def history(export: Path, stages: Mapping[str, Any], stage: str, before: Mapping
         f"{before['tokens']:,} tokens of puzzles with worked solutions, {before['seconds'] / 60:.1f} minutes"
     )
     return {
-        "Pre-trained" if stage == "r1" else "Its teacher's pre-training": f"{first} (`recipes/mini.toml`)",
+        "Pre-trained" if stage == "r1" else "Its teacher's pre-training": first,
         "Then": f"stages {', '.join(way(stages, stage))} of `{RECIPE}`: {trained:,} tokens trained on, "
         f"{sampled:,} sampled, {seconds(stages, stage) / 60:.1f} minutes",
         "Machine": f"{machine['device']}, torch {machine['torch']}",
@@ -204,8 +210,9 @@ def card(
         "## What it cannot do", "", PUZZLE_LIMITS, "",
         "## How it was made", "",
         "```bash", "hadal train recipes/mini.toml", f"hadal r1 {RECIPE}", "```", "",
-        f"Stage `{stage}` of it; seeds are in the recipes, which reproduce it up to the order of "
-        "floating-point sums on a GPU and to what fits into the stages' budgets of time.", "",
+        f"Stage `{stage}` of it; the pre-training's resolved recipe is docs/results/hadal-mini-recipe.json. "
+        "Seeds are in the recipes, which reproduce it up to the order of floating-point sums on a GPU and to "
+        "what fits into the stages' budgets of time.", "",
     ])  # fmt: skip
 
 

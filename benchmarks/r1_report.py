@@ -1,6 +1,7 @@
 """The figures of a run of `hadal r1`, for docs/r1.md.
 
 python benchmarks/r1_report.py runs/r1-cpu          # docs/results/stages-r1-cpu.json, its section of the page
+python benchmarks/r1_report.py runs/a --beside runs/b     # stages that a lacks are taken from b
 python benchmarks/r1_report.py                      # the page alone, from what is kept
 """
 
@@ -9,28 +10,55 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "r1.md"
+RECIPE = "recipes/r1/mini.toml"
 KEPT = ("kind", "title", "seconds", "facts", "measured", "digest")
 
 
-def result(run: Path, device: str) -> dict[str, Any]:
+def gathered(run: Path, beside: Sequence[Path] = ()) -> tuple[dict[str, dict[str, Any]], dict[str, Path]]:
+    """The finished stages of a run, and each one's folder; those that it lacks from the runs beside it.
+
+    A stage that read a file or a model which another stage made counts as made of it. `apart`: what it is
+    made of is not what these stages are, such as a base that was trained anew.
+    """
+    stages: dict[str, dict[str, Any]] = {}
+    folders: dict[str, Path] = {}
+    for folder in (run, *beside):
+        for name, entry in json.loads((folder / "manifest.json").read_text("utf-8"))["stages"].items():
+            if entry["finished"] and name not in stages:
+                stages[name], folders[name] = entry, folder / name
+    made = {entry["digest"]: name for name, entry in stages.items()}
+    for entry in stages.values():
+        material = entry["material"]
+        read = {made[digest]: digest for digest in material["files"].values() if digest in made}
+        inputs = material["inputs"] | read
+        material["inputs"] = {name: digest for name, digest in inputs.items() if name in stages}
+        entry["apart"] = any(stages[name]["digest"] != made for name, made in material["inputs"].items())
+    order = list(tomllib.loads((ROOT / RECIPE).read_text("utf-8"))["stages"])
+    names = sorted(stages, key=lambda name: order.index(name) if name in order else -1)
+    return {name: stages[name] for name in names}, folders
+
+
+def result(run: Path, device: str, beside: Sequence[Path] = ()) -> dict[str, Any]:
     """What is kept of a run: machine (this one, or that of RUN/machine.json), recipe's name, figures of each
     stage."""
     import common
 
     told = run / "machine.json"
     machine = json.loads(told.read_text("utf-8")) if told.is_file() else common.machine(device)
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     stages = {
         name: {key: entry[key] for key in KEPT if key in entry}
-        for name, entry in manifest["stages"].items()
+        for name, entry in gathered(run, beside)[0].items()
     }  # fmt: skip
-    return {"machine": machine, "recipe": manifest["recipe"], "stages": stages}
+    recipe = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["recipe"]
+    return {"machine": machine, "recipe": recipe, "stages": stages}
 
 
 def percent(value: float | None) -> str:
@@ -119,9 +147,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("run", nargs="?", type=Path, help="the folder of a run")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="that it ran on")
+    parser.add_argument("--beside", nargs="*", type=Path, default=[], help="runs with stages that it lacks")
     given = parser.parse_args(arguments)
     if given.run is not None:
-        found = result(given.run, given.device)
+        found = result(given.run, given.device, given.beside)
         path = RESULTS / f"stages-{found['recipe']}.json"
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

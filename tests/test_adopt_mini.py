@@ -125,7 +125,8 @@ def figures(right: float) -> dict[str, Any]:
 def stage(inputs: str, seconds: float, **more: Any) -> dict[str, Any]:
     material = {"inputs": dict.fromkeys(inputs.split(), "digest"), "files": more.pop("files", {})}
     facts = {"trained_tokens": 10, "sampled_tokens": 5, "rows": 3} | more.pop("facts", {})
-    return {"finished": True, "material": material, "seconds": seconds, "facts": facts, **more}
+    named = {"digest": "digest", "seconds": seconds, "facts": facts}
+    return {"finished": True, "material": material, **named, **more}
 
 
 @pytest.fixture
@@ -157,18 +158,43 @@ def test_a_run_of_r1_gives_two_models(script: ModuleType, run: Path) -> None:
     assert "moe-base" not in stages
     assert script.adopt_r1.way(stages, "dense-distilled") == ["base", "sft", "r1", "dense-distilled"]
     assert script.adopt_r1.seconds(stages, "r1") == 210.0
-    assert script.adopt_r1.pretraining(stages, run.parent / "before")["seconds"] > 0
-    (run.parent / "before" / "export-ema" / "manifest.json").write_text("{}")
-    with pytest.raises(SystemExit, match="no model that stage `base` began with"):
-        script.adopt_r1.pretraining(stages, run.parent / "before")
     (run / "manifest.json").write_text(json.dumps({"stages": {"r1": stages["r1"] | {"finished": False}}}))
-    with pytest.raises(SystemExit, match="stage r1 is not finished"):
+    with pytest.raises(SystemExit, match="no stage of r1, dense-distilled is finished"):
         script.candidates(run)
+
+
+def test_the_pre_training_is_that_of_the_model_it_began_with(script: ModuleType, run: Path) -> None:
+    stages, before = script.adopt_r1.stages_of(run), run.parent / "before"
+    nothing = run.parent / "nothing"
+    found = script.adopt_r1.pretraining(stages, before, script.ON_BOARD)
+    assert found["seconds"] > 0 and found["files"] in stages["base"]["material"]["files"].values()
+    assert script.adopt_r1.pretraining(stages, nothing, before / "export-ema") == found
+    script.adopt_r1.place(run / "r1" / "export", before / "export-ema", stages, "r1", found)
+    assert script.adopt_r1.pretraining(stages, nothing, before / "export-ema")["seconds"] == found["seconds"]
+    stages["base"]["material"]["files"] = {"x": "another"}
+    with pytest.raises(SystemExit, match="no model that the run began with"):
+        script.adopt_r1.pretraining(stages, before, before / "export-ema")
+
+
+def test_stages_are_gathered_from_runs_side_by_side(script: ModuleType, run: Path, tmp_path: Path) -> None:
+    taught, base = stage("r1", 7.0, digest="rows"), stage("", 3.0, digest="other base")
+    student = stage("", 9.0, files={"taught.jsonl": "rows"}, measured=figures(0.5))
+    zero = stage("base", 1.0, measured=figures(0.5)) | {"digest": "zero"}
+    zero["material"]["inputs"] = {"base": "other base"}
+    (tmp_path / "students").mkdir()
+    more = {"taught": taught, "moe-distilled": student, "zero": zero, "base": base}
+    (tmp_path / "students" / "manifest.json").write_text(json.dumps({"stages": more}))
+    stages = script.adopt_r1.stages_of(run, [tmp_path / "students"])
+    assert script.adopt_r1.way(stages, "moe-distilled") == ["base", "sft", "r1", "taught", "moe-distilled"]
+    assert stages["base"]["seconds"] == 60.0 and stages["zero"]["apart"] and not stages["sft"]["apart"]
+    assert "| zero | R1-Zero: the base by rewards alone (of a base that was made anew) |" in (
+        script.adopt_r1.stage_table(stages, script.adopt_r1.MAIN)
+    )
 
 
 def test_cards_have_figures_by_stage_and_task(script: ModuleType, run: Path) -> None:
     stages, export = script.adopt_r1.stages_of(run), run / "r1" / "export"
-    before = script.adopt_r1.pretraining(stages, run.parent / "before")
+    before = script.adopt_r1.pretraining(stages, run.parent / "before", script.ON_BOARD)
     card = script.adopt_r1.card(export, stages, "r1", before, "| Addition | 300/300 |")
     assert card.startswith("# hadal-mini\n") and "| Addition | 300/300 |" in card
     assert "| sft | the base anew, on accepted samples and general data | 75.0% | 100.0% | 50 |" in card
@@ -183,7 +209,7 @@ def test_what_goes_into_the_package_names_no_place(script: ModuleType, run: Path
     from hadal.weights.manifest import read_manifest, verify_files
 
     stages, export = script.adopt_r1.stages_of(run), run / "r1" / "export"
-    before = script.adopt_r1.pretraining(stages, run.parent / "before")
+    before = script.adopt_r1.pretraining(stages, run.parent / "before", script.ON_BOARD)
     script.adopt_r1.fits(export, script.ON_BOARD)
     script.adopt_r1.place(export, tmp_path / "hadal-mini", stages, "r1", before)
     placed = json.loads((tmp_path / "hadal-mini" / "config.json").read_text())
