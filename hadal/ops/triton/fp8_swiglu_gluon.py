@@ -29,7 +29,8 @@ from hadal.ops.triton.pdl import on_hopper
 AMAX_MIN = gl.constexpr(fp8_tiles.AMAX_MIN)
 BYTES = gl.constexpr(4 * 128 * 128)  # of a tile: gate, up, and the gradient in BF16
 # a thread's share, its warp's threads, the warps; the dimension that lies together
-ALONG = gl.constexpr(gl.BlockedLayout([4, 8], [2, 16], [16, 1], [1, 0]))
+EACH = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [16, 1], [1, 0]))  # fewer registers, for weighted rows
+FOURS = gl.constexpr(gl.BlockedLayout([4, 8], [2, 16], [16, 1], [1, 0]))  # fewer instructions
 ACROSS = gl.constexpr(gl.BlockedLayout([16, 2], [8, 4], [1, 16], [0, 1]))
 WARPS = 16
 
@@ -71,7 +72,7 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _along(x_RD, q, scale, stride, POWER: gl.constexpr):
+def _along(x_RD, q, scale, stride, POWER: gl.constexpr, ALONG: gl.constexpr):
     """A tile's codes and its rows' scales, to where its corner lies."""
     r = gl.arange(0, GROUP, gl.SliceLayout(1, ALONG))
     k = gl.arange(0, GROUP, gl.SliceLayout(0, ALONG))
@@ -108,6 +109,7 @@ def _swiglu_backward_kernel(
     kept, dh, kept_scale, weight, used, d, d_scale, d_columns, d_columns_scale, h_columns, h_columns_scale,
     dweight, width, R, POWER: gl.constexpr, ROWS: gl.constexpr,
 ):  # fmt: skip
+    ALONG: gl.constexpr = EACH if ROWS else FOURS
     gate_smem = gl.allocate_shared_memory(kept.dtype, [GROUP, GROUP], kept.layout)
     up_smem = gl.allocate_shared_memory(kept.dtype, [GROUP, GROUP], kept.layout)
     grad_smem = gl.allocate_shared_memory(dh.dtype, [GROUP, GROUP], dh.layout)
@@ -156,8 +158,8 @@ def _swiglu_backward_kernel(
         corner = d + row * stride + k
         tile_row = (tile // groups).to(gl.int64)
         _across(hidden, h_columns + k * R + row, h_columns_scale + tile_row * width + k, R, POWER)
-        _along(dgate, corner, d_scale + g * R + row, stride, POWER)
-        _along(dup, corner + width, d_scale + (g + groups) * R + row, stride, POWER)
+        _along(dgate, corner, d_scale + g * R + row, stride, POWER, ALONG)
+        _along(dup, corner + width, d_scale + (g + groups) * R + row, stride, POWER, ALONG)
         corner = d_columns + k * R + row
         scale = d_columns_scale + tile_row * stride + k
         _across(dgate, corner, scale, R, POWER)
