@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hadal.cli import options as o
-from hadal.cli.terminal import bar, has_colour, human_seconds, note, print_json, say
+from hadal.cli.terminal import CliError, bar, has_colour, human_seconds, note, print_json, say
 
 if TYPE_CHECKING:
     from hadal.evals.needle import Grid
@@ -83,12 +83,15 @@ def needle(
     settings = {"model": engine.name, "device": str(engine.device), "dtype": str(engine.dtype)}
     settings |= {"quantize": quantize} if quantize else {}
     with bar("searching", unit_bytes=False, quiet=json) as update:
-        grid = needles.evaluate(
-            engine, lengths=needles.powers(first, last or engine.max_model_len),
-            depths=[round(100 * i / (depths - 1)) for i in range(depths)], samples=samples, seed=seed,
-            haystack=haystack or [], chat=False if plain else None, max_tokens=max_tokens,
-            title=f"{engine.name}: needle in a haystack", settings=settings, progress=update,
-        )  # fmt: skip
+        try:
+            grid = needles.evaluate(
+                engine, lengths=needles.powers(first, last or engine.max_model_len),
+                depths=[round(100 * i / (depths - 1)) for i in range(depths)], samples=samples, seed=seed,
+                haystack=haystack or [], chat=False if plain else None, max_tokens=max_tokens,
+                title=f"{engine.name}: needle in a haystack", settings=settings, progress=update,
+            )  # fmt: skip
+        except ValueError as error:  # of lengths and texts
+            raise CliError(str(error), 2) from None
     _tell(grid, plot, json)
 
 

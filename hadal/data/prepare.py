@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,18 @@ def _pack(
     return tasks
 
 
+def _nothing_left(report: Mapping[str, Any]) -> str:
+    """Why there is nothing to write: what came in, and at which stages it went."""
+    sources = report["sources"].values()
+    gone = {stage: sum(s["dropped"][stage] for s in sources) for stage in next(iter(sources))["dropped"]}
+    told = [f"{sum(s['read'] for s in sources):,} read"]
+    told += [f"{count:,} dropped ({stage})" for stage, count in gone.items() if count]
+    kept = sum(s["kept"] for s in sources)
+    told += [f"{kept:,} kept, all of them held out"] if kept else []
+    why = ", ".join(told)
+    return f"no document is left to train on ({why}); loosen the filters, or give more text"
+
+
 def _finish(
     run: _Run, out: Path, made_by: dict[str, Any], plan: dict[str, Any], shards: list[Task],
     report: dict[str, Any],
@@ -327,7 +339,7 @@ def _finish(
             _link(Path(task.folder) / name, folder / name)
         made[planned["heldout"]].append(shard)
     if not made[False]:
-        raise ShardError("no document is left to write; loosen the filters, or give more text")
+        raise ShardError(_nothing_left(report))
     if made[True]:
         facts = {**made_by, "sources": plan["heldout"]}
         write_manifest(partial / "heldout", Manifest(tuple(made[True]), facts))

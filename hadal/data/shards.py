@@ -114,7 +114,9 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder, its fields checked. Raises ShardError."""
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ShardError(f"{path} does not exist: the folder holds no finished shards; write them again")
+        raise ShardError(
+            f"{path} does not exist: the folder holds no finished shards; `hadal data prepare` makes them"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:

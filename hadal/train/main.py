@@ -28,6 +28,7 @@ from hadal.model.layers import Ffn
 from hadal.model.moe import Experts
 from hadal.model.transformer import Transformer
 from hadal.ops.fp8_training import Scales
+from hadal.text.tokenizer import Tokenizer
 from hadal.train import recipe as recipes
 from hadal.train import state
 from hadal.train.accuracy import Examine
@@ -43,7 +44,7 @@ from hadal.train.opening import folder_of, opened, say
 from hadal.train.optimizer import AdamW
 from hadal.train.phases import Stage, begun, config_at, recipe_at, stage_at, stages
 from hadal.train.recipe import LogRecipe, OptimizerRecipe, Recipe, RecipeError
-from hadal.train.sources import Sources, open_stages
+from hadal.train.sources import Sources, open_stages, tokenizer_of
 from hadal.train.spikes import Spikes
 from hadal.train.stopping import Stop
 from hadal.train.trainer import Progress, Trainer
@@ -106,6 +107,7 @@ def open_run(
     def make() -> Run:
         started = time.perf_counter()
         chosen = device_of(device)
+        model_config(recipe, tokenizer_of(recipe.data)[0])  # refused before any data are written
         sources = open_stages(recipe, folder / "data", partial(say, console))
         return Run(recipe, folder, sources, chosen, console, started, examine)
 
@@ -156,9 +158,8 @@ def adamw(named: Iterable[tuple[str, torch.nn.Parameter]], recipe: OptimizerReci
     )  # fmt: skip
 
 
-def model_config(recipe: Recipe, sources: Sources) -> ModelConfig:
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
     """The recipe's [model] as a ModelConfig; vocabulary and special ids come from the tokenizer."""
-    tokenizer = sources.tokenizer
     table: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     table |= {"vocab_size": -(-tokenizer.vocab_size // 64) * 64, "initializer_range": recipe.train.init_std}
     try:
@@ -225,7 +226,7 @@ class Run:
 
     def _build(self) -> Transformer:
         """The model with its first weights, drawn on the CPU so that every machine starts from the same."""
-        config, train = model_config(self.recipe, self.sources), self.recipe.train
+        config, train = model_config(self.recipe, self.sources.tokenizer), self.recipe.train
         self.config = config_at(config, self.stages, 0)
         config_at(config, self.stages, len(self.stages) - 1)  # a phase that cannot be is refused at once
         torch.manual_seed(self.recipe.run.seed)

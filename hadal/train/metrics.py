@@ -145,10 +145,11 @@ class Metrics:
 
     def _describe(self, stats: StepStats, rate: float, mfu: float) -> str:
         left = max(0, self._total_tokens - stats.tokens) / rate if rate else 0.0
-        held = f" heldout {self.heldout_loss:.4f}" if self.heldout_loss is not None else ""
+        held = f" mtp {stats.mtp_loss:.4f}" if stats.mtp_loss else ""  # none without an MTP module
+        held += f" heldout {self.heldout_loss:.4f}" if self.heldout_loss is not None else ""
         held += f" accuracy {self.accuracy:.1%}" if self.accuracy is not None else ""
         return (
-            f"step {stats.step}/{self._total_steps} loss {stats.loss:.4f} mtp {stats.mtp_loss:.4f}{held} "
+            f"step {stats.step}/{self._total_steps} loss {stats.loss:.4f}{held} "
             f"| {rate:,.0f} tok/s MFU {mfu:.1%} | MaxVio {stats.max_violation:.2f} "
             f"grad {stats.grad_norm:.2f} lr {stats.knobs.learning_rate:.2e} | {_duration(left)} left"
         )

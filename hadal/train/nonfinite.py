@@ -26,8 +26,9 @@ class NonFiniteError(RuntimeError):
         ]
         super().__init__(
             f"step {step} ({tokens:,} tokens): {', '.join(what) or 'balance loss is not finite'}; {where}. "
-            "The update was not applied: weights are those of the step before. Lower learning_rate.peak, or "
-            "look at the data of this step, and --resume from the last checkpoint"
+            "The update was not applied: weights are those of the step before. --resume tries the step again "
+            "with the same recipe, which helps if the machine was at fault; else look at the data of this "
+            "step, or start anew (another --out) with a lower learning_rate.peak"
         )
 
 

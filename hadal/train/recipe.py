@@ -49,7 +49,7 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         known = ("puzzles", "needles", "shards")
-        require(self.source in known, "data.source", self.source, '"puzzles" or "shards", or "needles"')
+        require(self.source in known, "data.source", self.source, '"puzzles", "needles" or "shards"')
         require(
             self.source != "shards" or bool(self.path), "data.path", self.path, "the folder of packed shards"
         )

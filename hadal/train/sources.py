@@ -14,14 +14,15 @@ from pathlib import Path
 from hadal.data.documents import write_puzzles
 from hadal.data.prepare import Progress, prepare
 from hadal.data.puzzle_source import puzzle_recipe
+from hadal.data.reading import sha256_of
 from hadal.data.report import read_report
-from hadal.data.shards import ShardError
+from hadal.data.shards import ShardError, read_manifest
 from hadal.data.stream import PackedRows, StreamRows, packed_rows
 from hadal.data.tasks import Local
 from hadal.text.tokenizer import Tokenizer
 from hadal.train.needle_set import write_needle_sets
 from hadal.train.phases import recipe_at, stages
-from hadal.train.recipe import Recipe, RecipeError
+from hadal.train.recipe import DataRecipe, Recipe, RecipeError
 
 ON_BOARD = Path(__file__).resolve().parents[1] / "assets" / "hadal-mini"
 _ONE_PROCESS = 2_000_000  # tokens of puzzles that are written sooner than other processes have started
@@ -69,10 +70,7 @@ def open_sources(
     """
     whole, recipe = recipe, view or recipe
     data = recipe.data
-    tokenizer_folder = ON_BOARD if data.tokenizer == "hadal-mini" else Path(data.tokenizer)
-    if not (tokenizer_folder / "tokenizer.json").is_file():
-        raise RecipeError(f"data.tokenizer: {tokenizer_folder} has no tokenizer.json")
-    tokenizer = Tokenizer.load(tokenizer_folder)
+    tokenizer, tokenizer_folder = tokenizer_of(data)
     heldout: Path | None
     if data.source == "puzzles":
         train, heldout = _puzzles(whole, Path(data.path) if data.path else folder, tokenizer_folder, say)
@@ -83,6 +81,8 @@ def open_sources(
     else:
         train = Path(data.path)
         heldout = Path(data.heldout_path) if data.heldout_path else None
+        for folder in filter(None, (train, heldout)):
+            _check_tokenizer(folder, data.tokenizer, tokenizer_folder)
     rows: PackedRows | StreamRows
     if data.source == "shards" and not data.mask_documents:
         rows = StreamRows(train, recipe.train.context, seed=recipe.run.seed)
@@ -97,6 +97,29 @@ def open_sources(
     )
     held = None if heldout is None else _open(recipe, heldout, tokenizer, shuffle=False)
     return Sources(rows, held, tokenizer, tokenizer_folder)
+
+
+def tokenizer_of(data: DataRecipe) -> tuple[Tokenizer, Path]:
+    """The tokenizer of `data.tokenizer`, and its folder. Raises RecipeError, TokenizerError."""
+    folder = ON_BOARD if data.tokenizer == "hadal-mini" else Path(data.tokenizer)
+    if not (folder / "tokenizer.json").is_file():
+        raise RecipeError(f"data.tokenizer: {folder} has no tokenizer.json; `hadal data tokenizer` makes one")
+    return Tokenizer.load(folder), folder
+
+
+def _check_tokenizer(shards: Path, name: str, folder: Path) -> None:
+    """Refuse shards of `hadal data prepare` that another tokenizer wrote: their ids mean other text. The one
+    on board keeps its ids, whatever else in its file changes."""
+    made_by = read_manifest(shards).made_by
+    recipe, written = made_by.get("recipe"), made_by.get("tokenizer_sha256")
+    if recipe is None or written is None or written == sha256_of(folder / "tokenizer.json"):
+        return
+    theirs = recipe["tokens"]["tokenizer"]
+    if not theirs == name == "hadal-mini":
+        raise RecipeError(
+            f"data.tokenizer is {name!r}, but the shards in {shards} were written with {theirs!r} as it was "
+            "then: the same ids mean other text. Name that one, or prepare the data again"
+        )
 
 
 def _open(recipe: Recipe, folder: Path, tokenizer: Tokenizer, *, shuffle: bool) -> PackedRows:

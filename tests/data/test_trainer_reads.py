@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from hadal.data.prepare import prepare
+from hadal.data.reading import sha256_of
 from hadal.data.recipe import load
 from hadal.data.report import read_report
 from hadal.data.shards import Manifest, ShardError, write_manifest, write_shard
 from hadal.data.stream import PackedRows, StreamRows
 from hadal.train import recipe as training
 from hadal.train.batches import build
-from hadal.train.sources import Sources, open_sources
+from hadal.train.sources import ON_BOARD, Sources, open_sources
 from tests.data.conftest import Corpus
 
 MODEL = {"model_type": "deepseek_v3"}
@@ -66,6 +67,24 @@ def test_shards_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     for mask in (True, False):
         with pytest.raises(ShardError, match="the shards were written with another"):
             sources(tmp_path, mask)
+
+
+def test_the_same_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    """Which fit the vocabulary, and mean other text; the model on board keeps its ids whatever its file."""
+
+    def made_by(name: str, digest: str) -> None:
+        for place in (tmp_path, tmp_path / "heldout"):
+            made = write_shard(place, "s", [[0, *range(300), 1]])
+            facts = {"recipe": {"tokens": {"tokenizer": name}}, "tokenizer_sha256": digest}
+            write_manifest(place, Manifest((made,), facts))
+
+    made_by("tokenizers/mine", "0" * 64)
+    for mask in (True, False):
+        with pytest.raises(training.RecipeError, match=r"data.tokenizer is 'hadal-mini'.*'tokenizers/mine'"):
+            sources(tmp_path, mask)
+    for name, digest in (("copy", sha256_of(ON_BOARD / "tokenizer.json")), ("hadal-mini", "0" * 64)):
+        made_by(name, digest)
+        assert sources(tmp_path, mask=True).train.manifest.tokens == 302
 
 
 def test_puzzles_of_a_run_come_with_the_report_of_the_pipeline(tmp_path: Path) -> None:

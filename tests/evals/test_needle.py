@@ -182,3 +182,10 @@ def test_an_engine_of_ours(capsys: pytest.CaptureFixture[str], tmp_path: Path) -
     grid = json.loads(shown.out)
     assert grid["lengths"] == [128, 256] and [c["total"] for c in grid["cells"]] == [1] * 4
     assert all(c["tokens"] <= c["length"] - 32 for c in grid["cells"])
+    (tmp_path / "empty.txt").touch()
+    for flags, complaint in (
+        (["--from", "64"], "length 64 is too short"),
+        (["--from", "128", "--haystack", str(tmp_path / "empty.txt")], "give text as haystack"),
+    ):
+        refused = hadal(capsys, "needle", "hadal-mini", *flags, "--device", "cpu")
+        assert refused.status == 2 and complaint in refused.err and "unexpected" not in refused.err

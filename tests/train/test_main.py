@@ -427,6 +427,12 @@ def test_models_that_do_not_fit_are_refused(short, tmp_path, override, match):
         short(tmp_path / "run", override)
 
 
+def test_a_model_is_refused_before_its_data_are_written(short, tmp_path):
+    with pytest.raises(RecipeError, match="unknown key 'hiden_size'"):
+        short(tmp_path / "run", "model.hiden_size=8", f"data.path={tmp_path / 'puzzles'}")
+    assert not (tmp_path / "puzzles").exists()
+
+
 def test_a_device_that_is_not_there_is_refused(puzzles, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("has a CUDA device")

@@ -1,6 +1,7 @@
 """The JSONL log: what it holds, how it goes on after a crash; the line that people see."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -77,6 +78,14 @@ def test_the_line_tells_what_matters(tmp_path):
         "left",
     ):
         assert part in line
+
+
+def test_the_line_of_a_model_without_an_mtp_module_has_no_loss_of_one(tmp_path):
+    console = Console(record=True, width=300, force_terminal=False)
+    metrics = _metrics(tmp_path, console)
+    metrics.step(replace(_stats(4), mtp_loss=0.0))
+    metrics.close()
+    assert "mtp" not in console.export_text()
 
 
 def test_numbers_that_are_not_finite_never_reach_the_file(tmp_path):

@@ -135,7 +135,7 @@ def test_the_configuration_of_each_stage(tmp_path):
     recipe = _recipe("train.tokens=2048", "model.max_position_embeddings=128", "data.workers=1",
                      "phases.512.tokens=2048")  # fmt: skip
     sources = open_stages(recipe, tmp_path, lambda text: None)
-    config = model_config(recipe, sources[0])
+    config = model_config(recipe, sources[0].tokenizer)
     found = [config_at(config, stages(recipe), i) for i in range(3)]
     assert [c.rope.type for c in found] == ["default", "yarn", "yarn"]
     assert [c.max_position_embeddings for c in found] == [128, 512, 2048]
