@@ -176,7 +176,7 @@ def test_attention_of_published_sizes_compiles_for_hopper(dtype):
     kind = {name: "i32" for name in kernels._attend_kernel.arg_names if name.islower()}
     kind |= {"q": tensor, "entries": tensor, "table": "*i32", "start": "*i64", "row": "*i32", "scale": "fp32"}
     kind |= {"position": "*i64", "partial": "*fp32", "peaks": "*fp32", "totals": "*fp32"}
-    for values, rest in ((512, 64), (128, 0)):
+    for values, rest in ((512, 64),) if dtype == "fp32" else ((512, 64), (128, 0)):
         sizes = {"PAGED": True, "PAGE": 64, "V_WIDTH": values, "REST": rest, "BLOCK_V": values}
         sizes |= {"BLOCK_R": max(16, rest), "BLOCK_H": 16, "SHARE": kernels.SHARE, "KEYS": kernels.KEYS}
         names = kernels._attend_kernel.arg_names
