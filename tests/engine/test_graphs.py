@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hadal.engine.graphs import graph_sizes
 from hadal.engine.request import SamplingParams
+from hadal.engine.runner import Ahead
 from tests.engine.tiny import GQA, MLA, prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -76,6 +78,23 @@ def test_replayed_prompts_change_nothing(config: object, at_start: bool) -> None
                     assert a is None or b is None or a.logprob == pytest.approx(b.logprob, abs=1e-4)
     assert graphs.broken is None and graphs.captured == (graphs.sizes if at_start else [32, 64, 128])
     replayed.check_integrity()
+
+
+def test_a_step_started_ahead_serves_plans_that_it_holds() -> None:
+    """The plan's sequences in their order, some gone; none that is new, elsewhere by now, or seated anew."""
+    requests, pages = [object() for _ in range(4)], [[n] for n in range(4)]
+    ahead = Ahead([(requests[n], 10 + n, pages[n]) for n in range(4)], torch.empty(4, 2))
+
+    def rows(*wanted: int, start: int = 10, seated: list[list[int]] = pages) -> list[int] | None:
+        plan = [SimpleNamespace(request=requests[n], start=start + n, pages=seated[n]) for n in wanted]
+        return ahead.rows_of(plan)  # type: ignore[arg-type]
+
+    assert rows(0, 1, 2, 3) == [0, 1, 2, 3] and rows(1, 3) == [1, 3] and rows() == []
+    assert rows(2, 1) is None and rows(1, 1) is None
+    assert rows(0, 2, start=11) is None
+    assert rows(0, 2, seated=[list(one) for one in pages]) is None
+    requests.append(object())
+    assert rows(3, 4, seated=[*pages, [4]]) is None
 
 
 @pytest.mark.gpu
