@@ -53,7 +53,7 @@ BY_HAND = (
     "docs/hadal-mini.md: what each run changed, and 'What it cannot do'; docs/lab-notes.md; CHANGELOG.md",
     "docs/speculation.md: the paragraph on the final norm tells of the model before",
     "docs/probe.md, docs/embeddings.md: figures of hadal-mini are of the weights that their files name",
-    "'on one H100' in README.md and docs/hadal-mini.md, if R1's stages ran on another card; docs/cli.md's MODEL",
+    "'on one H100' in README.md and docs/hadal-mini.md, if R1's stages ran elsewhere; docs/cli.md's MODEL",
     "docs/images/chat.png, README's transcript: only if tests/test_docs.py finds another answer",
 )
 
