@@ -20,7 +20,7 @@ from tests.weights.helpers import random_model
 pytestmark = pytest.mark.skipif(exact_cpu.status()[0] is None, reason=f"exact: {exact_cpu.status()[1]}")
 NAMES = ["v3", "v2", "v2-lite", "moe-16b", "qwen2", "qwen2-tied", "llama"]
 DTYPES = [torch.float32, torch.bfloat16]
-SEQUENCES = 64
+SEQUENCES = 32
 
 
 @pytest.fixture(autouse=True)
@@ -95,15 +95,20 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", NAMES)
+# Every architecture in FP32; in BF16 one of each kind of attention and gate.
+@pytest.mark.parametrize(
+    "name,dtype",
+    [(name, torch.float32) for name in NAMES]
+    + [(name, torch.bfloat16) for name in ("v3", "v2-lite", "qwen2")],
+    ids=lambda value: {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(value, value),
+)
 def test_a_sequence_has_the_same_logits_everywhere(name, dtype):
     model = random_model(tiny.ALL[name], seed=1, dtype=dtype)
     many, chooser = sequences(model), random.Random(name)
     with exact(), torch.no_grad():
         alone = [packed(model, [t])[0] for t in many]
         assert all(x.isfinite().all() for x in alone)
-        for threads in (1, 2, 3, 4):
+        for threads in (1, 2, 4):
             exact_cpu.set_threads(threads)
             order = list(range(SEQUENCES))
             chooser.shuffle(order)
