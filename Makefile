@@ -57,7 +57,7 @@ r1-zero: $(TEST_READY) ## R1-Zero in minutes: a tiny base from nothing, reinforc
 	@$(PY) benchmarks/r1_zero.py $(ARGS)
 
 test: $(TEST_READY) ## all tests (no accelerator and no network needed)
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(TEST_READY) ## ruff and mypy
 	@$(PY) -m ruff check .

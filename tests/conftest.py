@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported anywhere: tests that run side by side (pytest -n) take one core each.
@@ -53,6 +54,21 @@ def find_chromium() -> str | None:
     return next((path for path in map(shutil.which, CHROMIUM_NAMES) if path), None)
 
 
+# Files of more than some 20 seconds. They are begun first, so that no worker of `pytest -n` ends alone with
+# one of them.
+LONG = (
+    "ops/test_triton_compiles.py", "ui/test_browser.py", "train/test_main.py", "ops/test_triton_packed.py",
+    "ops/test_triton.py", "ops/test_triton_exact.py", "ops/test_triton_fp8_train.py",
+    "ops/test_triton_train.py", "ops/test_triton_prefill.py", "ops/test_triton_latent.py",
+    "engine/test_speculation.py", "model/test_exact.py", "cli/test_programs.py",
+    "evals/test_in_training.py", "cli/test_probe.py", "ui/test_real_server.py",
+    "ui/test_planner_and_probe.py", "data/test_clusters.py", "data/test_prepare.py", "post/test_grpo.py",
+    "post/test_grpo_ways.py", "post/test_sft.py", "post/test_r1_zero.py", "train/test_fp8.py",
+    "train/test_fp8_report.py", "train/test_graphs.py", "train/test_memory.py", "probe/test_stats_power.py",
+    "ops/test_cpu_packed.py", "ops/test_cpu_prompt.py", "probe/test_server.py", "probe/test_hypotheses.py",
+)  # fmt: skip
+
+
 def _has_cuda() -> bool:
     import torch
 
@@ -60,7 +76,11 @@ def _has_cuda() -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """`gpu` and `chromium` tests are skipped, with the reason, where the machine has none."""
+    """`gpu` and `chromium` tests are skipped, with the reason, where the machine has none; long files come
+    first."""
+    long = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    assert all(path.exists() for path in long), [str(path) for path in long if not path.exists()]
+    items.sort(key=lambda item: long.get(item.path, len(long)))
     wants_gpu = [item for item in items if item.get_closest_marker("gpu")]
     wants_browser = [item for item in items if item.get_closest_marker("chromium")]
     if wants_gpu and not _has_cuda():
@@ -69,6 +89,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if wants_browser and find_chromium() is None:
         for item in wants_browser:
             item.add_marker(pytest.mark.skip(reason="needs Chromium (or HADAL_CHROMIUM)"))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch has one thread: small products are quicker so, and the order of every sum is the same."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -9,13 +9,7 @@ from hadal.engine import Engine, SamplingParams
 from hadal.model import Context
 from tests.train import tiny
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_engine_samples_from_the_tensors_that_the_trainer_trains() -> None:

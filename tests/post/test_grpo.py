@@ -19,15 +19,9 @@ from hadal.weights import load as load_weights
 from tests.post.bases import base, user
 from tests.post.grpo_runs import QUIET, needs_exact, parameters, recipe, records, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("variant", "rank"), [("grpo", 0), ("dapo", 8)], ids=["grpo-all", "dapo-lora"])

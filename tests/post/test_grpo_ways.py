@@ -25,13 +25,7 @@ from hadal.post.score import Sample, pack, score
 from tests.post.bases import SHAPES, base, user
 from tests.post.grpo_runs import QUIET, needs_exact, parameters, recipe, records, run
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

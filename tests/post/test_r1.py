@@ -45,20 +45,14 @@ from hadal.train.sources import ON_BOARD
 from hadal.weights import load as load_weights
 from hadal.weights.layout import read_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUIET = Console(quiet=True)
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = [{"name": "steps/2"}, {"name": "steps/3"}]
 TINY = {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}  # fmt: skip
 TOKENS = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def table() -> dict[str, Any]:

@@ -24,16 +24,10 @@ from hadal.weights import load as load_weights
 from hadal.weights.layout import read_config_json
 from tests.post.bases import assistant, base, chats, recipe, user, write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(path: Path, out: Path, *overrides: str, **options):
