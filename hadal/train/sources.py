@@ -81,6 +81,11 @@ def open_sources(
     else:
         train = Path(data.path)
         heldout = Path(data.heldout_path) if data.heldout_path else None
+        if heldout is not None and not (heldout / "manifest.json").is_file():
+            raise RecipeError(
+                f"data.heldout_path: {heldout} holds no finished shards. `hadal data prepare` holds documents "
+                "out by heldout.share, of few perhaps none; without the key there is no held-out loss"
+            )
         for folder in filter(None, (train, heldout)):
             _check_tokenizer(folder, data.tokenizer, tokenizer_folder)
     rows: PackedRows | StreamRows

@@ -87,6 +87,12 @@ def test_the_same_ids_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
         assert sources(tmp_path, mask=True).train.manifest.tokens == 302
 
 
+def test_held_out_shards_that_are_not_there_are_told_as_such(tmp_path: Path) -> None:
+    write_manifest(tmp_path, Manifest((write_shard(tmp_path, "s", [[0, *range(300), 1]]),), {}))
+    with pytest.raises(training.RecipeError, match=r"data\.heldout_path: .*heldout holds no finished shards"):
+        sources(tmp_path, mask=True)
+
+
 def test_puzzles_of_a_run_come_with_the_report_of_the_pipeline(tmp_path: Path) -> None:
     recipe = training.from_dict(
         {"run": {"name": "r", "seed": 2}, "data": {"source": "puzzles", "examined": 3, "workers": 1},

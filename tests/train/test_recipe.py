@@ -1,13 +1,17 @@
 """Recipes: strict reading, overrides, the resolved form, and the recipes that the project ships."""
 
+import dataclasses
 import json
+import re
+import typing
 from pathlib import Path
 
 import pytest
 
 from hadal.config import preset
+from hadal.data.recipe import DataRecipe
 from hadal.train import recipe as recipes
-from hadal.train.recipe import RecipeError
+from hadal.train.recipe import Recipe, RecipeError
 
 MINIMAL = """
 [run]
@@ -101,7 +105,7 @@ def test_an_override_reaches_the_model_table(tmp_path):
         ("context = 64", 'context = 64\ncompile = true\nrecompute = ["up"]', "empty with train.compile"),
         ("[model]", "[ema]\nrate = 1.0\n[model]", r"ema.rate is 1.0.*in \[0, 1\)"),
         ("context = 64", 'context = 64\ndtype = "fp16"', "train.dtype"),
-        ('source = "puzzles"', 'source = "web"', '"puzzles" or "shards"'),
+        ('source = "puzzles"', 'source = "web"', '"puzzles", "needles" or "shards"'),
         ('source = "puzzles"', 'source = "shards"', "data.path"),
         ('name = "x"', 'name = "a/b"', "plain name"),
         ("[model]", "[optimizer]\nbetas = [0.9]\n[model]", "2 values"),
@@ -157,6 +161,23 @@ SHIPPED = [path for path in sorted(RECIPES.glob("*.toml")) if not path.name.star
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
 def test_shipped_recipes_are_valid(path):
     assert recipes.load(path).train.steps > 0
+
+
+@pytest.mark.parametrize(("recipe", "page"), [(Recipe, "training.md"), (DataRecipe, "data.md")])
+def test_every_key_stands_in_the_table_of_its_page(recipe, page):
+    text = (RECIPES.parent / "docs" / page).read_text("utf-8")
+    table = dict(re.findall(r"^\| `\[*(\w+)\]*` \| (.*) \|$", text, re.M))
+    kinds, checked = typing.get_type_hints(recipe), 0
+    for section in dataclasses.fields(recipe):
+        found = (kinds[section.name], *typing.get_args(kinds[section.name]))
+        for kind in filter(dataclasses.is_dataclass, found):
+            if section.name != "phases":  # which have a page of their own
+                missing = [
+                    f.name for f in dataclasses.fields(kind) if f"`{f.name}`" not in table[section.name]
+                ]
+                assert not missing, (section.name, missing)
+                checked += 1
+    assert checked >= 8
 
 
 def test_the_temperature_that_an_export_asks_for(tmp_path):
