@@ -83,8 +83,8 @@ def open_sources(
         heldout = Path(data.heldout_path) if data.heldout_path else None
         if heldout is not None and not (heldout / "manifest.json").is_file():
             raise RecipeError(
-                f"data.heldout_path: {heldout} holds no finished shards. `hadal data prepare` holds documents "
-                "out by heldout.share, of few perhaps none; without the key there is no held-out loss"
+                f"data.heldout_path: {heldout} holds no finished shards. `hadal data prepare` holds "
+                "documents out by heldout.share, of few perhaps none; leave the key out to do without"
             )
         for folder in filter(None, (train, heldout)):
             _check_tokenizer(folder, data.tokenizer, tokenizer_folder)
