@@ -1,10 +1,10 @@
 """The models on this machine, by name: resolve, list, remove; `pull` fetches more.
 
-Names: `hadal-mini` and `hadal-mini-dense` (in the package), a preset (`deepseek-r1-distill-qwen-1.5b`), `org/repo` of the hub, or,
-from the command line only, a folder. Downloads live in the cache of `huggingface_hub` (HF_HOME,
-HF_HUB_CACHE), so that other programs share them; nothing in this file opens a socket. A download counts
-only when it is complete and verified: while one is under way a note lies in its cache folder, and `resolve`
-refuses it.
+Names: `hadal-mini` and `hadal-mini-dense` (in the package), a preset (`deepseek-r1-distill-qwen-1.5b`),
+`org/repo` of the hub, or, from the command line only, a folder. Downloads live in the cache of
+`huggingface_hub` (HF_HOME, HF_HUB_CACHE), so that other programs share them; nothing in this file opens a
+socket. A download counts only when it is complete and verified: while one is under way a note lies in its
+cache folder, and `resolve` refuses it.
 """
 
 from __future__ import annotations
