@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import pytest
 
 import hadal.ui
@@ -59,16 +60,21 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import expect, sync_playwright
 
     from tests.conftest import find_chromium
-    from tests.ui.visits import ARGS
+    from tests.ui.visits import ARGS, PATIENT
 
-    expect.set_options(timeout=20_000)  # patient: the machine may be busy
+    expect.set_options(timeout=PATIENT)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=find_chromium(), args=ARGS)
         yield chromium
         chromium.close()
 
 
-@pytest.fixture(scope="session")
+def build(url: str) -> None:
+    """Ask for the page: at the first request it is built, which takes seconds, on a busy machine many."""
+    assert httpx.get(url, headers={"accept": "text/html"}, timeout=180).status_code == 200
+
+
+@pytest.fixture(scope="package")
 def live(sockets: Sockets) -> Iterator[Live]:
     """The fake with pages, without a key. Its whole life is watched for foreign connections."""
     sockets.on = True
@@ -76,16 +82,18 @@ def live(sockets: Sockets) -> Iterator[Live]:
     sock = listener()
     app = hadal.ui.mount(fake.app, base_url=f"http://127.0.0.1:{sock.getsockname()[1]}")
     with serving(app, sock) as url:
+        build(url)
         yield Live(url, fake, sockets)
     sockets.on = False
     assert sockets.foreign() == set(), "the page or Gradio spoke to the outside"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def live_with_key(sockets: Sockets) -> Iterator[Live]:
     """The same behind an API key; the page itself is open, as on a server that lists its paths as public."""
     fake = Fake(key="correct-horse")
     sock = listener()
     app = hadal.ui.mount(fake.app, base_url=f"http://127.0.0.1:{sock.getsockname()[1]}")
     with serving(app, sock) as url:
+        build(url)
         yield Live(url, fake, sockets)

@@ -44,7 +44,7 @@ MATH = (
 def script(question: str, asked: int) -> tuple[str, str, float]:
     """(reasoning, answer, pause in seconds between pieces) for a question."""
     if "slow" in question:
-        return "Counting slowly. " * 40, "All done.", 0.05
+        return "Counting slowly. " * 2000, "All done.", 0.05  # minutes: whoever asks it stops it
     if "html" in question:
         return "A trap <script>window.hacked = 8</script> in thought.", HOSTILE, 0.0
     if "math" in question:

@@ -377,9 +377,8 @@ def test_copy_takes_the_answer_alone(visitor: Visitor) -> None:
     visit = visitor(permissions=["clipboard-read", "clipboard-write"])
     visit.ask("1 + 1")
     visit.page.locator("#hadal-chat .message-buttons-left").get_by_label("Copy message").click()
-    visit.page.wait_for_timeout(200)
-    copied = visit.page.evaluate("navigator.clipboard.readText()")
-    assert re.fullmatch(r"The sum is \*\*2\*\* \(asked \d+\)\.", copied)
+    copied = re.compile(r"The sum is \*\*2\*\* \(asked \d+\)\.")
+    wait_until(visit, lambda: bool(copied.fullmatch(visit.page.evaluate("navigator.clipboard.readText()"))))
 
 
 def test_a_key_is_asked_for_and_kept_in_the_browser(visitor: Visitor, live_with_key: Live) -> None:
@@ -412,9 +411,12 @@ def test_looks(visitor: Visitor, scheme: str) -> None:
     visit.ask("math please")
     visit.page.wait_for_timeout(400)
     visit.picture(f"chat-{scheme}")
-    background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    light = sum(map(int, re.findall(r"\d+", background)[:3])) > 380
-    assert light == (scheme == "light"), background
+
+    def light() -> bool:
+        background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(map(int, re.findall(r"\d+", background)[:3])) > 380
+
+    wait_until(visit, lambda: light() == (scheme == "light"))
 
 
 def test_phone(visitor: Visitor) -> None:

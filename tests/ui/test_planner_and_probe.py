@@ -15,15 +15,13 @@ import pytest
 from tests.helpers.live_server import LiveServer, live_server
 from tests.serve.fake_engine import FakeAsyncEngine
 from tests.ui.test_real_server import KEY, with_page
-from tests.ui.visits import Visit, expect
+from tests.ui.visits import PATIENT, Visit, expect
 
 pytestmark = [pytest.mark.chromium, pytest.mark.flaky(reruns=2)]
 
-PATIENT = 90_000  # ms
-
 
 class Look(Visit):
-    """A visit that opens no page by itself, and is more patient."""
+    """A visit that opens no page by itself."""
 
     def open(self, *, ready: bool = True) -> Any:
         page = self.context.new_page()
@@ -45,7 +43,6 @@ def server() -> Iterator[LiveServer]:
 @pytest.fixture
 def visit(browser: Any, server: LiveServer) -> Iterator[Look]:
     """A visitor whose browser was given the key. Afterwards: nothing went elsewhere, nothing complained."""
-    expect.set_options(timeout=PATIENT)
     context = browser.new_context(
         viewport={"width": 1280, "height": 1000}, http_credentials={"username": "me", "password": KEY}
     )
@@ -53,7 +50,6 @@ def visit(browser: Any, server: LiveServer) -> Iterator[Look]:
     yield visit
     foreign, complaints = visit.foreign[:], visit.complaints[:]
     context.close()
-    expect.set_options(timeout=20_000)
     assert foreign == [] and complaints == []
 
 

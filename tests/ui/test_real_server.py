@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,8 +80,8 @@ def test_the_visitors_key_reaches_the_engine(visit: Visit, scripted: FakeAsyncEn
 
 
 def test_stop_aborts_in_the_engine(visit: Visit, scripted: FakeAsyncEngine) -> None:
-    scripted.script = lambda prompt, params: "tick " * 200
-    scripted.delay = 0.02
+    scripted.script = lambda prompt, params: "tick " * 1500  # more than a minute
+    scripted.delay = 0.05
     aborted = scripted.aborted
     visit.ask("count", answered=False)
     expect(visit.page.locator("#hadal-chat .content")).to_contain_text("tick tick")
@@ -106,17 +105,17 @@ def test_errors_of_the_real_server_in_plain_words(visit: Visit, scripted: FakeAs
 
 def test_a_drain_does_not_wait_for_open_pages(browser: Any) -> None:
     engine = FakeAsyncEngine()
-    engine.script = lambda prompt, params: "tick " * 10
+    engine.script = lambda prompt, params: "tick " * 1000
     engine.delay = 0.05
-    with live_server(engine, prepare=with_page) as running:
+    with live_server(engine, prepare=with_page, drain_timeout=250) as running:
         context = browser.new_context()
         visit = Visit(context, running.url)
         visit.ask("count", answered=False)
         wait_until(visit, lambda: engine.active == 1)
-        began = time.monotonic()
         running.drain()
-        running.thread.join(15)
-        assert not running.thread.is_alive() and time.monotonic() - began < 10
+        engine.delay = 0.0
+        running.thread.join(120)
+        assert not running.thread.is_alive()
         assert engine.finished == 1 and engine.aborted == 0  # what ran was let to its end
         context.close()
 
