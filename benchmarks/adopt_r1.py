@@ -11,7 +11,7 @@ from typing import Any
 from r1_report import RECIPE, gathered, percent
 
 STAGES = {"r1": "hadal-mini", "dense-distilled": "hadal-mini-dense"}  # stage: the name on board
-MAIN = ("base", "zero", "cold", "rl1", "sft", "r1")
+MAIN = ("base", "zero", "cold", "rl1", "sft", "rl2", "r1")
 STUDENTS = ("dense-base", "dense-distilled", "dense-alone", "moe-base", "moe-distilled", "moe-alone")
 LARGEST = 16 * 2**20  # bytes of a file in the repository
 SUMMARY = {
@@ -27,7 +27,8 @@ ASIDE = {
     "cold": "cold start, on 1,500 worked answers, half of mixed languages",
     "rl1": "reasoning by rewards",
     "sft": "the base anew, on accepted samples and general data",
-    "r1": "reinforcement learning on everything: **hadal-mini**",
+    "rl2": "reinforcement learning on everything",
+    "r1": "the mean, in the weights, of that and of what was pre-trained: **hadal-mini**",
     "dense-base": "a dense base",
     "dense-distilled": "taught by R1: **hadal-mini-dense**",
     "dense-alone": "by rewards alone",
@@ -114,6 +115,8 @@ def stage_table(stages: Mapping[str, Any], names: Sequence[str]) -> str:
         cells = [percent(row["pass@1"]), percent(row["cons"]), f"{row['length']:.0f}",
                  percent(row["language"]), percent(row["form"])]  # fmt: skip
         words = ASIDE[name] + " (of a base that was made anew)" * bool(stages[name].get("apart"))
+        if name.endswith("-distilled") and stages.get("taught", {}).get("apart"):
+            words += " (by R1 of an earlier run)"
         lines.append(f"| {name} | {words} | {' | '.join(cells)} |")
     problems = next(iter(found.values()))["all"]["problems"]
     return "\n".join([

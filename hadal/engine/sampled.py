@@ -12,7 +12,8 @@ from torch import Tensor
 from hadal.engine.request import Request
 from hadal.engine.updates import TokenLogprob
 
-Found = tuple[float, list[float], list[int]]  # a token's log-probability; values and ids of the likeliest
+Found = tuple[float, Sequence[float], Sequence[int]]
+"""A token's log-probability; values and ids of the likeliest."""
 
 
 @dataclass
@@ -64,6 +65,9 @@ def by_row(found: list[Logprobs]) -> dict[int, Found]:
     """Log-probabilities on the host, by row of the batch."""
     known: dict[int, Found] = {}
     for one in found:
+        if not one.top_Bn.shape[1]:  # the usual case of a trainer: no lists for nothing
+            known |= {row: (value, (), ()) for row, value in zip(one.rows, one.value_B.tolist(), strict=True)}
+            continue
         columns = (tensor.tolist() for tensor in (one.value_B, one.top_Bn, one.id_Bn))
         known |= dict(zip(one.rows, zip(*columns, strict=True), strict=True))
     return known
@@ -75,4 +79,6 @@ def entry_of(request: Request, token: int, found: Found | None) -> TokenLogprob 
         return None
     value, top_values, top_ids = found
     n = request.params.logprobs or 0
+    if not n:
+        return TokenLogprob(token, value)
     return TokenLogprob(token, value, list(zip(top_ids[:n], top_values[:n], strict=True)))

@@ -18,7 +18,7 @@ class TokenLogprob:
 
     token_id: int
     logprob: float
-    top: list[tuple[int, float]] = field(default_factory=list)
+    top: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(slots=True)

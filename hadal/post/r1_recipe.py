@@ -30,7 +30,7 @@ from hadal.train import recipe as train_recipe
 from hadal.train.recipe import RunRecipe
 
 MARK = "@"
-MODEL_KINDS = ("init", "train", "sft", "grpo", "preference")
+MODEL_KINDS = ("init", "train", "sft", "grpo", "average", "preference")
 DATA_KINDS = ("worked", "prompts", "rejection")
 
 
@@ -45,6 +45,20 @@ class InitRecipe:
 
     def __post_init__(self) -> None:
         require(self.std > 0, "std", self.std, "above 0")
+
+
+@dataclass(frozen=True)
+class AverageRecipe:
+    """kind = "average": the mean of models in their weights (hadal/post/average.py)."""
+
+    models: tuple[str, ...]
+    format: str = "auto"  # of the export: as the first has it, or float32, bfloat16, fp8
+    name: str = ""  # on the card; else the stage's
+
+    def __post_init__(self) -> None:
+        require(len(self.models) > 1, "models", list(self.models), "two models or more")
+        formats = ("auto", "float32", "bfloat16", "fp8")
+        require(self.format in formats, "format", self.format, f"one of {', '.join(formats)}")
 
 
 @dataclass(frozen=True)
@@ -224,10 +238,13 @@ def _stage(name: str, given: dict[str, Any], run: RunRecipe, earlier: Mapping[st
 def _check_marks(kind: str, given: Mapping[str, Any], preference: str, earlier: Mapping[str, Stage]) -> None:
     """A model where a model is wanted, data where data is."""
     wanted: list[tuple[str, Any, tuple[str, ...]]] = []
+    whole = tuple(one for one in MODEL_KINDS if one != "preference")
     if kind in ("sft", "grpo"):
-        wanted += [("model.start", given.get("model", {}).get("start"), ("init", "train", "sft", "grpo"))]
+        wanted += [("model.start", given.get("model", {}).get("start"), whole)]
     if kind in ("rejection", "preference"):
-        wanted += [("model", given.get("model"), ("init", "train", "sft", "grpo"))]
+        wanted += [("model", given.get("model"), whole)]
+    if kind == "average":
+        wanted += [("models", one, whole) for one in given.get("models", [])]
     if kind == "preference":
         wanted += [("pool", given.get("pool"), ("rejection",))]
     wanted += [("data.files", one, DATA_KINDS) for one in given.get("data", {}).get("files", [])]
@@ -272,6 +289,7 @@ def plain(recipe: Any) -> dict[str, Any]:
 
 _READ: Mapping[str, Any] = {
     "init": lambda table: build(InitRecipe, table),
+    "average": lambda table: build(AverageRecipe, table),
     "worked": lambda table: build(WorkedRecipe, table),
     "prompts": lambda table: build(PromptsRecipe, table),
     "rejection": lambda table: build(RejectionRecipe, table),

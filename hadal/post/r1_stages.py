@@ -22,7 +22,7 @@ from rich.console import Console
 
 from hadal.config import ConfigError, ModelConfig
 from hadal.model.transformer import Transformer
-from hadal.post import preference, rejection
+from hadal.post import average, preference, rejection
 from hadal.post.grpo import grpo
 from hadal.post.r1_measure import measure
 from hadal.post.r1_recipe import DATA_KINDS, MARK, MeasureRecipe, R1Recipe, RecipeError, Stage, resolved
@@ -97,8 +97,9 @@ def files_of(stage: Stage, beside: Path) -> dict[str, str]:
     start = (
         table.get("model", {}).get("start") if isinstance(table.get("model"), Mapping) else table.get("model")
     )
-    if isinstance(start, str) and not start.startswith(MARK):
-        found[start] = hub.digest(Path(hub.resolve(start)))
+    for one in (start, *table.get("models", [])):
+        if isinstance(one, str) and not one.startswith(MARK):
+            found[one] = hub.digest(Path(hub.resolve(one)))
     return found
 
 
@@ -120,6 +121,14 @@ def _init(job: Job) -> Made:
             shutil.copyfile(source / name, Path(side) / name)
         save_weights(model, job.made, dtype=torch.float32, files_from=side, overwrite=True)
     return Made(True, {"parameters": config.parameters().main, "active": config.parameters().active})
+
+
+def _average(job: Job) -> Made:
+    recipe = job.stage.recipe
+    folders = [Path(hub.resolve(job.place(name))) for name in recipe.models]
+    average.write(folders, job.made, recipe.format, recipe.name or job.stage.name, job.stage.title)
+    count = read_config(job.made).parameters()
+    return Made(True, {"parameters": count.main, "active": count.active})
 
 
 def _worked(job: Job) -> Made:
@@ -315,8 +324,8 @@ def _preference(job: Job) -> Made:
 
 
 MAKERS: Mapping[str, Callable[[Job], Made]] = {
-    "init": _init, "worked": _worked, "prompts": _prompts, "train": _train, "sft": _sft, "grpo": _grpo,
-    "rejection": _rejection, "preference": _preference,
+    "init": _init, "average": _average, "worked": _worked, "prompts": _prompts, "train": _train, "sft": _sft,
+    "grpo": _grpo, "rejection": _rejection, "preference": _preference,
 }  # fmt: skip
 
 

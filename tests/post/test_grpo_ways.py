@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from hadal.engine import Engine, SamplingParams
 from hadal.model.context import Context
 from hadal.model.transformer import Transformer
+from hadal.post import rollout
 from hadal.post.grpo import grpo, open_run
 from hadal.post.objectives import VARIANTS
 from hadal.post.policy import Rollout, Sums
@@ -341,3 +343,25 @@ def test_a_prompt_whose_gold_cannot_be_read_ends_the_run_before_it_begins(tmp_pa
     with pytest.raises(RewardError, match=r"r\.jsonl, line 2: the record's equation is 'y'; one = and"):
         grpo(path, out=tmp_path / "run", device="cpu", console=QUIET)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_collector_leaves_a_roll_outs_records_alone() -> None:
+    """Neither during nor after it; what was left out is looked at again after the next."""
+
+    class Ring:
+        def __init__(self) -> None:
+            self.own = self
+
+    with rollout._uncollected():
+        assert not gc.isenabled()
+        held = [[n] for n in range(1000)]
+        lost = weakref.ref(Ring())  # garbage, as a ring of references
+    try:
+        assert gc.isenabled() and gc.get_freeze_count() > len(held)
+        gc.collect()
+        assert lost() is not None
+        with rollout._uncollected():
+            gc.collect()
+        assert lost() is None
+    finally:
+        gc.unfreeze()

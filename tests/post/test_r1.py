@@ -277,7 +277,7 @@ def test_the_recipe_of_the_model_on_board_makes_what_the_package_names() -> None
     assert {task.name for task in recipe.measure.tasks} == set(TASKS_OF_PUZZLES)
     sets = [r for r in stages.values() if isinstance(r, WorkedRecipe | PromptsRecipe)]
     assert len(sets) == 6 and all(r.examined == 300 for r in sets)
-    assert stages["r1"].run.name == "hadal-mini" and stages["r1"].export.format == "fp8"
+    assert stages["r1"].name == "hadal-mini" and stages["r1"].format == "fp8"
     assert stages["dense-distilled"].run.name == "hadal-mini-dense"
     dense = ModelConfig.from_hf(TOKENS | dict(stages["dense-base"].model))
     assert dense == preset("hadal-mini-dense").config
