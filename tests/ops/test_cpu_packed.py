@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from hadal.ops import cpu, cpu_packed
 from hadal.ops.packed import KINDS, Kind, Packed, block_rows, dequantise, pack
+from tests.helpers.processes import run_tests
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.status()[1]}")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -222,9 +221,6 @@ def test_lesser_processors(isa: str) -> None:
         capability = torch.backends.cpu.get_cpu_capability().lower()
         if "avx512" not in capability:
             pytest.skip("this processor has no AVX2")
-    environment = {**os.environ, "HADAL_CPU_ISA": isa}
-    options = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = run_tests(__file__, HADAL_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "2 skipped" in done.stdout, done.stdout[-500:]

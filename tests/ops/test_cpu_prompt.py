@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch import Tensor
 from hadal.ops import cpu, cpu_prompt
 from hadal.ops import experts as ops
 from hadal.ops.linear import SMALL_M, linear
+from tests.helpers.processes import run_tests
 from tests.ops.test_cpu import close, draw
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.status()[1]}")
@@ -151,10 +150,6 @@ def test_lesser_processors(isa: str) -> None:
         pytest.skip("this is that process")
     if isa == "avx2" and not torch.backends.cpu.get_cpu_capability().lower().startswith("avx"):
         pytest.skip("this processor has no AVX2")
-    options = ["-q", "-x", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, __file__], env={**os.environ, "HADAL_CPU_ISA": isa},
-        capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+    done = run_tests(__file__, HADAL_CPU_ISA=isa)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "2 skipped" in done.stdout, done.stdout[-500:]
