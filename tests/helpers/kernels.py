@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hadal.config import Moe
-from tests.helpers.processes import run_tests
+from tests.helpers.processes import PATIENT, run_tests
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,6 +42,7 @@ def in_the_interpreter(file: str) -> Callable[[], None]:
     TRITON_INTERPRET counts when triton is imported."""
 
     @pytest.mark.skipif(CUDA or INTERPRETED, reason="the file's tests run directly here")
+    @pytest.mark.timeout(PATIENT)
     def test() -> None:
         done = run_tests(file, TRITON_INTERPRET="1")
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

@@ -130,7 +130,8 @@ def close(codes, want, rows: slice | None = None, columns: slice | None = None) 
 @needs_triton
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize(
-    "width,tokens", [(96, 150), (128, 150), (256, 150), pytest.param(512, 2048, marks=needs_hopper)]
+    "width,tokens",
+    cases([(96, 150), (128, 150), (256, 150)], pytest.param(512, 2048, marks=needs_hopper)),
 )  # the last: on Hopper in Gluon, several tiles a program
 @pytest.mark.parametrize("experts", [False, True])
 def test_swiglu_both_ways(width, tokens, experts, power):

@@ -45,7 +45,7 @@ def test_streamed_linear(kind: Kind, rows: int, outs: int, width: int):
     want = x.double() @ exact(weight).T
     assert error(streamed(x, weight), want) < TOLERANCE[DTYPE]
     want += bias.double()
-    for splits in (1, 2, 3, 1):  # the counters of arrivals are left as they were found
+    for splits in (1, 2, 3, 1) if CUDA else (3, 1):  # the counters of arrivals are left as they were found
         assert error(streamed(x, weight, bias, splits=splits), want) < TOLERANCE[DTYPE]
         plus = streamed(x, weight, bias, residual, splits=splits)
         assert error(plus, want + residual.double()) < TOLERANCE[DTYPE]
@@ -150,8 +150,13 @@ def test_experts_dequantised_for_many_rows(kind: Kind, monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("found", ["inside", "listed", "tiles"])
-@pytest.mark.parametrize("tokens,hidden,width", [(1, 48, 20), (18, 130, 40)])
+@pytest.mark.parametrize(
+    "found,tokens,hidden,width",
+    kernels.cases(
+        [("inside", 1, 48, 20), *((found, 18, 130, 40) for found in ("inside", "listed", "tiles"))],
+        ("listed", 1, 48, 20), ("tiles", 1, 48, 20),
+    ),
+)  # fmt: skip
 def test_experts(kind: Kind, found: str, tokens: int, hidden: int, width: int, monkeypatch):
     from hadal.ops.triton import packed
     from hadal.ops.triton.packed import _combine, expert_rows
