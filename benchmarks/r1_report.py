@@ -84,7 +84,8 @@ def section(found: dict[str, Any]) -> list[str]:
             percent(row["language"]),
         ]
         cells += [percent(row["form"]), f"{s['seconds']:.0f}"]
-        lines.append(f"| {name} | {s['kind']} | {s['facts']['operations']:.1e} | {' | '.join(cells)} |")
+        done = s["facts"].get("operations")  # a mean of weights has none to speak of
+        lines.append(f"| {name} | {s['kind']} | {f'{done:.1e}' if done else ''} | {' | '.join(cells)} |")
     lines += ["", f"By task, pass@1 / cons@{k} / mean length:", "", *by_task(models)]
     lines += ["", "| data | sampled (tokens) | kept (rows) | dropped |", "|---|---:|---:|---|"]
     for name, s in stages.items():
