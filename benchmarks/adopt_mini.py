@@ -273,7 +273,7 @@ def adopt(run: Path, device: str, *, force: bool, samples: int) -> None:
     assets(export, section)
     results(run, report)
     between(PAGE, "accuracy", section)
-    pages(facts(ON_BOARD)["seconds"], report, samples)
+    pages(time_taken(facts(ON_BOARD)["seconds"]), report, samples)
 
 
 def adopt_stages(
@@ -305,20 +305,29 @@ def adopt_stages(
         (RESULTS / "hadal-mini-dense-accuracy.json").write_text(dense, "utf-8")
         between(PAGE, "dense", accuracy_section(reports["dense-distilled"]))  # type: ignore[arg-type]
     script(["benchmarks/r1_report.py", str(run), "--beside", *map(str, beside)])
-    pages(before["seconds"] + adopt_r1.seconds(stages, "r1"), reports["r1"], samples)
+    pages(time_taken(before["seconds"], adopt_r1.seconds(stages, "r1")), reports["r1"], samples)
 
 
-def pages(seconds: float, report: dict[str, Any], samples: int) -> None:
-    """What tells of the model on board beside its card. seconds: what it took to make."""
+def time_taken(pretraining: float, stages: float = 0.0) -> str:
+    """What README and the page say of it; seconds."""
+    if not stages:
+        return f"on one GPU in {pretraining / 60:.1f} minutes"
+    return f"on one GPU: {pretraining / 60:.1f} minutes of pre-training, {stages / 60:.1f} of R1's stages"
+
+
+TIME_TAKEN = r"on one GPU(?: in [\d.]+ minutes|: [\d.]+ minutes of pre-training, [\d.]+ of R1's stages)"
+
+
+def pages(took: str, report: dict[str, Any], samples: int) -> None:
+    """What tells of the model on board beside its card. took: what `time_taken` says."""
     found = facts(ON_BOARD)
     log = (RESULTS / "hadal-mini-training.jsonl").read_text("utf-8").splitlines()
     recipe = json.loads((RESULTS / "hadal-mini-recipe.json").read_text("utf-8"))
     between(PAGE, "training", told([json.loads(line) for line in log], found, recipe))
     if (RESULTS / "hadal-mini-data.json").is_file():
         between(PAGE, "data", data_table(RESULTS / "hadal-mini-data.json"))
-    minutes = f"{seconds / 60:.1f} minutes"
     for page in (PAGE, README):
-        replaced(page, r"in (?:[a-z ]+|[\d.]+ )minutes on one H100", f"in {minutes} on one H100")
+        replaced(page, TIME_TAKEN, took)
     replaced(
         README, r"It solves [\d.]+% of the held-out", f"It solves {report['accuracy']:.1%} of the held-out"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -220,3 +221,11 @@ def test_what_goes_into_the_package_names_no_place(script: ModuleType, run: Path
     (export / "tokenizer_config.json").write_text("{}")
     with pytest.raises(SystemExit, match="is not the one on board"):
         script.adopt_r1.fits(export, script.ON_BOARD)
+
+
+def test_the_pages_say_how_long_it_took(script: ModuleType) -> None:
+    """In words that the next adoption finds again."""
+    for seconds in ((450.0,), (450.0, 264.0)):
+        assert re.fullmatch(script.TIME_TAKEN, script.time_taken(*seconds))
+    for page in (script.PAGE, script.README):
+        assert len(re.findall(script.TIME_TAKEN, page.read_text("utf-8"))) == 1, page
