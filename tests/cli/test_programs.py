@@ -57,7 +57,21 @@ class Terminal:
         printed it but does not wait yet: a signal in between is noticed at the next key only."""
         if at_prompt:
             time.sleep(0.3)
+            self._rests()
         os.killpg(self.child.pid, signal.SIGINT)
+
+    def _rests(self, seconds: float = 60) -> None:
+        """Return once the child sleeps and uses no processor time (where /proc tells): on a busy
+        machine it may still be on its way to where it waits."""
+        stat = Path(f"/proc/{self.child.pid}/stat")
+        deadline, quiet, before = time.monotonic() + seconds, 0, [""]
+        while stat.exists() and quiet < 10:
+            assert time.monotonic() < deadline, "the program does not come to rest"
+            fields = stat.read_text().rpartition(")")[2].split()
+            now = [fields[0], *fields[11:13]]  # state, ticks in user and in system mode
+            quiet = quiet + 1 if now == before and now[0] == "S" else 0
+            before = now
+            time.sleep(0.03)
 
     def status(self, seconds: float = 30) -> int:
         return self.child.wait(seconds)
