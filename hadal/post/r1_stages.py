@@ -34,7 +34,7 @@ from hadal.text.tokenizer import Tokenizer
 from hadal.train.flops import flops_per_token
 from hadal.train.main import Outcome, device_of, train
 from hadal.train.sources import ON_BOARD
-from hadal.weights import hub
+from hadal.weights import WeightsError, hub
 from hadal.weights import save as save_weights
 from hadal.weights.layout import read_config
 
@@ -99,8 +99,21 @@ def files_of(stage: Stage, beside: Path) -> dict[str, str]:
     )
     for one in (start, *table.get("models", [])):
         if isinstance(one, str) and not one.startswith(MARK):
-            found[one] = hub.digest(Path(hub.resolve(one)))
+            found[one] = hub.digest(_folder(stage, one))
     return found
+
+
+def _folder(stage: Stage, name: str) -> Path:
+    """Of a model that no stage makes."""
+    try:
+        return Path(hub.resolve(name))
+    except WeightsError as error:
+        if "/" in name or "\\" in name:  # a path, as in recipes that begin with what another recipe has made
+            raise RecipeError(
+                f"stages.{stage.name} begins with {name}, and there is no such folder: make it first (see "
+                "the head of the recipe), or name another model with --set"
+            ) from None
+        raise RecipeError(f"stages.{stage.name}: {error}") from None
 
 
 # --- making ---

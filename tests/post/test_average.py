@@ -10,6 +10,7 @@ import torch
 
 from hadal.post import average
 from hadal.post.r1_recipe import RecipeError, from_dict
+from hadal.post.r1_stages import files_of
 from hadal.weights import load
 from hadal.weights.layout import read_config
 from tests.post.bases import base
@@ -76,3 +77,19 @@ def test_wrong_recipes_are_refused(change: dict[str, Any], said: str) -> None:
     from_dict({**table, "stages": {"rows": rows, "mean": mean}})
     with pytest.raises(RecipeError, match=said):
         from_dict({**table, "stages": {"rows": rows, "mean": mean | change}})
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("runs/no-such/export", "there is no such folder: make it first"),
+        ("hadal-mimi", "Did you mean 'hadal-mini'"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name: str, said: str, tmp_path: Path) -> None:
+    mean = {"kind": "average", "models": ["hadal-mini", name]}
+    recipe = from_dict(
+        {"run": {"name": "x"}, "measure": {"tasks": [{"name": "addition"}]}, "stages": {"mean": mean}}
+    )
+    with pytest.raises(RecipeError, match=f"stages.mean.*{said}"):
+        files_of(recipe.stage("mean"), tmp_path)
