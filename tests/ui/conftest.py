@@ -69,9 +69,10 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def build(url: str) -> None:
+def build(url: str, key: str = "") -> None:
     """Ask for the page: at the first request it is built, which takes seconds, on a busy machine many."""
-    assert httpx.get(url, headers={"accept": "text/html"}, timeout=180).status_code == 200
+    auth = ("me", key) if key else None
+    assert httpx.get(url, headers={"accept": "text/html"}, auth=auth, timeout=180).status_code == 200
 
 
 @pytest.fixture(scope="package")

@@ -9,11 +9,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.helpers.live_server import LiveServer, live_server
 from tests.serve.fake_engine import FakeAsyncEngine
+from tests.ui.conftest import build
 from tests.ui.test_real_server import KEY, with_page
 from tests.ui.visits import PATIENT, Visit, expect
 
@@ -35,8 +35,7 @@ class Look(Visit):
 @pytest.fixture(scope="module")
 def server() -> Iterator[LiveServer]:
     with live_server(FakeAsyncEngine(), prepare=with_page, api_keys=(KEY,)) as running:
-        built = httpx.get(running.url, headers={"accept": "text/html"}, auth=("me", KEY), timeout=180)
-        assert built.status_code == 200  # importing Gradio takes seconds, on a busy machine many
+        build(running.url, KEY)
         yield running
 
 

@@ -13,6 +13,7 @@ import pytest
 import hadal.ui
 from tests.helpers.live_server import LiveServer, live_server
 from tests.serve.fake_engine import FakeAsyncEngine
+from tests.ui.conftest import build
 from tests.ui.visits import ANSWERS, FIGURES, Visit, expect, wait_until
 
 pytestmark = pytest.mark.chromium
@@ -34,6 +35,7 @@ def scripted() -> FakeAsyncEngine:
 def server(scripted: FakeAsyncEngine) -> Iterator[LiveServer]:
     """A scripted engine behind the real server, with a key and the page."""
     with live_server(scripted, prepare=with_page, api_keys=(KEY,)) as running:
+        build(running.url, KEY)
         yield running
 
 
@@ -53,6 +55,7 @@ def visit(browser: Any, server: LiveServer, scripted: FakeAsyncEngine) -> Iterat
 
 
 def test_the_page_stands_behind_the_gate(server: LiveServer) -> None:
+    page = httpx.get(server.url, headers=HTML, auth=("me", KEY), timeout=60)
     refused = httpx.get(server.url, headers=HTML)
     assert refused.status_code == 401 and refused.headers["www-authenticate"].startswith("Basic")
     for path in ("/_hadal/page.js", "/config", "/gradio_api/queue/data?session_hash=x"):
@@ -60,7 +63,6 @@ def test_the_page_stands_behind_the_gate(server: LiveServer) -> None:
     assert httpx.get(server.url, headers={**HTML, "host": "evil.example"}).status_code == 403
     foreign = {"origin": "https://evil.example", "authorization": f"Bearer {KEY}"}
     assert httpx.post(server.url + "/gradio_api/queue/join", headers=foreign, json={}).status_code == 403
-    page = httpx.get(server.url, headers=HTML, auth=("me", KEY))
     assert page.status_code == 200 and KEY not in page.text
     policy = page.headers.get_list("content-security-policy")
     assert len(policy) == 1 and "'unsafe-inline'" not in policy[0].split("style-src")[0]
