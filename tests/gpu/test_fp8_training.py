@@ -41,20 +41,8 @@ EXPERT_SHAPES = {
 
 
 @pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
+def nothing_unwritten(poisoned: None) -> None:
     """What is not written is NaN."""
-    torch.manual_seed(0)
-    empty = torch.empty
-
-    def nan(*shape, **options):
-        tensor = empty(*shape, **options)
-        if tensor.dtype == torch.float8_e4m3fn:
-            tensor.view(torch.uint8).fill_(0x7F)
-        elif tensor.is_floating_point():
-            tensor.fill_(float("nan"))
-        return tensor
-
-    monkeypatch.setattr(torch, "empty", nan)
 
 
 def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
